@@ -1,0 +1,70 @@
+# make setup    .venv with everything, in pinned versions
+# make demo     train, export and stream the example recordings
+# make test     the tests, against the installed wheel
+# make check    ruff, mypy and the tests
+# make format   let ruff write the code's form
+# make clean    remove all that make has made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+# Folders stand beside files, so that a file that goes is noticed too.
+SOURCES := $(shell find clients engine export training -not -name '*.pyc' -not -name __pycache__)
+
+DEPENDENCIES := $(VENV)/.dependencies
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup demo test check lint typecheck format clean
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+demo: setup
+	$(BIN)/hrpro demo
+
+test: setup
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: lint typecheck test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# An installed copy, for only there engine/ is hrpro.engine.
+typecheck: setup
+	rm -rf build/typecheck
+	$(PIP) install -q --no-deps --target build/typecheck build/wheel/*.whl
+	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+	    --cache-dir "$(CURDIR)/.mypy_cache" hrpro
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEPENDENCIES): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "'$(PYTHON)' cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation ".[dev,train,triton]"
+	$(PIP) check
+	touch $@
+
+# build/lib and the egg-info would carry files into the wheel that are no longer there.
+$(INSTALLED): $(DEPENDENCIES) $(SOURCES) LICENSE
+	rm -rf build *.egg-info
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PIP) install -q --no-deps --force-reinstall build/wheel/*.whl
+	rm -rf build/lib build/bdist.* *.egg-info
+	touch $@

@@ -1,0 +1,37 @@
+"""What users of HR-Pro Stream import: feed snippets, watch actions, control the engine.
+
+Needs numpy, pyzmq and msgpack alone.
+"""
+
+from hrpro.clients.control import request_drain, request_status
+from hrpro.clients.feeder import FeatureFeeder
+from hrpro.clients.subscriber import EventSubscriber
+from hrpro.engine.protocol import (
+    ActionEvent,
+    Ended,
+    FinalProposal,
+    HrproError,
+    NoReplyError,
+    ProtocolError,
+    StreamError,
+    StreamNotice,
+    Welcome,
+)
+from hrpro.engine.timebase import SnippetClock
+
+__all__ = [
+    "ActionEvent",
+    "Ended",
+    "EventSubscriber",
+    "FeatureFeeder",
+    "FinalProposal",
+    "HrproError",
+    "NoReplyError",
+    "ProtocolError",
+    "SnippetClock",
+    "StreamError",
+    "StreamNotice",
+    "Welcome",
+    "request_drain",
+    "request_status",
+]

@@ -1,0 +1,361 @@
+"""Snippets into the engine: acknowledged, within its credit, resumed after any interruption.
+
+The feeder keeps every snippet until the engine has accepted it, and a few more, so that an
+engine that was killed can be given its context again:
+
+      kept for a restarted engine      sent, not        given, not
+      (history_snippets)               acknowledged     sent yet
+    |--------------------------------|----------------|-----------|
+    oldest                           acked            sent        next_index
+                                                            send_until ^ (credit)
+
+Whatever goes wrong - a lost connection, a lost message, a restarted engine - is met in one way:
+Hello, Welcome, and on from `Welcome.next_index`.
+"""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from types import TracebackType
+from typing import NoReturn, Self
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from hrpro.clients.connection import Connection, Deadline
+from hrpro.engine import protocol
+from hrpro.engine.protocol import (
+    Ack,
+    Chunk,
+    End,
+    Ended,
+    Error,
+    Hello,
+    NoReplyError,
+    StreamError,
+    Welcome,
+)
+from hrpro.engine.timebase import SnippetClock
+
+# Errors that only say that feeder and engine have lost sight of each other.
+_RECOVERABLE = frozenset({"unknown_stream", "out_of_order", "no_credit"})
+_OWN_HIGH_WATER_MESSAGES = 64
+
+
+class _Talk(enum.Enum):
+    """Where the conversation with the engine stands."""
+
+    HELLO_DUE = enum.auto()
+    HELLO_SENT = enum.auto()
+    WELCOMED = enum.auto()
+    END_SENT = enum.auto()
+    ENDED = enum.auto()
+
+
+class FeatureFeeder:
+    """Feeds one stream; synchronous, without a thread, for use from one thread.
+
+        with FeatureFeeder("tcp://127.0.0.1:5555", "cam1", feature_dim=2048) as feeder:
+            for features in source:      # (n, 2048) or (2048,) float32
+                feeder.send(features)
+            feeder.end()
+
+    `first_index` is the snippet index of the first snippet that will be given. To continue a
+    stream, give a later feeder the index where it continues; snippets that the engine has already
+    are not sent again. `history_snippets` are kept after the engine has accepted them, for an
+    engine that is restarted; by default as many as its window, context and lookahead. When the
+    engine is silent for `retry_s` while the feeder waits for it, the feeder says Hello again.
+
+    An Error of the engine is raised as StreamError; after that the feeder can only be closed.
+    Leaving without `end` leaves the stream open in the engine.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        stream: str,
+        feature_dim: int,
+        clock: SnippetClock | None = None,
+        first_index: int = 0,
+        history_snippets: int | None = None,
+        timeout_s: float | None = 30.0,
+        retry_s: float = 2.0,
+    ) -> None:
+        clock = clock or SnippetClock()
+        self._hello = Hello(
+            stream, feature_dim, clock.frames_per_s, clock.snippet_frames, first_index
+        )
+        self.stream = stream
+        self.welcome: Welcome | None = None
+        self._history_snippets = history_snippets
+        self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._kept: deque[NDArray[np.float32]] = deque()  # each (D,)
+        self._oldest = first_index
+        self._acked = first_index
+        self._sent = first_index
+        self._send_until = first_index
+        self._talk = _Talk.HELLO_DUE
+        self._ending = False
+        self._ended: Ended | None = None
+        self._refused: StreamError | None = None
+        self._connection = Connection(
+            zmq.DEALER,
+            address,
+            {
+                # The same name after a reconnection: the stream stays ours without a new Hello.
+                zmq.ROUTING_ID: f"feeder:{secrets.token_hex(16)}".encode(),
+                # Without it chunks pile up, and arrive out of order, while nobody is there.
+                zmq.IMMEDIATE: 1,
+                zmq.SNDHWM: _OWN_HIGH_WATER_MESSAGES,
+                zmq.MAXMSGSIZE: protocol.MAX_REPLY_HEADER_BYTES,
+            },
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection. The stream stays open in the engine unless it was ended."""
+        self._connection.close()
+
+    # ---- what a caller does --------------------------------------------------------------------
+
+    @property
+    def next_index(self) -> int:
+        """The snippet index of the next snippet to be given to `send`."""
+        return self._oldest + len(self._kept)
+
+    @property
+    def lag(self) -> int:
+        """How many snippets were given to `send` and are not known to be accepted yet."""
+        return max(0, self.next_index - self._acked)
+
+    def connect(self, timeout_s: float | None = None) -> Welcome:
+        """Waits for the engine's Welcome; `send` and `end` do so, too, where it is still due.
+
+        `timeout_s` here and below is the feeder's own unless given. Raises NoReplyError when no
+        Welcome comes in time, StreamError when the engine refuses the stream.
+        """
+        return self._connected(self._deadline(timeout_s))
+
+    def send(self, features: NDArray[np.float32], timeout_s: float | None = None) -> None:
+        """Hands (n, D) or (D,) float32 features of the next snippets to the engine.
+
+        Returns when all are sent; `flush` waits until they are accepted, too. Blocks while the
+        engine gives no credit or is away. Raises StreamError when the engine refuses them, or
+        before any of them is taken when no engine would take them. Raises NoReplyError when it
+        takes too long: snippets below `next_index` are then kept and will be sent, those from
+        there on were not taken and should be given again.
+        """
+        rows = self._checked(features)
+        deadline = self._deadline(timeout_s)
+        chunk_snippets = self._connected(deadline).max_chunk_snippets
+        for first in range(0, len(rows), chunk_snippets):
+            self._wait(self._all_sent, deadline, "credit")
+            # Copied: the caller may change its array, and a view would keep all of it alive.
+            self._kept.extend(rows[first : first + chunk_snippets].copy())
+            self._forget_history()
+        self._wait(self._all_sent, deadline, "credit")
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Waits until the engine has accepted every snippet. Raises as `send` does."""
+        deadline = self._deadline(timeout_s)
+        self._connected(deadline)
+        self._wait(lambda: self.lag == 0, deadline, "an Ack")
+
+    def end(self, timeout_s: float | None = None) -> Ended:
+        """Ends the stream; returns when all that comes of it is published.
+
+        May be called again after a NoReplyError. Raises as `send` does.
+        """
+        self._ending = True
+        self._wait(lambda: self._ended is not None, self._deadline(timeout_s), "Ended")
+        assert self._ended is not None
+        return self._ended
+
+    def _checked(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The features as (n, D); raises StreamError as an engine would, before it is asked."""
+        where = f"stream {self.stream!r}, snippet {self.next_index}"
+        if self._ending:
+            raise StreamError("unknown_stream", f"{where}: expected no snippets after end()")
+        dim = self._hello.feature_dim
+        rows = np.atleast_2d(features)
+        if rows.dtype != np.float32:
+            raise StreamError("wrong_dtype", f"{where}: expected float32, came {rows.dtype}")
+        if rows.ndim != 2 or rows.shape[1] != dim:
+            raise StreamError(
+                "wrong_dimension",
+                f"{where}: expected shape (_, {dim}), came {np.shape(features)}",
+            )
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            bad_index = self.next_index + int(np.argmin(finite))
+            raise StreamError(
+                "not_finite",
+                f"stream {self.stream!r}, snippet {bad_index}: expected finite features,"
+                " came NaN or infinity",
+            )
+        return rows
+
+    # ---- the conversation ----------------------------------------------------------------------
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        return Deadline(self._timeout_s if timeout_s is None else timeout_s)
+
+    def _connected(self, deadline: Deadline) -> Welcome:
+        self._wait(lambda: self.welcome is not None, deadline, "a Welcome")
+        assert self.welcome is not None
+        return self.welcome
+
+    def _all_sent(self) -> bool:
+        return self._talk is _Talk.WELCOMED and self._sent >= self.next_index
+
+    def _wait(self, done: Callable[[], bool], deadline: Deadline, what: str) -> None:
+        """Reads and sends what there is until `done`; says Hello again in silence."""
+        retry = Deadline(self._retry_s)
+        while True:
+            if self._read():
+                retry = Deadline(self._retry_s)
+            needs_room = self._send_due()
+            if done():
+                return
+            if deadline.passed():
+                raise NoReplyError(
+                    f"stream {self.stream!r} at {self._connection.address}: expected {what} within"
+                    f" {deadline.timeout_s} s, none came; snippets {self._acked} to"
+                    f" {self.next_index} are not acknowledged"
+                )
+            if retry.passed():
+                self._break_silence()
+                retry = Deadline(self._retry_s)
+            else:
+                self._connection.wait(min(deadline.at_s, retry.at_s), for_room=needs_room)
+
+    def _break_silence(self) -> None:
+        # An End is asked for again as such: after a Hello it would end another, empty session.
+        self._talk = _Talk.WELCOMED if self._talk is _Talk.END_SENT else _Talk.HELLO_DUE
+
+    def _send_due(self) -> bool:
+        """Sends all that is due; True when there is no room (or no connection) for more."""
+        while (message := self._due()) is not None:
+            if not self._connection.try_send(protocol.encode(message)):
+                return True
+            match message:
+                case Hello():
+                    self._talk = _Talk.HELLO_SENT
+                case Chunk():
+                    self._sent += len(message.features)
+                case End():
+                    self._talk = _Talk.END_SENT
+        return False
+
+    def _due(self) -> Hello | Chunk | End | None:
+        if self._talk is _Talk.HELLO_DUE:
+            return replace(self._hello, first_index=self._oldest)
+        if self._talk is not _Talk.WELCOMED or self.welcome is None:
+            return None
+        until = min(self.next_index, self._send_until, self._sent + self.welcome.max_chunk_snippets)
+        if self._sent < until:
+            rows = islice(self._kept, self._sent - self._oldest, until - self._oldest)
+            return Chunk(self.stream, self._sent, np.stack(list(rows)))
+        if self._ending and self.lag == 0:
+            return End(self.stream, self._acked)
+        return None
+
+    def _read(self) -> bool:
+        """Takes in what has come from the engine; False when nothing has."""
+        if self._refused is not None:
+            raise self._refused
+        heard = False
+        while (frames := self._connection.receive()) is not None:
+            heard = True
+            match protocol.decode_feed_reply(frames):
+                case Welcome() as welcome:
+                    self._on_welcome(welcome)
+                case Ack() as ack:
+                    self._on_ack(ack)
+                case Ended() as ended:
+                    self._on_ended(ended)
+                case Error() as error:
+                    self._on_error(error)
+        return heard
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if self._talk is not _Talk.HELLO_SENT:
+            # The answer to a repeated Hello: what was sent since is on its way.
+            self._on_ack(Ack(welcome.stream, welcome.next_index, welcome.send_until))
+            return
+        if welcome.next_index < self._oldest:
+            self._refuse(
+                "out_of_order",
+                f"stream {self.stream!r}: expected a Welcome to snippet {self._oldest}, the oldest"
+                f" one that is kept, or later, came snippet {welcome.next_index}",
+            )
+        self.welcome = welcome
+        self._talk = _Talk.WELCOMED
+        self._acked = self._sent = welcome.next_index
+        self._send_until = welcome.send_until
+        self._forget_history()
+
+    def _on_ack(self, ack: Ack) -> None:
+        if self._talk not in (_Talk.WELCOMED, _Talk.END_SENT):
+            return  # from before the Welcome that is to come
+        self._acked = max(self._acked, ack.next_index)
+        self._sent = max(self._sent, self._acked)
+        self._send_until = max(self._send_until, ack.send_until)
+        self._forget_history()
+
+    def _on_ended(self, ended: Ended) -> None:
+        if not self._ending or ended.next_index < self.next_index:
+            self._refuse(
+                "draining",
+                f"stream {self.stream!r}: expected Ended after the last snippet {self.next_index},"
+                f" came Ended at {ended.next_index}: the engine ended the stream",
+            )
+        self._ended = ended
+        self._talk = _Talk.ENDED
+
+    def _on_error(self, error: Error) -> None:
+        if error.code not in _RECOVERABLE:
+            self._refuse(error.code, error.message, error.next_index)
+        if self._talk is not _Talk.HELLO_SENT:  # else it speaks of what came before the Hello
+            self._talk = _Talk.HELLO_DUE
+
+    def _refuse(self, code: str, message: str, next_index: int | None = None) -> NoReturn:
+        self._refused = StreamError(code, message, next_index)
+        raise self._refused
+
+    def _forget_history(self) -> None:
+        """Lets go of accepted snippets, except the newest `history_snippets` of them."""
+        if self.welcome is None:
+            return
+        history_snippets = self._history_snippets
+        if history_snippets is None:
+            history_snippets = (
+                self.welcome.window_snippets
+                + self.welcome.context_snippets
+                + self.welcome.lookahead_snippets
+            )
+        while self._kept and self._oldest < self._acked - history_snippets:
+            self._kept.popleft()
+            self._oldest += 1

@@ -1,0 +1,254 @@
+"""Who feeds which stream: the engine's side of the feed protocol, without I/O.
+
+Takes a peer's identity and a decoded message, drives the pipeline, and answers through `send`.
+What belongs to a connection is kept here: which connection owns a stream, and which state of the
+stream it was told last. The streams themselves belong to the pipeline.
+
+    Hello --> fits? --> the stream lives? --no--> open, Welcome
+                              |
+                              +--yes, and continues --> the connection owns it now, Welcome
+                              +--yes, but is ending, or lacks snippets that cannot come any more
+                                        --> Welcome to a new session, once the old one has Ended
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hrpro.engine.messages import (
+    MAX_ERROR_CHARACTERS,
+    Ack,
+    Chunk,
+    End,
+    Ended,
+    Error,
+    Hello,
+    Message,
+    StreamNotice,
+    Welcome,
+)
+from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.wire import ProtocolError, StreamError
+
+if TYPE_CHECKING:
+    from hrpro.engine.pipeline import Pipeline
+    from hrpro.engine.stream import Stream
+
+# Ended streams that are remembered, to repeat an Ended that was lost on its way.
+ENDED_REMEMBERED = 1024
+
+
+@dataclass
+class Counters:
+    """What has happened since the engine started; a part of every StatusReply."""
+
+    snippets_in: int = 0
+    snippets_processed: int = 0
+    chunks_in: int = 0
+    chunks_duplicate: int = 0
+    chunks_refused: int = 0
+    messages_refused: int = 0
+    proposals: int = 0
+    events: int = 0
+    batches: int = 0
+    ended_streams: int = 0
+
+
+@dataclass
+class Feed:
+    """The connection that feeds a live stream."""
+
+    identity: bytes
+    told: tuple[int, int] | None = None  # (next_index, send_until)
+    reachable: bool = True
+
+
+class Feeds:
+    """The connections of all live streams.
+
+    `send(identity, message)` returns whether the message could be handed over; a peer that is
+    gone is no error, since it says Hello again when it comes back.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, counters: Counters, send: Callable[[bytes, Message], bool]
+    ) -> None:
+        self.live: dict[str, Feed] = {}
+        self.draining = False
+        self._pipeline = pipeline
+        self._counters = counters
+        self._send = send
+        self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until the session before has ended
+        self._ended: dict[str, Ended] = {}
+
+    def handle(self, identity: bytes, message: Hello | Chunk | End) -> None:
+        """Does what a peer asks for, or tells it why not."""
+        try:
+            match message:
+                case Hello():
+                    self._on_hello(identity, message)
+                case Chunk():
+                    self._on_chunk(identity, message)
+                case End():
+                    self._on_end(identity, message)
+        except StreamError as error:
+            self._counters.chunks_refused += isinstance(message, Chunk)
+            self._send(identity, error_message(error, message.stream))
+
+    def drain(self) -> None:
+        """Ends all streams and refuses everything new from here on."""
+        self.draining = True
+        for stream in list(self._pipeline.streams.values()):
+            if not stream.ended:
+                self._pipeline.end(stream.stream, stream.next_index)
+        self.admit_waiting()
+
+    def admit_waiting(self) -> None:
+        """Answers each Hello that waited for the end of an earlier session, once it has come."""
+        for name, (identity, hello) in list(self._waiting.items()):
+            if self.draining or name not in self._pipeline.streams:
+                del self._waiting[name]
+                self.handle(identity, hello)
+
+    def acknowledge(self) -> None:
+        """One Ack at most for each stream, where something has moved since its feeder was told."""
+        for name, feed in self.live.items():
+            stream = self._pipeline.streams[name]
+            state = (stream.next_index, stream.send_until)
+            if state != feed.told:
+                feed.reachable = self._send(feed.identity, Ack(name, *state))
+                feed.told = state if feed.reachable else None
+
+    def on_ended(self, notice: StreamNotice) -> None:
+        """Tells the feeder that its stream is processed and published as a whole."""
+        ended = Ended(notice.stream, notice.next_index, notice.proposals, notice.events)
+        self._ended[notice.stream] = ended
+        if len(self._ended) > ENDED_REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+        feed = self.live.pop(notice.stream, None)
+        if feed is not None:
+            self._send(feed.identity, ended)
+
+    def _on_hello(self, identity: bytes, hello: Hello) -> None:
+        self._refuse_when_draining(hello.stream)
+        self._check_fits(hello)
+        live = self._pipeline.streams.get(hello.stream)
+        if live is not None and not live.ended and hello.first_index > live.next_index:
+            # The snippets between can never come: this session is over, another one begins.
+            self._pipeline.end(hello.stream, live.next_index)
+        if live is not None and live.ended:
+            self._waiting[hello.stream] = (identity, hello)
+            return
+        stream = self._pipeline.open(hello.stream, hello.first_index)
+        self._ended.pop(hello.stream, None)
+        feed = self.live.setdefault(hello.stream, Feed(identity))
+        feed.identity = identity
+        feed.told = (stream.next_index, stream.send_until)
+        feed.reachable = self._send(identity, self._welcome(stream))
+
+    def _check_fits(self, hello: Hello) -> None:
+        clock, dim = self._pipeline.clock, self._pipeline.feature_dim
+        if SnippetClock(hello.frames_per_s, hello.snippet_frames) != clock:
+            raise StreamError(
+                "wrong_clock",
+                f"stream {hello.stream!r}: expected {clock.frames_per_s} frames/s and"
+                f" {clock.snippet_frames} frames per snippet, came {hello.frames_per_s} and"
+                f" {hello.snippet_frames}",
+            )
+        if hello.feature_dim != dim:
+            raise StreamError(
+                "wrong_dimension",
+                f"stream {hello.stream!r}: expected feature dimension {dim},"
+                f" came {hello.feature_dim}",
+            )
+
+    def _welcome(self, stream: Stream) -> Welcome:
+        pipeline = self._pipeline
+        return Welcome(
+            stream=stream.stream,
+            next_index=stream.next_index,
+            send_until=stream.send_until,
+            max_chunk_snippets=pipeline.max_chunk_snippets,
+            feature_dim=pipeline.feature_dim,
+            frames_per_s=pipeline.clock.frames_per_s,
+            snippet_frames=pipeline.clock.snippet_frames,
+            classes=pipeline.classes,
+            window_snippets=pipeline.window_snippets,
+            hop_snippets=pipeline.hop_snippets,
+            context_snippets=pipeline.context_snippets,
+            lookahead_snippets=pipeline.lookahead_snippets,
+            lookahead_s=pipeline.lookahead_s,
+            bundle_id=pipeline.bundle_id,
+        )
+
+    def _on_chunk(self, identity: bytes, chunk: Chunk) -> None:
+        self._refuse_when_draining(chunk.stream)
+        stream, feed = self._fed_by(identity, chunk)
+        if stream.ended:
+            raise StreamError(
+                "unknown_stream",
+                f"stream {chunk.stream!r}: expected nothing after the end at {stream.next_index},"
+                f" came snippet {chunk.first_index}",
+            )
+        if len(chunk.features) > self._pipeline.max_chunk_snippets:
+            raise StreamError(
+                "too_large",
+                f"stream {chunk.stream!r}, snippet {chunk.first_index}: expected at most"
+                f" {self._pipeline.max_chunk_snippets} snippets, came {len(chunk.features)}",
+                stream.next_index,
+            )
+        before = stream.next_index
+        self._pipeline.append(chunk.stream, chunk.first_index, chunk.features)
+        self._counters.chunks_in += 1
+        self._counters.snippets_in += stream.next_index - before
+        if stream.next_index == before:
+            self._counters.chunks_duplicate += 1
+            feed.told = None  # whoever sends a chunk again has missed the Ack
+
+    def _on_end(self, identity: bytes, end: End) -> None:
+        ended = self._ended.get(end.stream)
+        if ended is not None and ended.next_index == end.next_index:
+            self._send(identity, ended)
+            return
+        stream, _ = self._fed_by(identity, end)
+        if end.next_index != stream.next_index:
+            raise StreamError(
+                "out_of_order",
+                f"stream {end.stream!r}: expected snippet {stream.next_index} or the end there,"
+                f" came the end at {end.next_index}",
+                stream.next_index,
+            )
+        if not stream.ended:
+            self._pipeline.end(end.stream, end.next_index)
+
+    def _fed_by(self, identity: bytes, message: Chunk | End) -> tuple[Stream, Feed]:
+        """The live stream of a message and its connection, which must be the sender's."""
+        name = message.stream
+        if name not in self.live:
+            raise StreamError(
+                "unknown_stream", f"stream {name!r}: expected a Hello first, came {message.TYPE}"
+            )
+        feed = self.live[name]
+        if feed.identity != identity:
+            raise StreamError(
+                "not_owner",
+                f"stream {name!r}: expected the connection whose Hello came last,"
+                f" came {message.TYPE} from another one",
+            )
+        return self._pipeline.streams[name], feed
+
+    def _refuse_when_draining(self, name: str) -> None:
+        if self.draining:
+            raise StreamError("draining", f"stream {name!r}: the engine is draining")
+
+
+def error_message(error: ProtocolError | StreamError, stream: str | None = None) -> Error:
+    """What a peer is told about an error."""
+    return Error(
+        stream=stream,
+        code=error.code,
+        message=str(error)[:MAX_ERROR_CHARACTERS],
+        next_index=getattr(error, "next_index", None),
+    )

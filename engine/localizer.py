@@ -1,0 +1,184 @@
+"""Stitched snippet scores of one stream -> action events and final proposals.
+
+The localizer takes one snippet at a time and decides by what it has seen up to that snippet, so
+what it publishes depends neither on chunks, windows nor batches. Offline, it is given a whole
+recording and publishes at the end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.proposals import Run, RunDetector
+from hrpro.engine.refine import InstanceScorer, Proposal, refine_runs
+from hrpro.engine.ring import Ring
+from hrpro.engine.soft_nms import soft_nms, subtract_published
+from hrpro.engine.tracker import ActionChange, ActionTracker
+
+Floats = NDArray[np.float64]
+
+# What was published is remembered for as long as it can overlap what is still to come, and no
+# more than this many a class.
+_PUBLISHED_LIMIT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """A proposal that is final, and the action it belongs to."""
+
+    proposal: Proposal
+    action_id: int | None
+
+
+Decision = ActionChange | Final
+
+
+class StreamLocalizer:
+    """From scores to decisions, for one stream.
+
+    ``wait`` is how many snippets after the end of its run a proposal is published; None waits
+    for the end of the stream (offline).
+    """
+
+    def __init__(
+        self,
+        class_count: int,
+        embedding_width: int,
+        config: LocalizationConfig,
+        scorer: InstanceScorer | None,
+        wait: int | None,
+        first_index: int = 0,
+    ) -> None:
+        self._config = config
+        self._scorer = scorer
+        self._wait = wait
+        self._detector = RunDetector(class_count, config, first_index)
+        self._tracker = ActionTracker(class_count, config, first_index)
+        self._history = Ring(config.history_snippets, (embedding_width,), first_index)
+        self._closed: list[Run] = []  # until there is enough evidence right of them
+        self._pool: list[list[Proposal]] = [[] for _ in range(class_count)]  # not yet due
+        self._published: list[deque[Proposal]] = [
+            deque(maxlen=_PUBLISHED_LIMIT) for _ in range(class_count)
+        ]
+
+    @property
+    def open_actions(self) -> int:
+        """Actions whose end is not published yet."""
+        return self._tracker.open_count
+
+    def advance(
+        self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
+    ) -> list[Decision]:
+        """Take the next n snippets: scores P (n, C) and embedding (n, W)."""
+        decisions: list[Decision] = []
+        for row, embedded in zip(scores, embedding, strict=True):
+            self._history.append(embedded[None])
+            self._closed += self._detector.push(row)
+            decisions += self._tracker.push(row)
+            self._refine(self._ready())
+            if self._wait is not None:
+                decisions += self._publish(self._detector.next_index - self._wait)
+        return decisions
+
+    def flush(self) -> list[Decision]:
+        """The stream is over: everything open ends at its last snippet and is published."""
+        self._close()
+        return self._publish(self._detector.next_index)
+
+    def _close(self) -> None:
+        self._closed += self._detector.flush()
+        self._tracker.flush()
+        ready, self._closed = self._closed, []
+        self._refine(ready)
+
+    def _ready(self) -> list[Run]:
+        """Closed runs whose evidence is complete, or which have to be published now."""
+        if not self._closed:
+            return []
+        now = self._detector.next_index
+        due = now if self._wait is None else now - self._wait
+        ready, waiting = [], []
+        for run in self._closed:
+            is_ready = run.evidence_stop <= now or (self._wait is not None and run.stop <= due)
+            (ready if is_ready else waiting).append(run)
+        self._closed = waiting
+        return ready
+
+    def _refine(self, runs: list[Run]) -> None:
+        for proposal in refine_runs(
+            runs, self._detector, self._history, self._scorer, self._config
+        ):
+            self._pool[proposal.label_index].append(proposal)
+
+    def _publish(self, due_until: int) -> list[Decision]:
+        """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""
+        finals: list[Final] = []
+        for label_index, pool in enumerate(self._pool):
+            if any(proposal.run_stop <= due_until for proposal in pool):
+                finals += self._publish_class(label_index, due_until)
+        return [*finals, *self._tracker.conclude(due_until)]
+
+    def _publish_class(self, label_index: int, due_until: int) -> list[Final]:
+        pool, published = self._pool[label_index], self._published[label_index]
+        self._forget(label_index)
+        sigma = self._config.soft_nms_sigma
+        start, end, score = _columns(pool)
+        added = subtract_published(start, end, score, sigma, *_columns(list(published)))
+        scores = soft_nms(start, end, added, sigma)
+        finals = []
+        for proposal, score in sorted(
+            zip(pool, scores.tolist(), strict=True), key=lambda pair: -pair[1]
+        ):
+            if proposal.run_stop > due_until or score <= self._config.score_floor:
+                continue
+            final = replace(proposal, score=score)
+            published.append(final)
+            finals.append(Final(final, self._tracker.assign(final)))
+        self._pool[label_index] = [p for p in pool if p.run_stop > due_until]
+        return finals
+
+    def _forget(self, label_index: int) -> None:
+        """Drop what can no longer overlap a proposal that is still to come."""
+        earliest = min(
+            [self._detector.earliest_open_start(label_index)]
+            + [run.start for run in self._closed if run.label_index == label_index]
+            + [int(proposal.start) for proposal in self._pool[label_index]]
+        )
+        reach = earliest - self._config.border_limit - 1
+        published = self._published[label_index]
+        kept = [proposal for proposal in published if proposal.end > reach]
+        if len(kept) < len(published):
+            published.clear()
+            published.extend(kept)
+
+
+def localize(
+    scores: NDArray[np.float32],
+    embedding: NDArray[np.float32],
+    config: LocalizationConfig,
+    scorer: InstanceScorer | None,
+) -> list[Proposal]:
+    """The offline case: a whole recording's P (T, C) and embedding (T, W) -> final proposals."""
+    localizer = StreamLocalizer(scores.shape[1], embedding.shape[1], config, scorer, wait=None)
+    decisions = localizer.advance(scores, embedding) + localizer.flush()
+    return [decision.proposal for decision in decisions if isinstance(decision, Final)]
+
+
+def candidates(scores: NDArray[np.float32], config: LocalizationConfig) -> list[Proposal]:
+    """All runs of a recording's P (T, C), scored by contrast, before any soft-NMS."""
+    localizer = StreamLocalizer(scores.shape[1], 0, config, scorer=None, wait=None)
+    localizer.advance(scores, np.zeros((len(scores), 0), dtype=np.float32))
+    localizer._close()
+    return [proposal for pool in localizer._pool for proposal in pool]
+
+
+def _columns(proposals: list[Proposal]) -> tuple[Floats, Floats, Floats]:
+    """Start, end and score of proposals as arrays."""
+    table = np.array([(p.start, p.end, p.score) for p in proposals], dtype=np.float64)
+    start, end, score = table.reshape(-1, 3).T
+    return start, end, score

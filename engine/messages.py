@@ -1,0 +1,247 @@
+"""All messages, as frozen dataclasses; docs/PROTOCOL.md says what each field means.
+
+A message checks its fields when it is made, whether from values or from bytes, so a message
+that exists is a valid one. `hrpro.engine.protocol` turns messages into frames and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine import wire
+from hrpro.engine.wire import ProtocolError
+
+MAX_ERROR_CHARACTERS = 1024
+
+
+def _wire(check: wire.Check) -> Any:
+    """A dataclass field and the check of its value."""
+    return field(metadata={"check": check})
+
+
+@dataclass(frozen=True)
+class Message:
+    """What all messages share. Making one raises ProtocolError when a field does not fit."""
+
+    TYPE: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = wire.checked(
+                f"{self.TYPE}.{each.name}", each.metadata["check"], getattr(self, each.name)
+            )
+            object.__setattr__(self, each.name, value)
+
+
+# ---- feed: feeder -> engine --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """Opens or resumes a stream; `first_index` is the oldest snippet the feeder can still send."""
+
+    TYPE: ClassVar[str] = "hello"
+    stream: str = _wire(wire.stream_id)
+    feature_dim: int = _wire(wire.size)
+    frames_per_s: float = _wire(wire.positive_number)
+    snippet_frames: int = _wire(wire.size)
+    first_index: int = _wire(wire.index)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk(Message):
+    """Features of consecutive snippets from `first_index`: (n, D) float32, n and D at least 1.
+
+    `features` may be read-only and share memory with the received frame. Whether the values are
+    finite is not looked at here. Compared by identity.
+    """
+
+    TYPE: ClassVar[str] = "chunk"
+    stream: str = _wire(wire.stream_id)
+    first_index: int = _wire(wire.index)
+    features: NDArray[np.float32] = _wire(lambda value: value)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f"stream {self.stream!r}, snippet {self.first_index}"
+        if not isinstance(self.features, np.ndarray) or self.features.dtype != np.float32:
+            came = getattr(self.features, "dtype", type(self.features).__name__)
+            raise ProtocolError(f"{where}: expected a float32 array, came {came}", "wrong_dtype")
+        if self.features.ndim != 2 or self.features.size == 0:
+            raise ProtocolError(f"{where}: expected shape (n, D), came {self.features.shape}")
+        if self.first_index + len(self.features) > wire.MAX_INDEX:
+            raise ProtocolError(f"{where}: expected indices up to {wire.MAX_INDEX}")
+
+
+@dataclass(frozen=True)
+class End(Message):
+    """No more snippets will come; `next_index` is one past the last one."""
+
+    TYPE: ClassVar[str] = "end"
+    stream: str = _wire(wire.stream_id)
+    next_index: int = _wire(wire.index)
+
+
+# ---- feed: engine -> feeder --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """The answer to Hello: where to continue, how much to send, and what the engine runs."""
+
+    TYPE: ClassVar[str] = "welcome"
+    stream: str = _wire(wire.stream_id)
+    next_index: int = _wire(wire.index)
+    send_until: int = _wire(wire.index)
+    max_chunk_snippets: int = _wire(wire.size)
+    feature_dim: int = _wire(wire.size)
+    frames_per_s: float = _wire(wire.positive_number)
+    snippet_frames: int = _wire(wire.size)
+    classes: tuple[str, ...] = _wire(wire.listing(wire.label))
+    window_snippets: int = _wire(wire.size)
+    hop_snippets: int = _wire(wire.size)
+    context_snippets: int = _wire(wire.count)
+    lookahead_snippets: int = _wire(wire.count)
+    lookahead_s: float = _wire(wire.number)
+    bundle_id: str = _wire(wire.text(256))
+
+
+@dataclass(frozen=True)
+class Ack(Message):
+    """Snippets below `next_index` are accepted; those below `send_until` may be sent."""
+
+    TYPE: ClassVar[str] = "ack"
+    stream: str = _wire(wire.stream_id)
+    next_index: int = _wire(wire.index)
+    send_until: int = _wire(wire.index)
+
+
+@dataclass(frozen=True)
+class Ended(Message):
+    """All snippets of the session are processed, and all that came of them is published."""
+
+    TYPE: ClassVar[str] = "ended"
+    stream: str = _wire(wire.stream_id)
+    next_index: int = _wire(wire.index)
+    proposals: int = _wire(wire.count)
+    events: int = _wire(wire.count)
+
+
+@dataclass(frozen=True)
+class Error(Message):
+    """A message was refused. `code` is one of ERROR_CODES, or one of a later version's."""
+
+    TYPE: ClassVar[str] = "error"
+    stream: str | None = _wire(wire.optional(wire.stream_id))
+    code: str = _wire(wire.matching(r"[a-z_]{1,64}"))
+    message: str = _wire(wire.text(MAX_ERROR_CHARACTERS))
+    next_index: int | None = _wire(wire.optional(wire.index))
+
+
+# ---- events: engine -> subscribers -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ActionEvent(Message):
+    """An action as it is seen while it happens. `end_s` is None until it is known."""
+
+    TYPE: ClassVar[str] = "event"
+    stream: str = _wire(wire.stream_id)
+    session: int = _wire(wire.count)
+    sequence: int = _wire(wire.count)
+    id: int = _wire(wire.count)
+    kind: Literal["start", "update", "end"] = _wire(wire.one_of("start", "update", "end"))
+    revision: int = _wire(wire.count)
+    label: str = _wire(wire.label)
+    start_s: float = _wire(wire.number)
+    end_s: float | None = _wire(wire.optional(wire.number))
+    score: float = _wire(wire.number)
+    published_index: int = _wire(wire.index)
+    published_s: float = _wire(wire.number)
+
+
+@dataclass(frozen=True)
+class FinalProposal(Message):
+    """A located action, never changed once published."""
+
+    TYPE: ClassVar[str] = "final"
+    stream: str = _wire(wire.stream_id)
+    session: int = _wire(wire.count)
+    sequence: int = _wire(wire.count)
+    id: int = _wire(wire.count)
+    label: str = _wire(wire.label)
+    start_s: float = _wire(wire.number)
+    end_s: float = _wire(wire.number)
+    score: float = _wire(wire.number)
+    published_index: int = _wire(wire.index)
+    published_s: float = _wire(wire.number)
+    action_id: int | None = _wire(wire.optional(wire.count))
+
+
+@dataclass(frozen=True)
+class StreamNotice(Message):
+    """A session of a stream began or is complete."""
+
+    TYPE: ClassVar[str] = "stream"
+    stream: str = _wire(wire.stream_id)
+    session: int = _wire(wire.count)
+    sequence: int = _wire(wire.count)
+    kind: Literal["opened", "ended"] = _wire(wire.one_of("opened", "ended"))
+    first_index: int = _wire(wire.index)
+    next_index: int = _wire(wire.index)
+    proposals: int = _wire(wire.count)
+    events: int = _wire(wire.count)
+
+
+@dataclass(frozen=True)
+class Subscribed(Message):
+    """The echo of a subscription to `welcome/{token}/`: all earlier ones are in force.
+
+    `instance` is new whenever an engine starts; sessions count within one instance.
+    """
+
+    TYPE: ClassVar[str] = "subscribed"
+    token: str = _wire(wire.stream_id)
+    instance: str = _wire(wire.matching(r"[0-9a-f]{16}"))
+
+
+Publication = ActionEvent | FinalProposal | StreamNotice
+
+# ---- control -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StatusRequest(Message):
+    """Asks for a StatusReply."""
+
+    TYPE: ClassVar[str] = "status"
+
+
+@dataclass(frozen=True)
+class DrainRequest(Message):
+    """Asks the engine to end all streams, publish what is left, and stop."""
+
+    TYPE: ClassVar[str] = "drain"
+
+
+@dataclass(frozen=True)
+class StatusReply(Message):
+    """The engine at this moment; PROTOCOL.md lists the entries of the maps."""
+
+    TYPE: ClassVar[str] = "status_reply"
+    instance: str = _wire(wire.matching(r"[0-9a-f]{16}"))
+    bundle_id: str = _wire(wire.text(256))
+    state: Literal["serving", "draining"] = _wire(wire.one_of("serving", "draining"))
+    streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
+    counters: dict[str, int | str | bool] = _wire(wire.plain_map)
+
+
+@dataclass(frozen=True)
+class DrainReply(Message):
+    """The drain is complete: every accepted snippet is processed, and its events published."""
+
+    TYPE: ClassVar[str] = "drain_reply"

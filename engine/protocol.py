@@ -1,0 +1,243 @@
+"""Messages <-> frames, without I/O: what docs/PROTOCOL.md specifies, shared with the clients.
+
+`encode` gives the frames to send; each `decode_...` takes the frames that came on one kind of
+socket and lets only those messages pass that belong there:
+
+    feed      feeder -> engine   Hello  Chunk  End
+              engine -> feeder   Welcome  Ack  Ended  Error
+    events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Subscribed
+    control   client -> engine   StatusRequest  DrainRequest
+              engine -> client   StatusReply  DrainReply  Error
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine import wire
+from hrpro.engine.messages import (
+    MAX_ERROR_CHARACTERS,
+    Ack,
+    ActionEvent,
+    Chunk,
+    DrainReply,
+    DrainRequest,
+    End,
+    Ended,
+    Error,
+    FinalProposal,
+    Hello,
+    Message,
+    Publication,
+    StatusReply,
+    StatusRequest,
+    StreamNotice,
+    Subscribed,
+    Welcome,
+)
+from hrpro.engine.wire import (
+    ERROR_CODES,
+    VERSION,
+    HrproError,
+    NoReplyError,
+    ProtocolError,
+    StreamError,
+)
+
+__all__ = [
+    "ERROR_CODES",
+    "MAX_ERROR_CHARACTERS",
+    "VERSION",
+    "Ack",
+    "ActionEvent",
+    "Chunk",
+    "DrainReply",
+    "DrainRequest",
+    "End",
+    "Ended",
+    "Error",
+    "FinalProposal",
+    "Hello",
+    "HrproError",
+    "Message",
+    "NoReplyError",
+    "ProtocolError",
+    "Publication",
+    "StatusReply",
+    "StatusRequest",
+    "StreamError",
+    "StreamNotice",
+    "Subscribed",
+    "Welcome",
+    "decode_control",
+    "decode_control_reply",
+    "decode_feed",
+    "decode_feed_reply",
+    "decode_publication",
+    "encode",
+    "max_frame_bytes",
+    "subscription_topic",
+    "topic_prefix",
+]
+
+# What the engine reads from strangers is tiny; what it writes may list classes or streams.
+MAX_REQUEST_HEADER_BYTES = 4096
+MAX_REPLY_HEADER_BYTES = 4 * 2**20
+
+M = TypeVar("M", bound=Message)
+
+_FEED: tuple[type[Hello | Chunk | End], ...] = (Hello, Chunk, End)
+_FEED_REPLY: tuple[type[Welcome | Ack | Ended | Error], ...] = (Welcome, Ack, Ended, Error)
+_EVENTS: tuple[type[Publication | Subscribed], ...] = (
+    ActionEvent,
+    FinalProposal,
+    StreamNotice,
+    Subscribed,
+)
+_CONTROL: tuple[type[StatusRequest | DrainRequest], ...] = (StatusRequest, DrainRequest)
+_CONTROL_REPLY: tuple[type[StatusReply | DrainReply | Error], ...] = (
+    StatusReply,
+    DrainReply,
+    Error,
+)
+
+
+def encode(message: Message) -> list[bytes]:
+    """The frames of a message; publications begin with their topic."""
+    header: dict[str, object] = {"v": VERSION, "type": message.TYPE}
+    header |= {each.name: getattr(message, each.name) for each in fields(message)}
+    if isinstance(message, Chunk):
+        del header["features"]
+        header |= {"dtype": "float32", "shape": message.features.shape}
+        return [wire.pack_header(header), message.features.astype("<f4", copy=False).tobytes()]
+    topic = _topic(message)
+    return [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
+
+
+def _topic(message: Message) -> bytes | None:
+    match message:
+        case ActionEvent() | FinalProposal():
+            return topic_prefix(message.TYPE, message.stream, message.label)
+        case StreamNotice():
+            return topic_prefix(message.TYPE, message.stream)
+        case Subscribed():
+            return topic_prefix("welcome", message.token)
+        case _:
+            return None
+
+
+def topic_prefix(*parts: str) -> bytes:
+    """The topic of these parts, with its trailing slash: nothing else begins like it.
+
+    >>> topic_prefix("final", "cam1")
+    b'final/cam1/'
+    """
+    return "".join(f"{part}/" for part in parts).encode()
+
+
+def subscription_topic(kind: str, stream: str | None = None, label: str | None = None) -> bytes:
+    """What to subscribe to for one kind of publication, of one stream, of one label.
+
+    A StreamNotice has no label, and a label without a stream cannot be a prefix: both subscribe
+    to more. Raises ProtocolError for a stream or label that no publication can have.
+    """
+    wire.checked("stream", wire.optional(wire.stream_id), stream)
+    wire.checked("label", wire.optional(wire.label), label)
+    if stream is None:
+        return topic_prefix(kind)
+    if label is None or kind == StreamNotice.TYPE:
+        return topic_prefix(kind, stream)
+    return topic_prefix(kind, stream, label)
+
+
+def decode_feed(frames: Sequence[bytes]) -> Hello | Chunk | End:
+    """What came from a feeder. Raises ProtocolError, as the other decoders do."""
+    return _decode(frames, _FEED, MAX_REQUEST_HEADER_BYTES)
+
+
+def decode_feed_reply(frames: Sequence[bytes]) -> Welcome | Ack | Ended | Error:
+    """What came to a feeder."""
+    return _decode(frames, _FEED_REPLY, MAX_REPLY_HEADER_BYTES)
+
+
+def decode_control(frames: Sequence[bytes]) -> StatusRequest | DrainRequest:
+    """What came from a control client."""
+    return _decode(frames, _CONTROL, MAX_REQUEST_HEADER_BYTES)
+
+
+def decode_control_reply(frames: Sequence[bytes]) -> StatusReply | DrainReply | Error:
+    """What came to a control client."""
+    return _decode(frames, _CONTROL_REPLY, MAX_REPLY_HEADER_BYTES)
+
+
+def decode_publication(frames: Sequence[bytes]) -> Publication | Subscribed:
+    """What came to a subscriber: a topic and a header that agree."""
+    message = _decode(frames[1:], _EVENTS, MAX_REPLY_HEADER_BYTES)
+    if frames[0] != _topic(message):
+        raise ProtocolError(
+            f"topic: expected {_topic(message)!r}, came {wire.shown(bytes(frames[0]))}"
+        )
+    return message
+
+
+def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_bytes: int) -> M:
+    if not frames:
+        raise ProtocolError("message: expected a header frame, came none")
+    header = wire.unpack_header(frames[0], longest_header_bytes)
+    # `True == 1`, and a version of another type would not be ours either way.
+    if type(header.get("v")) is not int or header["v"] != VERSION:
+        raise ProtocolError(
+            f"version: expected {VERSION}, came {wire.shown(header.get('v'))}", "version"
+        )
+    kinds: dict[object, type[M]] = {kind.TYPE: kind for kind in allowed}
+    name = header.get("type")
+    if not isinstance(name, str) or name not in kinds:
+        expected = ", ".join(kind.TYPE for kind in allowed)
+        raise ProtocolError(f"type: expected one of {expected}, came {wire.shown(name)}")
+    kind = kinds[name]
+    frame_count = 2 if kind is Chunk else 1
+    if len(frames) != frame_count:
+        raise ProtocolError(f"{name}: expected {frame_count} frames, came {len(frames)}")
+    if kind is Chunk:
+        header["features"] = _features(header, frames[1])
+    values = {each.name: _required(header, each.name, name) for each in fields(kind)}
+    return kind(**values)
+
+
+def _required(header: dict[str, Any], field_name: str, message_name: str) -> Any:
+    if field_name not in header:
+        raise ProtocolError(f"{message_name}: expected a field {field_name!r}, came none")
+    return header[field_name]
+
+
+def _features(header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
+    """The (n, D) features of a chunk's second frame, looked at only once its length fits."""
+    dtype = _required(header, "dtype", "chunk")
+    if dtype != "float32":
+        raise ProtocolError(
+            f"chunk.dtype: expected 'float32', came {wire.shown(dtype)}", "wrong_dtype"
+        )
+    shape = wire.checked(
+        "chunk.shape", wire.listing(wire.size), _required(header, "shape", "chunk")
+    )
+    if len(shape) != 2:
+        raise ProtocolError(f"chunk.shape: expected [n, D], came {wire.shown(shape)}")
+    expected_bytes = shape[0] * shape[1] * 4
+    if len(frame) != expected_bytes:
+        raise ProtocolError(
+            f"chunk: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
+        )
+    return np.frombuffer(frame, "<f4").astype(np.float32, copy=False).reshape(shape)
+
+
+def max_frame_bytes(max_chunk_snippets: int, feature_dim: int) -> int:
+    """The largest frame an engine reads: four times its largest chunk.
+
+    A chunk that is a little too large thus gets an Error; beyond it the connection is cut.
+    """
+    return max(4 * max_chunk_snippets * feature_dim * 4, MAX_REQUEST_HEADER_BYTES)

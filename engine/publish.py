@@ -1,0 +1,84 @@
+"""Decisions in snippets -> messages in seconds, numbered for their stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from hrpro.engine.localizer import Decision, Final
+from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
+from hrpro.engine.stream import Stream
+from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.tracker import ActionChange
+
+
+class Publisher:
+    """Makes publications; the counters that number them belong to the streams."""
+
+    def __init__(self, clock: SnippetClock, classes: Sequence[str]) -> None:
+        self._clock = clock
+        self._classes = classes
+
+    def publish(
+        self, stream: Stream, decisions: Sequence[Decision], newest_index: int
+    ) -> list[Publication]:
+        """Messages for decisions that were taken knowing the snippets up to ``newest_index``."""
+        return [
+            self._final(stream, decision, newest_index)
+            if isinstance(decision, Final)
+            else self._event(stream, decision, newest_index)
+            for decision in decisions
+        ]
+
+    def notice(self, stream: Stream, kind: Literal["opened", "ended"]) -> StreamNotice:
+        """The message that a session began or is complete."""
+        return StreamNotice(
+            stream=stream.stream,
+            session=stream.session,
+            sequence=_next_sequence(stream),
+            kind=kind,
+            first_index=stream.first_index,
+            next_index=stream.next_index,
+            proposals=stream.proposals,
+            events=stream.events,
+        )
+
+    def _event(self, stream: Stream, change: ActionChange, newest_index: int) -> ActionEvent:
+        stream.events += 1
+        return ActionEvent(
+            stream=stream.stream,
+            session=stream.session,
+            sequence=_next_sequence(stream),
+            id=change.id,
+            kind=change.kind,
+            revision=change.revision,
+            label=self._classes[change.label_index],
+            start_s=self._clock.seconds(change.start),
+            end_s=None if change.end is None else self._clock.seconds(change.end),
+            score=change.score,
+            published_index=newest_index,
+            published_s=self._clock.seconds(newest_index + 1),
+        )
+
+    def _final(self, stream: Stream, final: Final, newest_index: int) -> FinalProposal:
+        proposal_id = stream.proposals
+        stream.proposals += 1
+        return FinalProposal(
+            stream=stream.stream,
+            session=stream.session,
+            sequence=_next_sequence(stream),
+            id=proposal_id,
+            label=self._classes[final.proposal.label_index],
+            start_s=self._clock.seconds(final.proposal.start),
+            end_s=self._clock.seconds(final.proposal.end),
+            score=final.proposal.score,
+            published_index=newest_index,
+            published_s=self._clock.seconds(newest_index + 1),
+            action_id=final.action_id,
+        )
+
+
+def _next_sequence(stream: Stream) -> int:
+    sequence = stream.sequence
+    stream.sequence += 1
+    return sequence

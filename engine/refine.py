@@ -1,0 +1,91 @@
+"""Closed runs -> scored and refined proposals (paper, "Temporal Action Localization Inference")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.proposals import Run, RunDetector
+from hrpro.engine.ring import Ring
+
+
+class InstanceScorer(Protocol):
+    """Stage 2: an ONNX session in the engine, the torch model in training."""
+
+    def score_instances(
+        self, embedding: NDArray[np.float32], proposals: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Embedding (T, W) and proposals (N, 2) in snippets from its first row ->
+        completeness (N, C), refined borders (N, 2), their completeness (N, C)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A scored proposal: borders are positions in snippets, ``score`` is in [0, 1].
+
+    ``run_stop`` is the end of the run that it came from; from there the look-ahead is counted.
+    """
+
+    label_index: int
+    start: float
+    end: float
+    score: float
+    run_stop: int
+
+
+def refine_runs(
+    runs: Sequence[Run],
+    detector: RunDetector,
+    history: Ring,
+    scorer: InstanceScorer | None,
+    config: LocalizationConfig,
+) -> list[Proposal]:
+    """Score closed runs by contrast and completeness, and move their borders.
+
+    ``history`` holds the embedding of the newest snippets. The score is the mean of p_OIC and the
+    completeness of the refined borders in the run's class (half of the paper's sum, which ranks
+    the same). With ``keep_unrefined`` the unrefined borders are given too, as in the paper.
+    Without a scorer, stage 1 alone: the run's own borders, scored by p_OIC.
+    """
+    if not runs:
+        return []
+    contrast = [max(0.0, detector.outer_inner_contrast(run)) for run in runs]
+    borders = np.array([(run.start_position, run.stop_position) for run in runs])  # (N, 2)
+    if scorer is None:
+        return _proposals(runs, borders, contrast)
+    first = math.floor(borders[:, 0].min()) - config.border_limit - 1
+    first = max(first, history.oldest)
+    stretch = history.read(first, history.next_index)  # (T, W)
+    completeness, refined, refined_completeness = scorer.score_instances(
+        stretch, (borders - first).astype(np.float32)
+    )
+    labels = [run.label_index for run in runs]
+    rows = np.arange(len(runs))
+    refined = np.clip(
+        refined.astype(np.float64) + first, detector.first_index, detector.next_index
+    )
+    proposals = _proposals(
+        runs, refined, (contrast + refined_completeness[rows, labels].astype(np.float64)) / 2
+    )
+    if config.keep_unrefined:
+        proposals += _proposals(
+            runs, borders, (contrast + completeness[rows, labels].astype(np.float64)) / 2
+        )
+    return proposals
+
+
+def _proposals(
+    runs: Sequence[Run], borders: NDArray[np.float64], scores: Sequence[float] | NDArray[np.float64]
+) -> list[Proposal]:
+    return [
+        Proposal(run.label_index, float(start), float(end), float(score), run.stop)
+        for run, (start, end), score in zip(runs, borders, scores, strict=True)
+        if end > start
+    ]

@@ -1,0 +1,245 @@
+"""The loop around the pipeline: the only place of the engine with I/O.
+
+One thread and one poller. A turn of the loop does a bounded amount of everything, so that no
+peer can keep the others waiting:
+
+    read some messages -> at most one micro-batch -> publish -> acknowledge
+
+Three sockets, specified in docs/PROTOCOL.md: `feed` (ROUTER), `events` (XPUB) and `control`
+(ROUTER). A peer that sends nonsense gets an Error and is counted; it never ends the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import zmq
+
+from hrpro.engine import protocol, sockets
+from hrpro.engine.feeds import Counters, Feeds, error_message
+from hrpro.engine.protocol import (
+    DrainReply,
+    DrainRequest,
+    FinalProposal,
+    Message,
+    ProtocolError,
+    Publication,
+    StatusReply,
+    StreamNotice,
+    Subscribed,
+)
+
+if TYPE_CHECKING:
+    from hrpro.engine.pipeline import Pipeline
+    from hrpro.engine.stream import Stream
+
+# A few milliseconds of reading: peers wait for the others' messages at most that long.
+MESSAGES_PER_TURN = 200
+# How often `run` looks at the event it was given; `stop` and `drain` do not wait for this.
+STOP_EVENT_INTERVAL_MS = 100
+
+_WELCOME_SUBSCRIPTION = re.compile(rb"\x01welcome/([A-Za-z0-9._:-]{1,64})/")
+
+
+class Server:
+    """Serves one pipeline on three addresses until it is stopped or drained.
+
+        with Server(pipeline, "tcp://127.0.0.1:*", ...) as server:
+            server.run()
+
+    A port `*` or 0 takes a free one; `feed_address`, `events_address` and `control_address` name
+    what was bound. `stop` and `drain` may be called from any thread and from a signal handler,
+    everything else only from the thread that runs. Raises zmq.ZMQError when an address cannot
+    be bound.
+    """
+
+    def __init__(self, pipeline: Pipeline, feed: str, events: str, control: str) -> None:
+        self.counters = Counters()
+        self.instance = secrets.token_hex(8)
+        self._pipeline = pipeline
+        self._feeds = Feeds(pipeline, self.counters, self._send_to_feeder)
+        self._drain_envelopes: list[list[bytes]] = []
+        self._drain_requested = False
+        self._stop_requested = False
+        self._open(feed, events, control)
+
+    def _open(self, feed: str, events: str, control: str) -> None:
+        feed_bytes = protocol.max_frame_bytes(
+            self._pipeline.max_chunk_snippets, self._pipeline.feature_dim
+        )
+        small_bytes = protocol.MAX_REQUEST_HEADER_BYTES
+        with contextlib.ExitStack() as opened:
+            context = zmq.Context()
+            opened.callback(context.term)
+            self._feed = opened.enter_context(sockets.bind_router(context, feed, feed_bytes))
+            self._events = opened.enter_context(
+                sockets.bind_publisher(context, events, small_bytes)
+            )
+            self._control = opened.enter_context(sockets.bind_router(context, control, small_bytes))
+            self._wake_reader, self._wake_writer = socket.socketpair()
+            for end in (self._wake_reader, self._wake_writer):
+                opened.enter_context(end).setblocking(False)
+            self._opened = opened.pop_all()
+        self.feed_address = self._feed.get_string(zmq.LAST_ENDPOINT)
+        self.events_address = self._events.get_string(zmq.LAST_ENDPOINT)
+        self.control_address = self._control.get_string(zmq.LAST_ENDPOINT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the sockets once what was sent is delivered, or after `sockets.LINGER_MS`."""
+        self._opened.close()
+
+    # ---- life cycle ----------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event | None = None) -> None:
+        """Serves until `stop()`, until the event `stop` is set, or until a drain is complete."""
+        poller = zmq.Poller()
+        for source in (self._feed, self._events, self._control, self._wake_reader):
+            poller.register(source, zmq.POLLIN)
+        idle_ms = None if stop is None else STOP_EVENT_INTERVAL_MS
+        while not (self._stop_requested or self._drained() or (stop and stop.is_set())):
+            poller.poll(0 if self._pipeline.pending() else idle_ms)
+            self._turn()
+        while self._drain_envelopes and self._drained():
+            self._send(self._control, self._drain_envelopes.pop(), DrainReply())
+
+    def stop(self) -> None:
+        """Ends `run` after its current turn; what is not processed yet stays unprocessed."""
+        self._stop_requested = True
+        self._wake()
+
+    def drain(self) -> None:
+        """Makes `run` refuse everything new, end all streams, publish what is left and return."""
+        self._drain_requested = True
+        self._wake()
+
+    def _wake(self) -> None:
+        # Full means that a wake-up waits already; closed means that nothing is left to wake.
+        with contextlib.suppress(OSError):
+            self._wake_writer.send(b"\0")
+
+    def _drained(self) -> bool:
+        pipeline = self._pipeline
+        return self._feeds.draining and not pipeline.streams and not pipeline.pending()
+
+    # ---- one turn ------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(4096)
+        self._read(self._feed, self._on_feed)
+        self._read(self._events, self._on_subscription)
+        self._read(self._control, self._on_control)
+        if self._drain_requested and not self._feeds.draining:
+            self._feeds.drain()
+        if self._pipeline.pending():
+            self.counters.batches += 1
+            for publication in self._pipeline.step():
+                self._publish(publication)
+        self._feeds.admit_waiting()
+        self._feeds.acknowledge()
+
+    def _read(self, source: zmq.Socket[bytes], handle: Callable[[list[bytes]], None]) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            frames = sockets.receive(source)
+            if frames is None:
+                return
+            handle(frames)
+
+    def _publish(self, publication: Publication) -> None:
+        sockets.try_send(self._events, protocol.encode(publication))
+        if isinstance(publication, FinalProposal):
+            self.counters.proposals += 1
+        elif not isinstance(publication, StreamNotice):
+            self.counters.events += 1
+        elif publication.kind == "ended":
+            self.counters.ended_streams += 1
+            self.counters.snippets_processed += publication.next_index - publication.first_index
+            self._feeds.on_ended(publication)
+
+    # ---- the three sockets ---------------------------------------------------------------------
+
+    def _on_feed(self, frames: list[bytes]) -> None:
+        identity, *body = frames
+        try:
+            message = protocol.decode_feed(body)
+        except ProtocolError as error:
+            self.counters.messages_refused += 1
+            self._send_to_feeder(identity, error_message(error))
+            return
+        self._feeds.handle(identity, message)
+
+    def _on_subscription(self, frames: list[bytes]) -> None:
+        """Echoes a subscription to welcome/{token}/: its sender now knows that it is subscribed."""
+        found = _WELCOME_SUBSCRIPTION.fullmatch(frames[0])
+        if found:
+            subscribed = Subscribed(found[1].decode(), self.instance)
+            sockets.try_send(self._events, protocol.encode(subscribed))
+
+    def _on_control(self, frames: list[bytes]) -> None:
+        # A REQ socket puts an empty frame before its message; its reply needs the same.
+        split = 2 if frames[1:2] == [b""] else 1
+        envelope, body = frames[:split], frames[split:]
+        try:
+            request = protocol.decode_control(body)
+        except ProtocolError as error:
+            self.counters.messages_refused += 1
+            self._send(self._control, envelope, error_message(error))
+            return
+        if isinstance(request, DrainRequest):
+            self._drain_envelopes.append(envelope)
+            self._drain_requested = True
+        else:
+            self._send(self._control, envelope, self._status())
+
+    def _status(self) -> StatusReply:
+        streams = self._pipeline.streams
+        counters = asdict(self.counters)
+        counters["snippets_processed"] += sum(
+            stream.processed - stream.first_index for stream in streams.values()
+        )
+        return StatusReply(
+            instance=self.instance,
+            bundle_id=self._pipeline.bundle_id,
+            state="draining" if self._feeds.draining else "serving",
+            streams=tuple(self._stream_status(stream) for stream in streams.values()),
+            counters=counters,
+        )
+
+    def _stream_status(self, stream: Stream) -> dict[str, int | str | bool]:
+        feed = self._feeds.live.get(stream.stream)
+        return {
+            "stream": stream.stream,
+            "session": stream.session,
+            "next_index": stream.next_index,
+            "processed": stream.processed,
+            "open_actions": stream.open_actions,
+            "proposals": stream.proposals,
+            "events": stream.events,
+            "duplicates": stream.duplicates,
+            "fed_by": feed is not None and feed.reachable,
+        }
+
+    def _send_to_feeder(self, identity: bytes, message: Message) -> bool:
+        return self._send(self._feed, [identity], message)
+
+    def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
+        return sockets.try_send(target, envelope + protocol.encode(message))

@@ -1,0 +1,124 @@
+"""All state of one live stream: its newest snippets, how far they are processed, its localizer."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.localizer import StreamLocalizer
+from hrpro.engine.ring import Ring
+from hrpro.engine.windows import WindowPlan
+from hrpro.engine.wire import StreamError
+
+
+class Stream:
+    """One live stream; ``session`` counts how often its id was opened.
+
+    Snippets below ``next_index`` have come, scores below ``processed`` are final.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        session: int,
+        first_index: int,
+        feature_dim: int,
+        plan: WindowPlan,
+        backlog: int,
+        localizer: StreamLocalizer,
+    ) -> None:
+        self.stream = stream
+        self.session = session
+        self.first_index = first_index
+        self.processed = first_index
+        self.localizer = localizer
+        self.ended = False
+        self.sequence = 0
+        self.proposals = 0
+        self.events = 0
+        self.duplicates = 0
+        self._plan = plan
+        self._backlog = backlog
+        self._ring = Ring(plan.window + backlog, (feature_dim,), first_index)
+
+    @property
+    def next_index(self) -> int:
+        """The first snippet that has not come yet."""
+        return self._ring.next_index
+
+    @property
+    def send_until(self) -> int:
+        """There is room for the snippets below this index."""
+        return self._plan.stop(self.processed) + self._backlog
+
+    @property
+    def open_actions(self) -> int:
+        """Actions whose end is not published yet."""
+        return self.localizer.open_actions
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stream is over and all its scores are final."""
+        return self.ended and self.processed == self.next_index
+
+    def append(self, first_index: int, features: NDArray[np.float32]) -> None:
+        """Take the chunk (n, D) of consecutive snippets; what is there already is dropped.
+
+        Raises StreamError and takes nothing if the chunk leaves a gap, does not fit the room,
+        has another D, or holds a value that is not finite.
+        """
+        n, D = features.shape
+        if self.ended:
+            raise self._error("out_of_order", first_index, "no more snippets after the end")
+        if D != self._ring.row_shape[0]:
+            raise self._error(
+                "wrong_dimension", first_index, f"expected D = {self._ring.row_shape[0]}, got {D}"
+            )
+        if first_index > self.next_index:
+            raise self._error(
+                "out_of_order", first_index, f"expected snippet {self.next_index} next"
+            )
+        if first_index + n > self.send_until:
+            raise self._error(
+                "no_credit", first_index, f"room up to snippet {self.send_until}, got {n} snippets"
+            )
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            at = first_index + int(finite.argmin())
+            raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
+        repeated = min(n, self.next_index - first_index)
+        self.duplicates += repeated
+        self._ring.append(features[repeated:])
+
+    def end(self, next_index: int) -> None:
+        """No more snippets will come. Raises StreamError if some are missing."""
+        if next_index != self.next_index:
+            raise self._error(
+                "out_of_order",
+                next_index,
+                f"expected the end at snippet {self.next_index}, which is the next one",
+            )
+        self.ended = True
+
+    def ready_until(self) -> int:
+        """Scores can be computed for the snippets below this index."""
+        if self.ended:
+            return self.next_index
+        hop, lookahead = self._plan.hop, self._plan.lookahead
+        return (self.next_index - lookahead) // hop * hop
+
+    def read_window(
+        self, stop: int, features: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> None:
+        """Fill a window's ``features`` (T, D) and ``valid`` (T,) that ends before ``stop``."""
+        start = stop - self._plan.window
+        first, last = max(start, self.first_index), min(stop, self.next_index)
+        features[: first - start] = 0
+        self._ring.read(first, last, out=features[first - start : last - start])
+        features[last - start :] = 0
+        valid[:] = False
+        valid[first - start : last - start] = True
+
+    def _error(self, code: str, index: int, text: str) -> StreamError:
+        where = f"stream {self.stream!r}, snippet {index}"
+        return StreamError(code, f"{where}: {text}", self.next_index)

@@ -1,0 +1,61 @@
+"""How a stream is cut into windows, and which positions of a window count.
+
+Windows are aligned to the snippet index: the window with hop number k gives the scores of the
+snippets k * hop <= t < (k + 1) * hop, however the snippets arrived.
+
+    snippet index      k*hop - context        k*hop        (k+1)*hop    + look-ahead
+    window             |------ context ---------|--- counts ---|--- look-ahead ---|
+
+Where a model attends within a band, the positions that count are exact: they see all that they
+would see in the whole recording.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hrpro.engine.config import EngineConfig
+from hrpro.export.bundle import Manifest
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Lengths in snippets. ``wait``: from the end of a run to its publication."""
+
+    window: int
+    hop: int
+    context: int
+    lookahead: int
+    wait: int
+
+    def stop(self, processed: int) -> int:
+        """One past the last snippet that the window for snippet ``processed`` needs."""
+        return (processed // self.hop + 1) * self.hop + self.lookahead
+
+    def counts_until(self, processed: int) -> int:
+        """One past the last snippet whose scores that window gives."""
+        return self.stop(processed) - self.lookahead
+
+
+def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
+    """The windows for a bundle. Raises ValueError if they are too short to be exact, or if the
+    wished look-ahead is shorter than what the model itself needs."""
+    hop = config.window.hop_snippets
+    context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
+    shortest = context + hop + lookahead
+    window = config.window.window_snippets or shortest
+    if window < shortest:
+        raise ValueError(
+            f"window.window_snippets: expected at least {shortest} (context {context} + hop {hop} "
+            f"+ look-ahead {lookahead}), got {window}"
+        )
+    # The last snippet of a hop waits for none of its own, the first one for all of them.
+    needed = lookahead + hop - 1
+    wished = int(manifest.clock.position(config.lookahead_s) + 1e-9)
+    if wished < needed:
+        raise ValueError(
+            f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
+            f"{lookahead} + hop {hop} - 1 snippets), got {config.lookahead_s}; "
+            "a shorter hop allows less"
+        )
+    return WindowPlan(window, hop, window - hop - lookahead, lookahead, wished - needed)

@@ -1,0 +1,186 @@
+"""The deployment bundle: a folder with two ONNX graphs and a manifest that describes them.
+
+    BUNDLE/
+      bundle.json      `Manifest`
+      snippet.onnx     stage 1, see hrpro.export.graphs
+      instance.onnx    stage 2
+
+A bundle is read only if every file has the SHA-256 that the manifest says. It is written to a
+temporary folder beside its place and renamed, so a killed export leaves no half bundle.
+
+    BundleError    the folder is not a usable bundle; the message names file, expectation, finding
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from hrpro.engine.config import LocalizationConfig, WindowConfig
+from hrpro.engine.settings import Settings
+from hrpro.engine.timebase import SnippetClock
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+SNIPPET_GRAPH = "snippet.onnx"
+INSTANCE_GRAPH = "instance.onnx"
+_GRAPHS = (SNIPPET_GRAPH, INSTANCE_GRAPH)
+
+
+class BundleError(ValueError):
+    """A folder that is not a usable bundle."""
+
+
+class Manifest(Settings):
+    """bundle.json."""
+
+    schema_version: int = Field(description="version of this file's layout")
+    bundle_id: str = Field(description="hash over the files' hashes and the settings below")
+    data_set: str = Field(description="name of the data set trained on")
+    classes: tuple[str, ...] = Field(min_length=1)
+    feature_dim: int = Field(ge=1, description="D, features in a snippet")
+    embedding_width: int = Field(ge=1, description="W, width of the embedding")
+    frames_per_s: float = Field(gt=0)
+    snippet_frames: int = Field(ge=1)
+    snippet_s: float = Field(gt=0, description="seconds in a snippet")
+    exact: bool = Field(description="whether a window gives the scores of the whole recording")
+    context_snippets: int = Field(
+        ge=0, description="a position of a window is exact from this many snippets after its start"
+    )
+    lookahead_snippets: int = Field(
+        ge=0, description="a position of a window is exact up to this many snippets before its end"
+    )
+    window: WindowConfig
+    localization: LocalizationConfig
+    training: dict[str, Any] = Field(description="the full training configuration")
+    figures: dict[str, float] = Field(description="figures measured before the export")
+    verified: dict[str, float] = Field(description="largest difference of ONNX Runtime from torch")
+    versions: dict[str, str] = Field(description="packages that made the bundle")
+    files: dict[str, str] = Field(description="SHA-256 of each file")
+
+    @property
+    def clock(self) -> SnippetClock:
+        """The clock of the streams that the bundle is for."""
+        return SnippetClock(frames_per_s=self.frames_per_s, snippet_frames=self.snippet_frames)
+
+
+class Bundle:
+    """A bundle on disk whose files are what its manifest says."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def snippet_graph(self) -> Path:
+        """Stage 1."""
+        return self.folder / SNIPPET_GRAPH
+
+    @property
+    def instance_graph(self) -> Path:
+        """Stage 2."""
+        return self.folder / INSTANCE_GRAPH
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read and check a bundle. Raises BundleError."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{path}: file is missing; expected a bundle made by hrpro export") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: expected JSON: {error}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
+    _check_files(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    if set(manifest.files) != set(_GRAPHS):
+        raise BundleError(
+            f"{folder / MANIFEST}: files: expected {', '.join(_GRAPHS)}, "
+            f"got {', '.join(sorted(manifest.files)) or 'none'}"
+        )
+    for name, expected in manifest.files.items():
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise BundleError(f"{folder / name}: cannot be read: {error}") from None
+        if found != expected:
+            raise BundleError(f"{folder / name}: expected SHA-256 {expected}, got {found}")
+    expected_id = content_id(manifest.model_dump(mode="json"))
+    if manifest.bundle_id != expected_id:
+        raise BundleError(
+            f"{folder / MANIFEST}: bundle_id: expected {expected_id} for this content, "
+            f"got {manifest.bundle_id}; the file was changed"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_id(manifest: dict[str, Any]) -> str:
+    """Identity of a bundle: 16 hex digits over all of its manifest but the id itself."""
+    content = {key: value for key, value in manifest.items() if key != "bundle_id"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
+    """Write bundle.json for the graphs in ``folder``; hashes and identity are filled in."""
+    content = content | {
+        "schema_version": SCHEMA_VERSION,
+        "bundle_id": "",
+        "files": {name: sha256(folder / name) for name in _GRAPHS},
+    }
+    # Once through the model, so that the identity is of what will be read back.
+    dumped = Manifest.model_validate(content).model_dump(mode="json")
+    dumped["bundle_id"] = content_id(dumped)
+    (folder / MANIFEST).write_text(json.dumps(dumped, indent=2) + "\n")
+    return Manifest.model_validate(dumped)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``target`` when all went well.
+
+    Raises FileExistsError if ``target`` exists and is not a bundle: nothing else is overwritten.
+    """
+    target = target.absolute()
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise FileExistsError(f"{target}: exists and is not a bundle; not overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if target.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            os.rename(target, old)
+            os.rename(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""From a finished training run to a deployment bundle."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from hrpro.export.bundle import (
+    INSTANCE_GRAPH,
+    SNIPPET_GRAPH,
+    Bundle,
+    read_bundle,
+    replaced_folder,
+    write_manifest,
+)
+from hrpro.export.graphs import export_instance_graph, export_snippet_graph
+from hrpro.export.verify import Exactness, verify_graphs
+from hrpro.training.config import ModelConfig
+from hrpro.training.model import EMBEDDING_KERNEL
+from hrpro.training.run import RunDescription
+from hrpro.training.train import TrainedModel
+
+# A model that attends to everything is exact nowhere; this much is given to it.
+_FULL_ATTENTION = Exactness(exact=False, context=64, lookahead=4)
+_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
+
+
+def export_bundle(
+    description: RunDescription, model: TrainedModel, figures: Mapping[str, float], target: Path
+) -> Bundle:
+    """Export, verify and write a bundle; ``figures`` are what was measured of the model.
+
+    Raises ExportError if ONNX Runtime does not compute what torch computes, FileExistsError if
+    ``target`` is something else than a bundle. Nothing is written to ``target`` in either case.
+    """
+    config = description.config
+    exactness = exact_positions(config.model)
+    clock = config.data.clock
+    with replaced_folder(target) as folder:
+        export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
+        export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
+        verified = verify_graphs(
+            model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness
+        )
+        write_manifest(
+            folder,
+            {
+                "data_set": description.data_set,
+                "classes": description.classes,
+                "feature_dim": description.feature_dim,
+                "embedding_width": model.snippet.width,
+                "frames_per_s": clock.frames_per_s,
+                "snippet_frames": clock.snippet_frames,
+                "snippet_s": clock.snippet_s,
+                "exact": exactness.exact,
+                "context_snippets": exactness.context,
+                "lookahead_snippets": exactness.lookahead,
+                "window": config.window.model_dump(),
+                "localization": config.localization.model_dump(),
+                "training": config.model_dump(mode="json"),
+                "figures": dict(figures),
+                "verified": verified,
+                "versions": {
+                    "hrpro-stream": version("hrpro-stream"),
+                    "python": platform.python_version(),
+                    **{name: version(name) for name in _PACKAGES},
+                },
+            },
+        )
+    return read_bundle(target)
+
+
+def exact_positions(config: ModelConfig) -> Exactness:
+    """Which positions of a window see all that they would see in the whole recording.
+
+    Each block reaches attention_past back and attention_future ahead, the convolution of the
+    embedding half its kernel both ways.
+    """
+    if config.attention_past is None:
+        return _FULL_ATTENTION
+    reach = EMBEDDING_KERNEL // 2
+    return Exactness(
+        exact=True,
+        context=config.blocks * config.attention_past + reach,
+        lookahead=config.blocks * config.attention_future + reach,
+    )

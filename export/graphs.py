@@ -1,0 +1,116 @@
+"""The two ONNX graphs of a bundle, traced from the trained torch modules.
+
+    snippet.onnx    features (B, T, D) float32, valid (B, T) bool
+                    -> scores (B, T, C), cas (B, T, C), attention (B, T), embedding (B, T, W)
+    instance.onnx   features (T, W) float32 (the embedding of a stretch), proposals (N, 2) float32
+                    -> completeness (N, C), refined (N, 2), refined_completeness (N, C)
+
+B, T and N are dynamic, N may be 0. The memory prototypes are the initializer ``prototypes`` of
+snippet.onnx.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import onnx.numpy_helper
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from hrpro.training.instance import InstanceModel
+from hrpro.training.model import SnippetModel, SnippetOutput
+
+OPSET = 18
+SNIPPET_OUTPUTS = ("scores", "cas", "attention", "embedding")
+INSTANCE_OUTPUTS = ("completeness", "refined", "refined_completeness")
+PROTOTYPES = "prototypes"
+
+
+def export_snippet_graph(model: SnippetModel, path: Path) -> None:
+    """Write snippet.onnx."""
+    # Example sizes must differ from each other and from 1, or the tracer takes them for constants.
+    features = torch.zeros(2, 11, model.feature_dim)
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    batch, length = Dim("batch"), Dim("length")
+    graph = _trace(
+        _WithPrototypes(model),
+        (features, valid, model.prototypes),
+        inputs=("features", "valid", PROTOTYPES),
+        outputs=SNIPPET_OUTPUTS,
+        shapes=({0: batch, 1: length}, {0: batch, 1: length}, {}),
+    )
+    _save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
+
+
+def export_instance_graph(model: InstanceModel, width: int, path: Path) -> None:
+    """Write instance.onnx for embeddings of ``width``."""
+    embedding = torch.zeros(13, width)
+    proposals = torch.tensor([[1.0, 4.0], [2.5, 9.0], [3.0, 11.5]])
+    graph = _trace(
+        model,
+        (embedding, proposals),
+        inputs=("features", "proposals"),
+        outputs=INSTANCE_OUTPUTS,
+        shapes=({0: Dim("length")}, {0: Dim("count")}),
+    )
+    _save(graph, path)
+
+
+class _WithPrototypes(torch.nn.Module):
+    """Takes the prototypes as an input: a constant would be folded into what derives from it."""
+
+    def __init__(self, model: SnippetModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, valid: Tensor, prototypes: Tensor) -> SnippetOutput:
+        return self.model.attend_to(features, valid, prototypes)
+
+
+def _trace(
+    model: torch.nn.Module,
+    arguments: tuple[Tensor, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    shapes: tuple[dict[int, Dim], ...],
+) -> onnx.ModelProto:
+    # The exporter prints its progress, and warns of its own internals.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model.eval(),
+                arguments,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _with_initializer(graph: onnx.ModelProto, name: str, value: Tensor) -> onnx.ModelProto:
+    """Turn the graph's input ``name`` into an initializer."""
+    inputs = [each for each in graph.graph.input if each.name != name]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    array = value.detach().numpy()
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return graph
+
+
+def _save(graph: onnx.ModelProto, path: Path) -> None:
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)

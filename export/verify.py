@@ -1,0 +1,154 @@
+"""Torch against ONNX Runtime: what is exported computes what was trained.
+
+On random feature sequences with the statistics of the training data, compared are whole
+recordings; chains of windows, batched and stitched as the engine does, against the whole recording
+in torch (for models with banded attention); and proposals of several counts, none among them.
+
+    ExportError    a difference above its tolerance
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from hrpro.training.evaluate import TorchScorer
+from hrpro.training.snippet_stage import snippet_scores
+from hrpro.training.train import TrainedModel
+
+# Largest absolute difference. P, S, A and completeness are in [0, 1], borders in snippets.
+TOLERANCES = {"scores": 1e-4, "embedding": 1e-3, "completeness": 1e-4, "borders": 1e-3}
+
+_LENGTHS = (1, 2, 97, 160)
+_WINDOWS = ((1, 1), (7, 3), (32, 8))  # (hop, batch size)
+_PROPOSAL_COUNTS = (0, 1, 50)
+
+Floats = NDArray[np.float32]
+
+
+class ExportError(RuntimeError):
+    """An exported graph that does not compute what the trained model computes."""
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Which positions of a window are exact; see `hrpro.export.bundle.Manifest`."""
+
+    exact: bool
+    context: int
+    lookahead: int
+
+
+def verify_graphs(
+    model: TrainedModel, snippet_graph: Path, instance_graph: Path, exactness: Exactness
+) -> dict[str, float]:
+    """Largest difference by name. Raises ExportError if one exceeds its tolerance."""
+    providers = ["CPUExecutionProvider"]
+    snippet = onnxruntime.InferenceSession(snippet_graph, providers=providers)
+    instance = onnxruntime.InferenceSession(instance_graph, providers=providers)
+    random = np.random.default_rng(0)
+    worst = dict.fromkeys(TOLERANCES, 0.0)
+    for length in _LENGTHS:
+        features = _random_features(model, length, random)
+        expected = snippet_scores(model.snippet, features)
+        whole = _run(snippet, features[None], np.ones((1, length), dtype=np.bool_))
+        chains = [whole] + [
+            _run_windows(snippet, features, exactness, hop, batch)
+            for hop, batch in _WINDOWS
+            if exactness.exact
+        ]
+        for scores, cas, attention, embedding in chains:
+            _note(worst, "scores", scores, expected.scores)
+            _note(worst, "scores", cas, expected.cas)
+            _note(worst, "scores", attention, expected.attention)
+            _note(worst, "embedding", embedding, expected.embedding)
+        _compare_instances(worst, model, instance, expected.embedding, random)
+    _refuse_differences(worst)
+    return worst
+
+
+def _refuse_differences(worst: dict[str, float]) -> None:
+    for name, tolerance in TOLERANCES.items():
+        # A comparison with NaN is false, and NaN must not pass.
+        if not worst[name] <= tolerance:
+            raise ExportError(
+                f"{name}: ONNX Runtime differs from torch by {worst[name]:.3g}, "
+                f"expected at most {tolerance:g}"
+            )
+
+
+def _random_features(model: TrainedModel, length: int, random: np.random.Generator) -> Floats:
+    mean, scale = model.snippet.feature_mean.numpy(), model.snippet.feature_scale.numpy()
+    noise = random.standard_normal((length, len(mean)))
+    # Snippets that follow each other resemble each other, as in recordings.
+    noise = np.cumsum(noise, axis=0) / np.sqrt(np.arange(1, length + 1))[:, None]
+    return (mean + noise / scale).astype(np.float32)
+
+
+def _run(
+    session: onnxruntime.InferenceSession, features: Floats, valid: NDArray[np.bool_]
+) -> list[Floats]:
+    """Outputs of the windows (B, T, D), one after the other: (B * T, ...) each."""
+    outputs = session.run(
+        ["scores", "cas", "attention", "embedding"], {"features": features, "valid": valid}
+    )
+    return [np.concatenate(list(each)) for each in outputs]
+
+
+def _run_windows(
+    session: onnxruntime.InferenceSession,
+    features: Floats,
+    exactness: Exactness,
+    hop: int,
+    batch: int,
+) -> list[Floats]:
+    """The exact positions of a chain of windows, stitched; rows as `_run` gives for a whole."""
+    length, before, after = len(features), exactness.context, exactness.lookahead
+    chain = -(-length // hop)
+    padding = ((before, chain * hop - length + after), (0, 0))
+    padded = np.pad(features, padding)
+    valid = np.pad(np.ones(length, dtype=np.bool_), padding[0])
+    window = before + hop + after
+    rows = hop * np.arange(chain)[:, None] + np.arange(window)  # (chain, T)
+    parts = []
+    for first in range(0, chain, batch):
+        chosen = rows[first : first + batch]
+        outputs = _run(session, padded[chosen], valid[chosen])
+        shaped = [each.reshape(*chosen.shape, *each.shape[1:]) for each in outputs]
+        parts.append([np.concatenate(list(each[:, before : before + hop])) for each in shaped])
+    return [np.concatenate(each)[:length] for each in zip(*parts, strict=True)]
+
+
+def _compare_instances(
+    worst: dict[str, float],
+    model: TrainedModel,
+    session: onnxruntime.InferenceSession,
+    embedding: Floats,
+    random: np.random.Generator,
+) -> None:
+    scorer = TorchScorer(model.instance)
+    for count in _PROPOSAL_COUNTS:
+        start = random.uniform(0, len(embedding), count)
+        length = random.uniform(0.5, 40, count)
+        proposals = np.stack([start, start + length], axis=1).astype(np.float32)
+        expected = scorer.score_instances(embedding, proposals)
+        got = session.run(
+            ["completeness", "refined", "refined_completeness"],
+            {"features": embedding, "proposals": proposals},
+        )
+        names = ("completeness", "borders", "completeness")
+        for name, left, right in zip(names, got, expected, strict=True):
+            _note(worst, name, left, right)
+
+
+def _note(worst: dict[str, float], name: str, got: Floats, expected: Floats) -> None:
+    if got.shape != expected.shape:
+        raise ExportError(f"{name}: expected shape {expected.shape}, ONNX Runtime gave {got.shape}")
+    if got.size:
+        worst[name] = float(np.fmax(worst[name], np.abs(got - expected).max()))
+        if not np.isfinite(got).all():
+            worst[name] = float("nan")

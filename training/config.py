@@ -1,0 +1,105 @@
+"""Configuration of training: the model and its two stages.
+
+Where a default differs from the paper's value, the description says so; the README has the
+measurements behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hrpro.engine.config import LocalizationConfig, WindowConfig
+from hrpro.engine.settings import Settings
+from hrpro.training.data import DataConfig
+
+
+class ModelConfig(Settings):
+    """The snippet model of stage 1 and the instance heads of stage 2."""
+
+    width: int | None = Field(
+        None, ge=1, description="width of the attention blocks (default: D, as in the paper)"
+    )
+    blocks: int = Field(2, ge=0, description="reliability-aware attention blocks")
+    attention_heads: int = Field(4, ge=1, description="attention heads of a block (paper: 1)")
+    attention_past: int | None = Field(
+        32, ge=0, description="snippets before that a snippet attends to (null: all, both ways)"
+    )
+    attention_future: int = Field(0, ge=0, description="snippets after that a snippet attends to")
+    ffn_ratio: float = Field(2.0, gt=0, description="width of the feed-forward layer over width")
+    dropout: float = Field(0.3, ge=0, lt=1, description="in the blocks and before the heads")
+    instance_width: int = Field(128, ge=1, description="hidden width of the instance heads")
+
+
+class SnippetStageConfig(Settings):
+    """Stage 1: snippet-level action discrimination learning."""
+
+    steps: int = Field(500, ge=1, description="optimiser steps")
+    batch_size: int = Field(32, ge=1, description="crops in a step")
+    crop_snippets: int = Field(160, ge=8, description="longest crop of a recording, in snippets")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(1e-3, ge=0)
+    mining: Literal["attention", "class", "points"] = Field(
+        "attention",
+        description="what must stay above action_threshold on the walk from a point: the "
+        "attention A (paper), the score P of the point's class, or nothing (points alone)",
+    )
+    action_threshold: float = Field(0.95, ge=0, le=1, description="theta_1 of Algorithm 1")
+    background_threshold: float = Field(0.1, ge=0, le=1, description="theta_2 of Algorithm 1")
+    focal_gamma: float = Field(2.0, ge=0, description="focusing parameter of the focal loss")
+    action_weight: float = Field(1.0, ge=0, description="weight of the action term of eq. 1")
+    background_weight: float = Field(1.0, ge=0, description="weight of the background term of eq. 1")
+    background_class_weight: float = Field(
+        1.0, ge=0, description="weight of a focal term that holds P down on background (not in the paper)"
+    )
+    contrastive_weight: float = Field(1.0, ge=0, description="lambda_1 of eq. 8")
+    temperature: float = Field(0.1, gt=0, description="tau of the contrastive loss")
+    prototype_momentum: float = Field(
+        0.999, ge=0, lt=1, description="mu of eq. 3 for the prototypes that snippets attend to"
+    )
+    embedding_momentum: float = Field(
+        0.9, ge=0, lt=1, description="mu of eq. 3 for the embedded prototypes of the contrastive loss"
+    )
+    average_decay: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights")
+
+
+class InstanceStageConfig(Settings):
+    """Stage 2: instance-level action completeness learning."""
+
+    steps: int = Field(1000, ge=0, description="optimiser steps (0: leave stage 2 out)")
+    batch_size: int = Field(256, ge=2, description="proposals in a step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(1e-2, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    score_loss: Literal["cross_entropy", "smooth_l1"] = Field(
+        "cross_entropy", description="loss of the completeness score (paper: smooth_l1, eq. 10)"
+    )
+    regression_weight: float = Field(1.0, ge=0, description="lambda_2 of eq. 14")
+    regression_floor: float = Field(
+        0.3, ge=0, le=1, description="proposals below this IoU with their reliable proposal do not regress"
+    )
+    negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
+    negative_thresholds: tuple[float, ...] = Field(
+        (0.02, 0.05, 0.1), description="theta_A: runs of A below are negative proposals"
+    )
+    average_decay: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights")
+
+
+class TrainingConfig(Settings):
+    """Everything that a training run depends on, beside the data itself."""
+
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, description="torch threads (0: as torch chooses)")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    snippet_stage: SnippetStageConfig = SnippetStageConfig()
+    instance_stage: InstanceStageConfig = InstanceStageConfig()
+    localization: LocalizationConfig = LocalizationConfig()
+    window: WindowConfig = WindowConfig()
+
+    @model_validator(mode="after")
+    def _points_leave_context(self) -> TrainingConfig:
+        if self.model.attention_past is None and self.model.attention_future:
+            raise ValueError("model.attention_future: full attention (attention_past null) has no band")
+        return self

@@ -1,0 +1,100 @@
+"""The losses of both stages; each function names its equation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hrpro.training.pseudo_snippets import PseudoSnippets
+
+_PROBABILITY_FLOOR = 1e-6
+
+
+class BaseLoss(NamedTuple):
+    """The terms of L_base (eq. 1) and the background term on P; scalars."""
+
+    action: Tensor
+    background: Tensor
+    background_class: Tensor
+
+
+def focal_loss(probability: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """Binary focal loss FL (Lin et al. 2017), elementwise; ``target`` is 0 or 1."""
+    p = probability.clamp(_PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
+    positive = (1 - p) ** gamma * p.log()
+    negative = p**gamma * (1 - p).log()
+    return -(target * positive + (1 - target) * negative)
+
+
+def base_loss(
+    scores: Tensor, attention: Tensor, pseudo: PseudoSnippets, gamma: float
+) -> BaseLoss:
+    """L_base, eq. 1: focal loss of P on pseudo-action snippets and of 1 - A on pseudo background.
+
+    ``scores`` P (B, T, C), ``attention`` A (B, T). Each term is a mean over its snippets (a sum
+    over classes) and 0 where there are none. The third term, focal loss of P towards 0 on pseudo
+    background, is not in the paper.
+    """
+    on_action = focal_loss(scores, pseudo.action.to(scores.dtype), gamma).sum(dim=-1)  # (B, T)
+    on_background = focal_loss(attention, torch.zeros_like(attention), gamma)
+    on_classes = focal_loss(scores, torch.zeros_like(scores), gamma).sum(dim=-1)
+    return BaseLoss(
+        _mean_where(on_action, pseudo.action.any(dim=-1)),
+        _mean_where(on_background, pseudo.background),
+        _mean_where(on_classes, pseudo.background),
+    )
+
+
+def contrastive_loss(
+    embedding: Tensor, prototypes: Tensor, pseudo: PseudoSnippets, temperature: float
+) -> Tensor:
+    """L_contra, eq. 7: pseudo-action snippets against other prototypes and against background.
+
+    ``embedding`` (B, T, W), ``prototypes`` (C, W). The similarity is
+    ``exp(cosine / temperature)``; the mean runs over the pseudo-action snippets, so that the
+    weight does not depend on how many were mined.
+    """
+    x = F.normalize(embedding, dim=-1)
+    m = F.normalize(prototypes, dim=-1)
+    similarity = x @ m.T / temperature  # (B, T, C), logarithms
+    among_classes = similarity.log_softmax(dim=-1)
+    background = torch.where(pseudo.background[..., None], similarity, -torch.inf)
+    background = background.logsumexp(dim=1, keepdim=True)  # (B, 1, C): the recording's own
+    against_background = similarity - torch.logaddexp(similarity, background)
+    return -_mean_where(among_classes + against_background, pseudo.action)
+
+
+def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Temporal IoU of segments (..., 2) against segments (..., 2), broadcast; no +1."""
+    start = torch.maximum(a[..., 0], b[..., 0])
+    end = torch.minimum(a[..., 1], b[..., 1])
+    intersection = (end - start).clamp(min=0)
+    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - intersection
+    return intersection / union.clamp(min=_PROBABILITY_FLOOR)
+
+
+def score_loss(completeness: Tensor, target: Tensor, kind: str) -> Tensor:
+    """L_score, eq. 10, over all classes: (N, C) completeness against IoU with reliable proposals.
+
+    ``kind`` is "smooth_l1" (the paper's) or "cross_entropy".
+    """
+    if kind == "smooth_l1":
+        loss = F.smooth_l1_loss(completeness, target, reduction="none", beta=0.1)
+    else:
+        clamped = completeness.clamp(_PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
+        loss = F.binary_cross_entropy(clamped, target, reduction="none")
+    return loss.sum(dim=-1).mean()
+
+
+def regression_loss(refined: Tensor, reliable: Tensor, matched: Tensor) -> Tensor:
+    """L_reg, eq. 13: SmoothL1 of IoU(refined, reliable) towards 1 where ``matched`` (N,) holds."""
+    iou = temporal_iou(refined, reliable)
+    return _mean_where(F.smooth_l1_loss(iou, torch.ones_like(iou), reduction="none"), matched)
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values where the mask holds; 0 where it holds nowhere."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,105 @@
+"""Reliable, positive and negative proposals from points (paper, "Instance-level Action
+Completeness Learning", Reliable Prototype Construction)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.soft_nms import temporal_iou
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Proposals of one recording: ``borders`` (N, 2) in snippets, ``label_index`` (N,), p_OIC (N,)."""
+
+    borders: Floats
+    label_index: NDArray[np.int64]
+    contrast: Floats
+
+
+@dataclass(frozen=True)
+class RankedProposals:
+    """What stage 2 learns from, for one recording.
+
+    ``borders`` (N, 2): candidates first (RP and PP), then negative proposals. ``completeness``
+    (N, C): IoU with the best reliable proposal of each class, 0 for negatives. ``reliable``
+    (N, 2): the reliable proposal to regress to. ``own_iou`` (N,): IoU with it, 0 where there is
+    none of the candidate's class. ``negative`` (N,) bool.
+    """
+
+    borders: Floats
+    completeness: Floats
+    reliable: Floats
+    own_iou: Floats
+    negative: NDArray[np.bool_]
+
+
+def reliable_proposals(
+    candidates: Candidates, point_index: NDArray[np.int64], point_label: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """RP: for each point the candidate of its class that holds it with the highest p_OIC.
+
+    Returns indices of candidates; points that no candidate holds have none.
+    """
+    centre = point_index + 0.5
+    holds = (
+        (candidates.label_index[None] == point_label[:, None])
+        & (candidates.borders[None, :, 0] <= centre[:, None])
+        & (candidates.borders[None, :, 1] > centre[:, None])
+    )  # (points, N)
+    if holds.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    best = np.where(holds, candidates.contrast, -np.inf).argmax(axis=1)
+    return np.unique(best[holds.any(axis=1)])
+
+
+def rank_proposals(
+    candidates: Candidates,
+    point_index: NDArray[np.int64],
+    point_label: NDArray[np.int64],
+    attention: NDArray[np.float32],
+    negative_thresholds: Sequence[float],
+    class_count: int,
+) -> RankedProposals:
+    """Targets of a recording's proposals; ``attention`` is A, (T,)."""
+    reliable = reliable_proposals(candidates, point_index, point_label)
+    negatives = _runs_below(attention, negative_thresholds)
+    N, M = len(candidates.borders), len(negatives)
+    completeness = np.zeros((N + M, class_count))
+    target = np.concatenate([candidates.borders, negatives])
+    own_iou = np.zeros(N + M)
+    if len(reliable) and N:
+        to, to_label = candidates.borders[reliable], candidates.label_index[reliable]
+        iou = temporal_iou(
+            candidates.borders[:, None, 0],
+            candidates.borders[:, None, 1],
+            to[None, :, 0],
+            to[None, :, 1],
+        )  # (N, reliable)
+        np.maximum.at(completeness[:N].T, to_label, iou.T)
+        own = np.where(to_label[None] == candidates.label_index[:, None], iou, -1.0)
+        own_iou[:N] = np.maximum(own.max(axis=1), 0.0)
+        target[:N] = to[own.argmax(axis=1)]
+    return RankedProposals(
+        borders=np.concatenate([candidates.borders, negatives]),
+        completeness=completeness,
+        reliable=target,
+        own_iou=own_iou,
+        negative=np.arange(N + M) >= N,
+    )
+
+
+def _runs_below(attention: NDArray[np.float32], thresholds: Sequence[float]) -> Floats:
+    """NP: runs of snippets whose attention lies below each threshold, (M, 2)."""
+    rows = []
+    for threshold in thresholds:
+        below = np.concatenate([[False], attention < threshold, [False]])
+        edges = np.flatnonzero(below[1:] != below[:-1]).reshape(-1, 2)
+        rows.append(edges.astype(np.float64))
+    return np.concatenate(rows) if rows else np.zeros((0, 2))

@@ -1,0 +1,94 @@
+"""The folder of a training run: configuration, what it was trained on, and the weights.
+
+    RUN/
+      run.json         configuration, data set, classes, D
+      model.pt         weights of both stages (state dicts; read with weights_only)
+      metrics.jsonl    losses, one line every few steps
+      tensorboard/     the same as scalars
+
+    RunError    the folder is not a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from hrpro.engine.settings import Settings
+from hrpro.training.config import TrainingConfig
+from hrpro.training.data import DataSet
+from hrpro.training.instance_stage import new_instance_model
+from hrpro.training.snippet_stage import new_snippet_model
+from hrpro.training.train import TrainedModel
+
+DESCRIPTION = "run.json"
+WEIGHTS = "model.pt"
+
+
+class RunError(ValueError):
+    """A folder that is not a finished training run."""
+
+
+class RunDescription(Settings):
+    """run.json."""
+
+    config: TrainingConfig
+    data_set: str
+    classes: tuple[str, ...]
+    feature_dim: int
+    recordings: int
+    points: int
+
+
+def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
+    """What a run on ``data`` is."""
+    return RunDescription(
+        config=config,
+        data_set=data.name,
+        classes=data.classes,
+        feature_dim=data.feature_dim,
+        recordings=len(data.recordings),
+        points=sum(len(recording.point_index) for recording in data.recordings),
+    )
+
+
+def write_run(folder: Path, description: RunDescription, model: TrainedModel) -> None:
+    """Write the weights, then the description: a folder that has one is finished."""
+    weights = {"snippet": model.snippet.state_dict(), "instance": model.instance.state_dict()}
+    temporary = folder / (WEIGHTS + ".part")
+    torch.save(weights, temporary)
+    os.replace(temporary, folder / WEIGHTS)
+    temporary = folder / (DESCRIPTION + ".part")
+    temporary.write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
+    os.replace(temporary, folder / DESCRIPTION)
+
+
+def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
+    """Read a finished run; the models are in evaluation mode. Raises RunError."""
+    path = folder / DESCRIPTION
+    try:
+        description = RunDescription.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{path}: file is missing; expected a run finished by hrpro train") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"{path}: {where}: {first['msg']}") from None
+    snippet = new_snippet_model(
+        description.config, description.feature_dim, len(description.classes)
+    )
+    instance = new_instance_model(description.config, snippet)
+    try:
+        weights = torch.load(folder / WEIGHTS, weights_only=True)
+        snippet.load_state_dict(weights["snippet"])
+        instance.load_state_dict(weights["instance"])
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"{folder / WEIGHTS}: expected the weights of this run: {error}"
+        ) from None
+    return description, TrainedModel(snippet.eval(), instance.eval())
