@@ -69,8 +69,9 @@ class FeatureFeeder:
     `first_index` is the snippet index of the first snippet that will be given. To continue a
     stream, give a later feeder the index where it continues; snippets that the engine has already
     are not sent again. `history_snippets` are kept after the engine has accepted them, for an
-    engine that is restarted; by default as many as its window, context and lookahead. When the
-    engine is silent for `retry_s` while the feeder waits for it, the feeder says Hello again.
+    engine that is restarted; by default as many as the one before may not have processed yet, and
+    its window, context and lookahead. When the engine is silent for `retry_s` while the feeder
+    waits for it, the feeder says Hello again.
 
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
@@ -93,7 +94,8 @@ class FeatureFeeder:
         )
         self.stream = stream
         self.welcome: Welcome | None = None
-        self._history_snippets = history_snippets
+        self._history_given = history_snippets is not None
+        self._history_snippets = history_snippets or 0
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self._kept: deque[NDArray[np.float32]] = deque()  # each (D,)
@@ -111,8 +113,6 @@ class FeatureFeeder:
             {
                 # The same name after a reconnection: the stream stays ours without a new Hello.
                 zmq.ROUTING_ID: f"feeder:{secrets.token_hex(16)}".encode(),
-                # Without it chunks pile up, and arrive out of order, while nobody is there.
-                zmq.IMMEDIATE: 1,
                 zmq.SNDHWM: _OWN_HIGH_WATER_MESSAGES,
                 zmq.MAXMSGSIZE: protocol.MAX_REPLY_HEADER_BYTES,
             },
@@ -312,6 +312,8 @@ class FeatureFeeder:
                 f" one that is kept, or later, came snippet {welcome.next_index}",
             )
         self.welcome = welcome
+        if not self._history_given:
+            self._history_snippets = max(self._history_snippets, _history_snippets(welcome))
         self._talk = _Talk.WELCOMED
         self._acked = self._sent = welcome.next_index
         self._send_until = welcome.send_until
@@ -347,15 +349,17 @@ class FeatureFeeder:
 
     def _forget_history(self) -> None:
         """Lets go of accepted snippets, except the newest `history_snippets` of them."""
-        if self.welcome is None:
-            return
-        history_snippets = self._history_snippets
-        if history_snippets is None:
-            history_snippets = (
-                self.welcome.window_snippets
-                + self.welcome.context_snippets
-                + self.welcome.lookahead_snippets
-            )
-        while self._kept and self._oldest < self._acked - history_snippets:
+        while self._kept and self._oldest < self._acked - self._history_snippets:
             self._kept.popleft()
             self._oldest += 1
+
+
+def _history_snippets(welcome: Welcome) -> int:
+    """What an engine may have accepted and not processed, and what that is decided from."""
+    unprocessed = welcome.send_until - welcome.next_index
+    return (
+        unprocessed
+        + welcome.window_snippets
+        + welcome.context_snippets
+        + welcome.lookahead_snippets
+    )

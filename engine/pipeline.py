@@ -64,6 +64,10 @@ class Pipeline:
         self.lookahead_snippets = self._plan.lookahead
         self.lookahead_s = config.lookahead_s
 
+    def warm_up(self) -> None:
+        """Run inference once, so that the first snippets do not wait for it."""
+        self._backend.score_snippets(self._features, self._valid)
+
     def step(self) -> list[Publication]:
         """At most one micro-batch of inference; returns what is to be published, in order."""
         published, self._announcements = self._announcements, []

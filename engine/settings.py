@@ -52,17 +52,21 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def load_settings(
-    model: type[AnySettings], file: Path | None = None, assignments: Sequence[str] = ()
+    model: type[AnySettings],
+    file: Path | None = None,
+    assignments: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> AnySettings:
     """Settings of the class `model` from its defaults, a YAML file and `path=value` assignments.
 
-    Later ones win. Values of assignments are YAML too: `hop=2`, `rates=[0.1, 0.2]`, `width=null`.
+    Later ones win. `base` takes the place of defaults where it has values: a bundle's own. Values of assignments are YAML too: `hop=2`, `rates=[0.1, 0.2]`, `width=null`.
     Values are not converted from one type to another, except whole numbers to floats. Raises
     SettingsError, which lists all that is wrong.
     """
     given = _Given({}, file, {})
+    _lay_over(given.values, base or {})
     if file is not None:
-        given.values.update(_read_file(file))
+        _lay_over(given.values, _read_file(file))
     for assignment in assignments:
         _assign(given, assignment)
     try:
@@ -154,6 +158,15 @@ def _read_file(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"{file}: expected settings as 'name: value', came {_shown(values)}")
     return values
+
+
+def _lay_over(values: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Put the values of `above` over `values`, group by group."""
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            _lay_over(values[name], value)
+        else:
+            values[name] = dict(value) if isinstance(value, Mapping) else value
 
 
 def _yaml_problem(error: Exception) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Manifest
 
 
@@ -38,14 +39,14 @@ class WindowPlan:
 
 
 def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
-    """The windows for a bundle. Raises ValueError if they are too short to be exact, or if the
+    """The windows for a bundle. Raises SettingsError if they are too short to be exact, or if the
     wished look-ahead is shorter than what the model itself needs."""
     hop = config.window.hop_snippets
     context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
     shortest = context + hop + lookahead
     window = config.window.window_snippets or shortest
     if window < shortest:
-        raise ValueError(
+        raise SettingsError(
             f"window.window_snippets: expected at least {shortest} (context {context} + hop {hop} "
             f"+ look-ahead {lookahead}), got {window}"
         )
@@ -53,7 +54,7 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     needed = lookahead + hop - 1
     wished = int(manifest.clock.position(config.lookahead_s) + 1e-9)
     if wished < needed:
-        raise ValueError(
+        raise SettingsError(
             f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
             f"{lookahead} + hop {hop} - 1 snippets), got {config.lookahead_s}; "
             "a shorter hop allows less"

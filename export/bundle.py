@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 from hrpro.engine.config import LocalizationConfig, WindowConfig
 from hrpro.engine.settings import Settings
 from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.wire import HrproError
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -36,7 +37,7 @@ INSTANCE_GRAPH = "instance.onnx"
 _GRAPHS = (SNIPPET_GRAPH, INSTANCE_GRAPH)
 
 
-class BundleError(ValueError):
+class BundleError(HrproError, ValueError):
     """A folder that is not a usable bundle."""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from hrpro.engine.wire import HrproError
 from hrpro.training.evaluate import TorchScorer
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel
@@ -30,7 +31,7 @@ _PROPOSAL_COUNTS = (0, 1, 50)
 Floats = NDArray[np.float32]
 
 
-class ExportError(RuntimeError):
+class ExportError(HrproError):
     """An exported graph that does not compute what the trained model computes."""
 
 

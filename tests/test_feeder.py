@@ -74,7 +74,7 @@ def test_only_as_much_is_kept_as_a_restarted_engine_needs() -> None:
     with serving() as server, feeder_to(server.feed_address) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
-        assert (feeder.lag, len(feeder._kept)) == (0, 4 + 2 + 1)
+        assert (feeder.lag, len(feeder._kept)) == (0, 16 + 4 + 2 + 1)
     with serving() as server, feeder_to(server.feed_address, history_snippets=0) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
@@ -257,9 +257,9 @@ def test_a_restarted_engine_gets_its_context_and_all_that_it_missed() -> None:
         feeder.flush()
     with serving(second, feed=address), feeder:
         feeder.send(rows(50, 80))
-        assert feeder.end() == Ended("cam", 80, 37, 37)
+        assert feeder.end() == Ended("cam", 80, 53, 53)
     assert first.received["cam"] == expected(0, 50)
-    assert second.received["cam"] == expected(43, 80)  # 7 of history, then what is new
+    assert second.received["cam"] == expected(27, 80)  # 23 of history, then what is new
 
 
 def test_an_engine_restarted_many_times_under_one_feeder() -> None:

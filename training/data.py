@@ -28,10 +28,12 @@ from pydantic import Field
 
 from hrpro.engine.settings import Settings
 from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.wire import HrproError, ProtocolError, checked
+from hrpro.engine.wire import label as wire_label
 from hrpro.training.metrics import Segments
 
 
-class DataError(ValueError):
+class DataError(HrproError, ValueError):
     """A data set that does not hold together; the message names the file and what was expected."""
 
 
@@ -221,8 +223,15 @@ def _read_classes(
         classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
         if len(set(classes)) != len(classes) or not classes:
             raise DataError(f"{path}: expected distinct class names, one a line")
-        return classes
-    return tuple(sorted({point.label for name in names for point in points[name]}))
+    else:
+        path = folder / "point_labels"
+        classes = tuple(sorted({point.label for name in names for point in points[name]}))
+    for label in classes:
+        try:
+            checked("class", wire_label, label)
+        except ProtocolError as error:  # it would not fit into the topic of an event
+            raise DataError(f"{path}: {error}") from None
+    return classes
 
 
 def _point_arrays(

@@ -55,13 +55,13 @@ def contrastive_loss(
 
     ``embedding`` (B, T, W), ``prototypes`` (C, W). The similarity is
     ``exp(cosine / temperature)``; the mean runs over the pseudo-action snippets, so that the
-    weight does not depend on how many were mined.
+    weight does not depend on how many were mined. Background is what attention is sure of.
     """
     x = F.normalize(embedding, dim=-1)
     m = F.normalize(prototypes, dim=-1)
     similarity = x @ m.T / temperature  # (B, T, C), logarithms
     among_classes = similarity.log_softmax(dim=-1)
-    background = torch.where(pseudo.background[..., None], similarity, -torch.inf)
+    background = torch.where(pseudo.confident_background[..., None], similarity, -torch.inf)
     background = background.logsumexp(dim=1, keepdim=True)  # (B, 1, C): the recording's own
     against_background = similarity - torch.logaddexp(similarity, background)
     return -_mean_where(among_classes + against_background, pseudo.action)

@@ -9,10 +9,15 @@ from torch import Tensor
 
 
 class PseudoSnippets(NamedTuple):
-    """``action`` (B, T, C) bool: pseudo-action snippets T+ by class; ``background`` (B, T) bool: T-."""
+    """``action`` (B, T, C) bool: pseudo-action snippets T+ by class; ``background`` (B, T) bool: T-.
+
+    ``confident_background`` (B, T) bool leaves out what is background for being the lowest alone:
+    where actions touch, that is still action.
+    """
 
     action: Tensor
     background: Tensor
+    confident_background: Tensor
 
 
 def mine_pseudo_snippets(
@@ -41,10 +46,10 @@ def mine_pseudo_snippets(
     forward = _walk_forward(passing, points)
     backward = _walk_forward(passing.flip(1), points.flip(1)).flip(1)
     action = forward | backward
-    background = (attention < background_threshold) | _lowest_between_points(
-        attention, points, valid
-    )
-    return PseudoSnippets(action, background & valid & ~action.any(dim=-1))
+    other = valid & ~action.any(dim=-1)
+    below = (attention < background_threshold) & other
+    lowest = _lowest_between_points(attention, points, valid) & other
+    return PseudoSnippets(action, below | lowest, below)
 
 
 def _walk_forward(passing: Tensor, points: Tensor) -> Tensor:

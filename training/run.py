@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from hrpro.engine.settings import Settings
+from hrpro.engine.wire import HrproError
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.instance_stage import new_instance_model
@@ -30,7 +31,7 @@ DESCRIPTION = "run.json"
 WEIGHTS = "model.pt"
 
 
-class RunError(ValueError):
+class RunError(HrproError, ValueError):
     """A folder that is not a finished training run."""
 
 

@@ -1,0 +1,105 @@
+"""Recordings on disk as live streams, at the pace of the snippet clock or as fast as they go."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.clients.feeder import FeatureFeeder
+from hrpro.engine.protocol import Ended, HrproError
+from hrpro.engine.timebase import SnippetClock
+
+
+class FeatureFileError(HrproError, ValueError):
+    """A file that is not an array of snippet features; the message names it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recording to be fed: ``features`` float32 (T, D) as the stream ``stream``."""
+
+    stream: str
+    features: NDArray[np.float32]
+
+
+def read_sources(paths: Sequence[Path]) -> list[Source]:
+    """``.npy`` files, or the test recordings of data folders; streams are named after the files.
+
+    Raises FeatureFileError.
+    """
+    files = [file for path in paths for file in _files_of(path)]
+    sources = [Source(file.stem, _read(file)) for file in files]
+    names = [source.stream for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise FeatureFileError(f"two files would be the stream {name!r}; feed one at a time")
+    return sources
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    split = path / "split_test.txt"
+    if not split.is_file():
+        raise FeatureFileError(f"{path}: expected a data folder with split_test.txt, or .npy files")
+    return [path / "features" / "test" / f"{name}.npy" for name in split.read_text().split()]
+
+
+def _read(file: Path) -> NDArray[np.float32]:
+    try:
+        features = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise FeatureFileError(f"{file}: expected a .npy array, could not read it: {error}") from None
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
+        came = f"{getattr(features, 'dtype', 'archive')} {getattr(features, 'shape', '')}"
+        raise FeatureFileError(f"{file}: expected floats of shape (T, D), came {came}")
+    return features.astype(np.float32, copy=False)
+
+
+def feed_sources(
+    sources: Sequence[Source],
+    address: str,
+    clock: SnippetClock,
+    speed: float | None = 1.0,
+    chunk_snippets: int = 1,
+    timeout_s: float = 60.0,
+    progress: Callable[[str, int], None] = lambda stream, snippets: None,
+) -> dict[str, Ended]:
+    """Feed recordings side by side, each as a stream of its own, and end them.
+
+    Snippet t is sent when its last frame would have been seen: (t + 1) snippets after the start,
+    divided by ``speed``; None feeds without waiting. ``progress`` is told of each chunk. Returns
+    what the engine said of each stream at its end.
+    """
+    ended: dict[str, Ended] = {}
+    with contextlib.ExitStack() as stack:
+        feeders = {
+            source.stream: stack.enter_context(
+                FeatureFeeder(
+                    address, source.stream, source.features.shape[1], clock, timeout_s=timeout_s
+                )
+            )
+            for source in sources
+        }
+        started_s = time.monotonic()
+        longest = max((len(source.features) for source in sources), default=0)
+        for first in range(0, longest, chunk_snippets):
+            for source in sources:
+                chunk = source.features[first : first + chunk_snippets]
+                if not len(chunk):
+                    continue
+                if speed is not None:
+                    due_s = clock.seconds(first + len(chunk)) / speed
+                    time.sleep(max(0.0, started_s + due_s - time.monotonic()))
+                feeders[source.stream].send(chunk)
+                progress(source.stream, len(chunk))
+            for source in sources:
+                if first < len(source.features) <= first + chunk_snippets:
+                    ended[source.stream] = feeders[source.stream].end()
+    return ended

@@ -1,0 +1,237 @@
+"""Streaming accuracy: the test split through a real engine, beside the same bundle offline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hrpro.clients.control import request_drain, request_status
+from hrpro.clients.feeding import Source, feed_sources
+from hrpro.clients.subscriber import EventSubscriber
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.offline import localize_recording
+from hrpro.engine.protocol import (
+    ActionEvent,
+    Ended,
+    FinalProposal,
+    HrproError,
+    Publication,
+    StreamNotice,
+)
+from hrpro.engine.serve import Addresses
+from hrpro.engine.timebase import SnippetClock
+from hrpro.export.bundle import Bundle
+from hrpro.training.data import DataConfig, DataSet, read_test_split, read_truth
+from hrpro.training.metrics import Segments, mean_average_precision
+
+_START_TIMEOUT_S = 60.0
+_COLLECT_TIMEOUT_S = 120.0
+_CHUNK_SNIPPETS = 8
+
+
+class EngineFailedError(HrproError):
+    """The engine's process did not start, or left before it should."""
+
+
+@dataclass(frozen=True)
+class StreamingRun:
+    """What was sent and what came back."""
+
+    sent: dict[str, int]
+    ended: dict[str, Ended]
+    publications: list[Publication]
+    gaps: int
+    repeats: int
+    counters: Mapping[str, int]
+
+    def finals(self, stream: str | None = None) -> list[FinalProposal]:
+        """Final proposals as they were published, of one stream or of all."""
+        return [
+            each
+            for each in self.publications
+            if isinstance(each, FinalProposal) and stream in (None, each.stream)
+        ]
+
+    def events(self, stream: str | None = None) -> list[ActionEvent]:
+        """Action events, of one stream or of all."""
+        return [
+            each
+            for each in self.publications
+            if isinstance(each, ActionEvent) and stream in (None, each.stream)
+        ]
+
+
+def evaluate_streaming(
+    bundle: Bundle,
+    config: EngineConfig,
+    data: DataSet,
+    truth: Mapping[str, Segments],
+    run: StreamingRun,
+) -> dict[str, object]:
+    """The figures of a run; `hrpro stream-eval --json` prints them."""
+    classes, clock = bundle.manifest.classes, bundle.manifest.clock
+    offline = mean_average_precision(
+        truth, offline_segments(bundle, config, data), len(classes)
+    )
+    index = {label: position for position, label in enumerate(classes)}
+    streaming = mean_average_precision(
+        truth,
+        {
+            name: Segments.from_rows(
+                [(f.start_s, f.end_s, index[f.label], f.score) for f in run.finals(name)]
+            )
+            for name in truth
+        },
+        len(classes),
+    )
+    finals = run.finals()
+    delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
+    processed = sum(
+        notice.next_index - notice.first_index
+        for notice in run.publications
+        if isinstance(notice, StreamNotice) and notice.kind == "ended"
+    )
+    sent = sum(run.sent.values())
+    identities = {(final.stream, final.session, final.id) for final in finals}
+    return {
+        "offline_average_map": offline.average,
+        "streaming_average_map": streaming.average,
+        "retention": streaming.average / offline.average if offline.average else 0.0,
+        "lookahead_s": config.lookahead_s,
+        "publish_delay_s": {
+            name: float(np.percentile(delays_s, percent))
+            for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))
+        },
+        "snippets_sent": sent,
+        "snippets_processed": processed,
+        # Of snippets and of publications: what never came, and what came more than once.
+        "lost": max(0, sent - processed) + run.gaps,
+        "duplicated": max(0, processed - sent) + run.repeats + len(finals) - len(identities),
+        "proposals": len(finals),
+        "events": len(run.events()),
+    }
+
+
+def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dict[str, Segments]:
+    """The bundle over whole recordings: final proposals in seconds, by recording."""
+    backend = OnnxRuntimeBackend(bundle, config.threads)
+    clock = bundle.manifest.clock
+    return {
+        recording.name: Segments.from_rows(
+            [
+                (clock.seconds(each.start), clock.seconds(each.end), each.label_index, each.score)
+                for each in localize_recording(backend, recording.features, config.localization)
+            ]
+        )
+        for recording in data.recordings
+    }
+
+
+def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, dict[str, Segments]]:
+    """The test split as the bundle's training read its data, and its ground truth."""
+    config = DataConfig.model_validate(bundle.manifest.training["data"])
+    data = read_test_split(folder, bundle.manifest.classes, config)
+    names = [recording.name for recording in data.recordings]
+    return data, read_truth(folder, names, bundle.manifest.classes)
+
+
+def stream_recordings(
+    addresses: Addresses,
+    sources: Sequence[Source],
+    clock: SnippetClock,
+    speed: float | None = None,
+    on_publication: Callable[[Publication], None] = lambda publication: None,
+) -> StreamingRun:
+    """Feed recordings through the real client and collect all that is published of them."""
+    with EventSubscriber(addresses.events) as subscriber:
+        subscriber.wait_connected()
+        collector = _Collector(subscriber, {source.stream for source in sources}, on_publication)
+        collector.start()
+        try:
+            chunk = _CHUNK_SNIPPETS if speed is None else 1
+            ended = feed_sources(sources, addresses.feed, clock, speed, chunk)
+        except BaseException:
+            collector.stop.set()
+            raise
+        finally:
+            collector.join(_COLLECT_TIMEOUT_S)
+        counters = request_status(addresses.control)["counters"]
+    if collector.error is not None:
+        raise collector.error
+    return StreamingRun(
+        sent={source.stream: len(source.features) for source in sources},
+        ended=ended,
+        publications=collector.publications,
+        gaps=subscriber.gaps,
+        repeats=subscriber.repeats,
+        counters=counters,
+    )
+
+
+class _Collector(threading.Thread):
+    """Receives until every stream has ended: a subscriber must not wait for the feeder."""
+
+    def __init__(
+        self,
+        subscriber: EventSubscriber,
+        streams: set[str],
+        on_publication: Callable[[Publication], None],
+    ) -> None:
+        super().__init__(name="collector", daemon=True)
+        self.publications: list[Publication] = []
+        self.error: Exception | None = None
+        self.stop = threading.Event()
+        self._subscriber = subscriber
+        self._streams = streams
+        self._on_publication = on_publication
+
+    def run(self) -> None:
+        try:
+            while self._streams and not self.stop.is_set():
+                publication = self._subscriber.receive(timeout_s=0.2)
+                if publication is None:
+                    continue
+                self.publications.append(publication)
+                self._on_publication(publication)
+                if isinstance(publication, StreamNotice) and publication.kind == "ended":
+                    self._streams.discard(publication.stream)
+        except Exception as error:
+            self.error = error  # raised again where the thread is joined
+
+
+@contextlib.contextmanager
+def running_engine(bundle: Path, config: EngineConfig) -> Iterator[Addresses]:
+    """An engine as a process of its own on loopback; drained at the end.
+
+    Raises EngineFailedError with what the engine said.
+    """
+    command = [sys.executable, "-m", "hrpro.clients.cli", "serve", str(bundle), "--json"]
+    for side in ("feed", "events", "control"):
+        command += [f"--{side}", "tcp://127.0.0.1:*"]
+    for name, value in config.model_dump(mode="json").items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            _, said = process.communicate(timeout=_START_TIMEOUT_S)
+            raise EngineFailedError(f"the engine did not start: {said.strip()}")
+        said = json.loads(line)
+        addresses = Addresses(said["feed"], said["events"], said["control"])
+        yield addresses
+        request_drain(addresses.control)
+        process.wait(_START_TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=_START_TIMEOUT_S)

@@ -1,0 +1,108 @@
+"""Publications for people and for programs: a live table, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from hrpro.clients.subscriber import EventSubscriber
+from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, StreamNotice
+
+_POLL_S = 0.25  # how often the idle time is looked at
+_ROWS = 24
+
+
+def publications(
+    subscriber: EventSubscriber, until_idle_s: float | None = None
+) -> Iterator[Publication | None]:
+    """What comes; None whenever nothing came for a while. Ends when nothing came for so long."""
+    last_s = time.monotonic()
+    while True:
+        publication = subscriber.receive(timeout_s=_POLL_S)
+        if publication is not None:
+            last_s = time.monotonic()
+        elif until_idle_s is not None and time.monotonic() - last_s >= until_idle_s:
+            return
+        yield publication
+
+
+def to_json(publication: Publication) -> str:
+    """A publication as one line of JSON; ``type`` says which it is."""
+    return json.dumps({"type": publication.TYPE, **asdict(publication)}, ensure_ascii=False)
+
+
+def write_json_lines(
+    subscriber: EventSubscriber, file: IO[str], until_idle_s: float | None = None
+) -> int:
+    """Write what comes, one line each; returns how many."""
+    count = 0
+    for publication in publications(subscriber, until_idle_s):
+        if publication is not None:
+            file.write(to_json(publication) + "\n")
+            file.flush()
+            count += 1
+    return count
+
+
+def show_table(
+    subscriber: EventSubscriber, console: Console, until_idle_s: float | None = None
+) -> None:
+    """Show actions as they start, grow and end, until interrupted or idle."""
+    board = EventBoard()
+    with Live(board.table(), console=console, refresh_per_second=8) as live:
+        for publication in publications(subscriber, until_idle_s):
+            if publication is not None:
+                board.take(publication)
+                live.update(board.table())
+
+
+class EventBoard:
+    """The newest actions of all streams, as a table."""
+
+    def __init__(self) -> None:
+        self._actions: dict[tuple[str, int, int], ActionEvent] = {}
+        self._streams: dict[str, StreamNotice] = {}
+        self._finals = 0
+
+    def take(self, publication: Publication) -> None:
+        """Take note of a publication."""
+        match publication:
+            case ActionEvent():
+                key = (publication.stream, publication.session, publication.id)
+                self._actions.pop(key, None)  # the newest change stands last
+                self._actions[key] = publication
+                # Open actions stay; of the ended ones only what fits on a screen.
+                ended = [k for k, action in self._actions.items() if action.kind == "end"]
+                for old in ended[:-_ROWS]:
+                    del self._actions[old]
+            case FinalProposal():
+                self._finals += 1
+            case StreamNotice():
+                self._streams[publication.stream] = publication
+
+    def table(self) -> Table:
+        """The board as it is now: open actions first, then the newest ended ones."""
+        live = sum(notice.kind == "opened" for notice in self._streams.values())
+        table = Table(caption=f"{live} live streams, {self._finals} final proposals")
+        for name in ("stream", "action", "from", "to", "score", ""):
+            table.add_column(name, justify="right" if name in {"from", "to", "score"} else "left")
+        newest = list(reversed(self._actions.values()))
+        for action in sorted(newest, key=lambda each: each.kind == "end")[:_ROWS]:
+            is_open = action.kind != "end"
+            table.add_row(
+                action.stream,
+                action.label,
+                f"{action.start_s:.1f} s",
+                "" if action.end_s is None else f"{action.end_s:.1f} s",
+                f"{action.score:.2f}",
+                "● now" if is_open else "ended",
+                style="bold green" if is_open else "",
+            )
+        return table

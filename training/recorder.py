@@ -1,0 +1,65 @@
+"""Losses while training goes on: a line every few steps, TensorBoard scalars, progress bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from hrpro.training.config import TrainingConfig
+
+METRICS = "metrics.jsonl"
+_EVERY_STEPS = 10
+_TITLES = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
+
+
+class Recorder:
+    """Called with the losses of each step, see `hrpro.training.optimisation.Report`."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, console: Console) -> None:
+        self._steps = {"snippet": config.snippet_stage.steps, "instance": config.instance_stage.steps}
+        self._metrics = (folder / METRICS).open("w")
+        self._scalars = SummaryWriter(str(folder / "tensorboard"))
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            console=console,
+        )
+        self._tasks = {
+            stage: self._progress.add_task(_TITLES[stage], total=steps, loss=float("nan"))
+            for stage, steps in self._steps.items()
+        }
+        self.last: dict[str, dict[str, float]] = {}
+
+    def __call__(self, stage: str, step: int, losses: dict[str, float]) -> None:
+        """Take note of one step."""
+        self._progress.update(self._tasks[stage], completed=step, loss=losses["loss"])
+        if step % _EVERY_STEPS and step != self._steps[stage]:
+            return
+        self.last[stage] = losses
+        self._metrics.write(json.dumps({"stage": stage, "step": step, **losses}) + "\n")
+        self._metrics.flush()
+        for name, value in losses.items():
+            self._scalars.add_scalar(f"{stage}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._scalars.close()
+        self._metrics.close()
