@@ -55,7 +55,9 @@ def _read(file: Path) -> NDArray[np.float32]:
     try:
         features = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise FeatureFileError(f"{file}: expected a .npy array, could not read it: {error}") from None
+        raise FeatureFileError(
+            f"{file}: expected a .npy array, could not read it: {error}"
+        ) from None
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         came = f"{getattr(features, 'dtype', 'archive')} {getattr(features, 'shape', '')}"
         raise FeatureFileError(f"{file}: expected floats of shape (T, D), came {came}")
@@ -69,13 +71,13 @@ def feed_sources(
     speed: float | None = 1.0,
     chunk_snippets: int = 1,
     timeout_s: float = 60.0,
-    progress: Callable[[str, int], None] = lambda stream, snippets: None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Ended]:
     """Feed recordings side by side, each as a stream of its own, and end them.
 
     Snippet t is sent when its last frame would have been seen: (t + 1) snippets after the start,
-    divided by ``speed``; None feeds without waiting. ``progress`` is told of each chunk. Returns
-    what the engine said of each stream at its end.
+    divided by ``speed``; None feeds without waiting. ``progress`` is told of each chunk's length.
+    Returns what the engine said of each stream at its end.
     """
     ended: dict[str, Ended] = {}
     with contextlib.ExitStack() as stack:
@@ -98,7 +100,8 @@ def feed_sources(
                     due_s = clock.seconds(first + len(chunk)) / speed
                     time.sleep(max(0.0, started_s + due_s - time.monotonic()))
                 feeders[source.stream].send(chunk)
-                progress(source.stream, len(chunk))
+                if progress is not None:
+                    progress(len(chunk))
             for source in sources:
                 if first < len(source.features) <= first + chunk_snippets:
                     ended[source.stream] = feeders[source.stream].end()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from hrpro.clients.control import request_drain, request_status
 from hrpro.clients.feeding import Source, feed_sources
@@ -78,21 +79,10 @@ def evaluate_streaming(
     run: StreamingRun,
 ) -> dict[str, object]:
     """The figures of a run; `hrpro stream-eval --json` prints them."""
-    classes, clock = bundle.manifest.classes, bundle.manifest.clock
-    offline = mean_average_precision(
-        truth, offline_segments(bundle, config, data), len(classes)
-    )
-    index = {label: position for position, label in enumerate(classes)}
-    streaming = mean_average_precision(
-        truth,
-        {
-            name: Segments.from_rows(
-                [(f.start_s, f.end_s, index[f.label], f.score) for f in run.finals(name)]
-            )
-            for name in truth
-        },
-        len(classes),
-    )
+    classes = bundle.manifest.classes
+    offline = mean_average_precision(truth, offline_segments(bundle, config, data), len(classes))
+    published = {name: published_segments(run.finals(name), classes) for name in truth}
+    streaming = mean_average_precision(truth, published, len(classes))
     finals = run.finals()
     delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
     processed = sum(
@@ -119,6 +109,31 @@ def evaluate_streaming(
         "proposals": len(finals),
         "events": len(run.events()),
     }
+
+
+def published_segments(
+    published: Sequence[FinalProposal | ActionEvent], classes: Sequence[str]
+) -> Segments:
+    """Publications whose end is known as segments in seconds."""
+    return Segments.from_rows(
+        [
+            (each.start_s, each.end_s, classes.index(each.label), each.score)
+            for each in published
+            if each.end_s is not None
+        ]
+    )
+
+
+def figures_table(figures: Mapping[str, object]) -> Table:
+    """The figures for people."""
+    table = Table("figure", "value", title="streaming against offline")
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            text = ", ".join(f"{key} {each:.2f}" for key, each in value.items())
+        else:
+            text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(name, text)
+    return table
 
 
 def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dict[str, Segments]:
@@ -149,7 +164,7 @@ def stream_recordings(
     sources: Sequence[Source],
     clock: SnippetClock,
     speed: float | None = None,
-    on_publication: Callable[[Publication], None] = lambda publication: None,
+    on_publication: Callable[[Publication], None] | None = None,
 ) -> StreamingRun:
     """Feed recordings through the real client and collect all that is published of them."""
     with EventSubscriber(addresses.events) as subscriber:
@@ -184,7 +199,7 @@ class _Collector(threading.Thread):
         self,
         subscriber: EventSubscriber,
         streams: set[str],
-        on_publication: Callable[[Publication], None],
+        on_publication: Callable[[Publication], None] | None,
     ) -> None:
         super().__init__(name="collector", daemon=True)
         self.publications: list[Publication] = []
@@ -201,11 +216,12 @@ class _Collector(threading.Thread):
                 if publication is None:
                     continue
                 self.publications.append(publication)
-                self._on_publication(publication)
+                if self._on_publication is not None:
+                    self._on_publication(publication)
                 if isinstance(publication, StreamNotice) and publication.kind == "ended":
                     self._streams.discard(publication.stream)
-        except Exception as error:
-            self.error = error  # raised again where the thread is joined
+        except Exception as error:  # noqa: BLE001 - raised again where the thread is joined
+            self.error = error
 
 
 @contextlib.contextmanager
@@ -219,7 +235,9 @@ def running_engine(bundle: Path, config: EngineConfig) -> Iterator[Addresses]:
         command += [f"--{side}", "tcp://127.0.0.1:*"]
     for name, value in config.model_dump(mode="json").items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(  # noqa: S603 - this very interpreter
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

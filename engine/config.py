@@ -22,7 +22,9 @@ class LocalizationConfig(Settings):
         0.25, gt=0, le=1, description="outer regions as a share of the proposal's length (epsilon)"
     )
     border_limit: int = Field(
-        3, ge=1, description="outer regions are never wider than this, so that they can be waited for"
+        3,
+        ge=1,
+        description="outer regions are never wider than this, so that they can be waited for",
     )
     soft_nms_sigma: float = Field(0.3, gt=0, description="width of the Gaussian of soft-NMS")
     keep_unrefined: bool = Field(
@@ -32,9 +34,11 @@ class LocalizationConfig(Settings):
         0.001, ge=0, description="proposals that soft-NMS leaves at or below this are dropped"
     )
     event_start: float = Field(0.5, gt=0, lt=1, description="an action starts when P exceeds this")
-    event_end: float = Field(0.25, gt=0, lt=1, description="an action is over when P falls below this")
+    event_end: float = Field(
+        0.25, gt=0, lt=1, description="an action is over when P falls below this"
+    )
     event_update: int = Field(
-        4, ge=1, description="an open action is updated whenever it has grown by this many snippets"
+        4, ge=1, description="an open action is updated when it has grown by so many snippets"
     )
     history_snippets: int = Field(
         512, ge=32, description="snippets of embedding kept for the refinement of proposals"
@@ -69,7 +73,9 @@ class EngineConfig(Settings):
         4.0, ge=0, description="a proposal is final at most this long after the end of its run"
     )
     max_batch: int = Field(16, ge=1, description="windows in one inference call")
-    backlog_snippets: int = Field(64, ge=1, description="snippets a feeder may be ahead of inference")
+    backlog_snippets: int = Field(
+        64, ge=1, description="snippets a feeder may be ahead of inference"
+    )
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")

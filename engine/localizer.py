@@ -87,14 +87,16 @@ class StreamLocalizer:
 
     def flush(self) -> list[Decision]:
         """The stream is over: everything open ends at its last snippet and is published."""
-        self._close()
+        self.close()
         return self._publish(self._detector.next_index)
 
-    def _close(self) -> None:
+    def close(self) -> list[Proposal]:
+        """End everything open at the last snippet; returns what waits to be published."""
         self._closed += self._detector.flush()
         self._tracker.flush()
         ready, self._closed = self._closed, []
         self._refine(ready)
+        return [proposal for pool in self._pool for proposal in pool]
 
     def _ready(self) -> list[Run]:
         """Closed runs whose evidence is complete, or which have to be published now."""
@@ -102,7 +104,8 @@ class StreamLocalizer:
             return []
         now = self._detector.next_index
         due = now if self._wait is None else now - self._wait
-        ready, waiting = [], []
+        ready: list[Run] = []
+        waiting: list[Run] = []
         for run in self._closed:
             is_ready = run.evidence_stop <= now or (self._wait is not None and run.stop <= due)
             (ready if is_ready else waiting).append(run)
@@ -173,8 +176,7 @@ def candidates(scores: NDArray[np.float32], config: LocalizationConfig) -> list[
     """All runs of a recording's P (T, C), scored by contrast, before any soft-NMS."""
     localizer = StreamLocalizer(scores.shape[1], 0, config, scorer=None, wait=None)
     localizer.advance(scores, np.zeros((len(scores), 0), dtype=np.float32))
-    localizer._close()
-    return [proposal for pool in localizer._pool for proposal in pool]
+    return localizer.close()
 
 
 def _columns(proposals: list[Proposal]) -> tuple[Floats, Floats, Floats]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher, Job
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.localizer import Decision, StreamLocalizer
+from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.messages import Publication
 from hrpro.engine.publish import Publisher
 from hrpro.engine.refine import InstanceScorer
@@ -98,7 +98,7 @@ class Pipeline:
             return self.streams[stream]
         if len(self.streams) >= self._config.max_streams:
             raise StreamError(
-                "too_large",
+                "too_many_streams",
                 f"stream {stream!r}: {self._config.max_streams} streams are open, "
                 "which is the most that engine.max_streams allows",
             )
@@ -139,9 +139,7 @@ class Pipeline:
             raise StreamError("unknown_stream", f"stream {stream!r} is not open; say hello first")
         return self.streams[stream]
 
-    def _fill_windows(
-        self, jobs: list[Job]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def _fill_windows(self, jobs: list[Job]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         for row, job in enumerate(jobs):
             job.stream.read_window(job.stop, self._features[row], self._valid[row])
         return self._features[: len(jobs)], self._valid[: len(jobs)]

@@ -65,7 +65,7 @@ class RunDetector:
         # Sums of P are differences of running totals. What lies left of an open run is summed up
         # when it opens, so that a run may outlast every buffer.
         self._start_total = np.zeros((K, C))
-        self._left_sums = np.zeros((K, C, config.border_limit + 1))  # of the last 0, 1, ... snippets
+        self._left_sums = np.zeros((K, C, config.border_limit + 1))  # of the last 0, 1, ...
         self._totals = Ring(2 * config.border_limit + 4, (C,), first_index, dtype=np.float64)
         self._totals.append(np.zeros((1, C)))  # row i: the total over the snippets below i
         self._previous = np.zeros(C)

@@ -68,9 +68,7 @@ def refine_runs(
     )
     labels = [run.label_index for run in runs]
     rows = np.arange(len(runs))
-    refined = np.clip(
-        refined.astype(np.float64) + first, detector.first_index, detector.next_index
-    )
+    refined = np.clip(refined.astype(np.float64) + first, detector.first_index, detector.next_index)
     proposals = _proposals(
         runs, refined, (contrast + refined_completeness[rows, labels].astype(np.float64)) / 2
     )

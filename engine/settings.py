@@ -59,9 +59,10 @@ def load_settings(
 ) -> AnySettings:
     """Settings of the class `model` from its defaults, a YAML file and `path=value` assignments.
 
-    Later ones win. `base` takes the place of defaults where it has values: a bundle's own. Values of assignments are YAML too: `hop=2`, `rates=[0.1, 0.2]`, `width=null`.
-    Values are not converted from one type to another, except whole numbers to floats. Raises
-    SettingsError, which lists all that is wrong.
+    Later ones win. `base` takes the place of defaults where it has values: a bundle's own.
+    Values of assignments are YAML too: `hop=2`, `rates=[0.1, 0.2]`, `width=null`. Values are not
+    converted from one type to another, except whole numbers to floats. Raises SettingsError, which
+    lists all that is wrong.
     """
     given = _Given({}, file, {})
     _lay_over(given.values, base or {})

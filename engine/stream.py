@@ -70,7 +70,7 @@ class Stream:
         n, D = features.shape
         if self.ended:
             raise self._error("out_of_order", first_index, "no more snippets after the end")
-        if D != self._ring.row_shape[0]:
+        if self._ring.row_shape[0] != D:
             raise self._error(
                 "wrong_dimension", first_index, f"expected D = {self._ring.row_shape[0]}, got {D}"
             )

@@ -1,7 +1,7 @@
 """Snippet scores -> actions with an identity, that start, grow and end.
 
-    P of a class   0.1   0.6   0.8   0.3   0.7   0.2   0.1       event_start 0.5, event_end 0.25
-                          start                   over    end, when the look-ahead has passed
+P of a class   0.1   0.6   0.8   0.3   0.7   0.2   0.1       event_start 0.5, event_end 0.25
+                      start                   over    end, when the look-ahead has passed
 """
 
 from __future__ import annotations
@@ -152,6 +152,4 @@ class ActionTracker:
             end = float(action.stop or 0)
             if action.best is not None:
                 start, end, score = action.best.start, action.best.end, action.best.score
-        return ActionChange(
-            kind, action.id, action.label_index, action.revision, start, end, score
-        )
+        return ActionChange(kind, action.id, action.label_index, action.revision, start, end, score)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -98,7 +97,9 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise BundleError(f"{path}: file is missing; expected a bundle made by hrpro export") from None
+        raise BundleError(
+            f"{path}: file is missing; expected a bundle made by hrpro export"
+        ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: expected JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -178,10 +179,10 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             old = temporary.with_name(temporary.name + ".old")
-            os.rename(target, old)
-            os.rename(temporary, target)
+            target.rename(old)
+            temporary.rename(target)
             shutil.rmtree(old)
         else:
-            os.rename(temporary, target)
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -41,9 +41,7 @@ def export_bundle(
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
         export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
-        verified = verify_graphs(
-            model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness
-        )
+        verified = verify_graphs(model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness)
         write_manifest(
             folder,
             {

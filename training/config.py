@@ -49,9 +49,11 @@ class SnippetStageConfig(Settings):
     background_threshold: float = Field(0.1, ge=0, le=1, description="theta_2 of Algorithm 1")
     focal_gamma: float = Field(2.0, ge=0, description="focusing parameter of the focal loss")
     action_weight: float = Field(1.0, ge=0, description="weight of the action term of eq. 1")
-    background_weight: float = Field(1.0, ge=0, description="weight of the background term of eq. 1")
+    background_weight: float = Field(1.0, ge=0, description="weight of the background term, eq. 1")
     background_class_weight: float = Field(
-        1.0, ge=0, description="weight of a focal term that holds P down on background (not in the paper)"
+        1.0,
+        ge=0,
+        description="weight of a focal term of P on background (not in the paper)",
     )
     contrastive_weight: float = Field(0.1, ge=0, description="lambda_1 of eq. 8 (paper: 1)")
     temperature: float = Field(0.1, gt=0, description="tau of the contrastive loss")
@@ -59,7 +61,10 @@ class SnippetStageConfig(Settings):
         0.999, ge=0, lt=1, description="mu of eq. 3 for the prototypes that snippets attend to"
     )
     embedding_momentum: float = Field(
-        0.9, ge=0, lt=1, description="mu of eq. 3 for the embedded prototypes of the contrastive loss"
+        0.9,
+        ge=0,
+        lt=1,
+        description="mu of eq. 3 for the contrastive loss, on the embedding",
     )
     average_decay: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights")
 
@@ -77,7 +82,10 @@ class InstanceStageConfig(Settings):
     )
     regression_weight: float = Field(1.0, ge=0, description="lambda_2 of eq. 14")
     regression_floor: float = Field(
-        0.3, ge=0, le=1, description="proposals below this IoU with their reliable proposal do not regress"
+        0.3,
+        ge=0,
+        le=1,
+        description="a proposal regresses from this IoU with its reliable proposal on",
     )
     negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
     negative_thresholds: tuple[float, ...] = Field(
@@ -101,5 +109,7 @@ class TrainingConfig(Settings):
     @model_validator(mode="after")
     def _points_leave_context(self) -> TrainingConfig:
         if self.model.attention_past is None and self.model.attention_future:
-            raise ValueError("model.attention_future: full attention (attention_past null) has no band")
+            raise ValueError(
+                "model.attention_future: full attention (attention_past null) has no band"
+            )
         return self

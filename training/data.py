@@ -3,15 +3,15 @@
     DATA/
       features/{train,test}/NAME.npy     float32 (T, D), one row a snippet
       split_train.txt, split_test.txt    one recording name a line
-      point_labels/*.csv                 class, video_id, point (a frame); other columns are ignored
-      classes.txt                        one class a line (optional: else the labelled classes, sorted)
-      gt_full.json                       {"database": {NAME: {"annotations": [{"label", "segment"}]}}}
+      point_labels/*.csv                 class, video_id, point (a frame); others are ignored
+      classes.txt                        one class a line (or else all labels, sorted)
+      gt_full.json                       database: {NAME: {"annotations": [{"label", "segment"}]}}
 
 Training reads the training split's features and points and nothing else; ``gt_full.json`` is read
 for evaluation alone.
 
     DataError
-    """
+"""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def read_test_split(
     return DataSet(folder.resolve().name, tuple(classes), config.clock, tuple(recordings))
 
 
-def read_truth(
-    folder: Path, names: Sequence[str], classes: Sequence[str]
-) -> dict[str, Segments]:
+def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Segments]:
     """Ground-truth instances of the named recordings, in seconds."""
     path = folder / "gt_full.json"
     try:

@@ -32,7 +32,7 @@ class TorchScorer:
         """See `InstanceScorer`."""
         with torch.no_grad():
             output = self._model(torch.from_numpy(embedding), torch.from_numpy(proposals))
-        return tuple(each.numpy() for each in output)  # type: ignore[return-value]
+        return tuple(each.numpy() for each in output)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def evaluate(
     config: LocalizationConfig,
 ) -> Evaluation:
     """Localize every recording of ``data`` and compare with ``truth``."""
-    both, stage1 = {}, {}
+    both: dict[str, Segments] = {}
+    stage1: dict[str, Segments] = {}
     scorer = TorchScorer(model.instance)
     for recording in data.recordings:
         output = snippet_scores(model.snippet, recording.features)

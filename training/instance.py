@@ -38,6 +38,7 @@ class InstanceModel(nn.Module):
         self.regress = _two_layers((START_BINS + END_BINS) * width, hidden, 2, dropout)
 
     def forward(self, embedding: Tensor, proposals: Tensor) -> InstanceOutput:
+        """Score the proposals, refine them, and score what became of them."""
         lowest = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
         highest = lowest + (embedding.shape[0] - 1)
         completeness, refined = self.heads(

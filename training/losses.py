@@ -29,9 +29,7 @@ def focal_loss(probability: Tensor, target: Tensor, gamma: float) -> Tensor:
     return -(target * positive + (1 - target) * negative)
 
 
-def base_loss(
-    scores: Tensor, attention: Tensor, pseudo: PseudoSnippets, gamma: float
-) -> BaseLoss:
+def base_loss(scores: Tensor, attention: Tensor, pseudo: PseudoSnippets, gamma: float) -> BaseLoss:
     """L_base, eq. 1: focal loss of P on pseudo-action snippets and of 1 - A on pseudo background.
 
     ``scores`` P (B, T, C), ``attention`` A (B, T). Each term is a mean over its snippets (a sum

@@ -54,7 +54,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class MeanAveragePrecision:
-    """``by_tiou[threshold]`` is the mAP at that threshold, ``average`` their mean; all in [0, 1]."""
+    """``by_tiou[threshold]`` is the mAP at a threshold, ``average`` their mean; in [0, 1]."""
 
     average: float
     by_tiou: dict[float, float]

@@ -30,7 +30,7 @@ class SnippetOutput(NamedTuple):
 
 
 class ReliabilityAwareBlock(nn.Module):
-    """Reliability-aware attention block (RAB, eq. 4-6): snippets attend to snippets and prototypes."""
+    """Reliability-aware attention block (RAB, eq. 4-6) over snippets and prototypes."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
@@ -49,6 +49,7 @@ class ReliabilityAwareBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, visible: Tensor) -> Tensor:
+        """Snippets (B, T, W), prototypes (C, W), what may be seen (B, T, T + C) -> (B, T, W)."""
         B, T, W = x.shape  # recordings or windows, snippets, width
         C = memory.shape[0]  # prototypes
         keyed = torch.cat([x, memory.expand(B, C, W)], dim=1)  # (B, T + C, W)
@@ -94,6 +95,7 @@ class SnippetModel(nn.Module):
         self.attend = nn.Linear(width, 1)
 
     def forward(self, features: Tensor, valid: Tensor) -> SnippetOutput:
+        """See `SnippetOutput`; the memory is the model's own."""
         return self.attend_to(features, valid, self.prototypes)
 
     def attend_to(self, features: Tensor, valid: Tensor, prototypes: Tensor) -> SnippetOutput:

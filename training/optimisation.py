@@ -21,11 +21,19 @@ class Schedule(Protocol):
     """The settings of a stage that descent needs."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """Optimiser steps."""
+        ...
+
     @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float:
+        """Peak of the one-cycle rate."""
+        ...
+
     @property
-    def weight_decay(self) -> float: ...
+    def weight_decay(self) -> float:
+        """Of AdamW."""
+        ...
 
 
 class Descent:

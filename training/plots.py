@@ -39,7 +39,7 @@ def plot_timeline(
     figure, axes = plt.subplots(
         4, 1, figsize=(13, 7.5), sharex=True, height_ratios=[1, 2, 2, 1], layout="constrained"
     )
-    _draw_bars(axes[0], timeline.truth, classes, colours, label=True)
+    _draw_bars(axes[0], timeline.truth, classes, colours)
     axes[0].set_ylabel("truth")
     centres_s = [clock.seconds(index + 0.5) for index in range(len(timeline.cas))]
     for index, label in enumerate(classes):
@@ -49,7 +49,7 @@ def plot_timeline(
     axes[1].set_ylim(-0.03, 1.03)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _draw_proposals(axes[2], timeline.proposals, colours)
-    _draw_bars(axes[3], timeline.events, classes, colours, label=True)
+    _draw_bars(axes[3], timeline.events, classes, colours)
     axes[3].set_ylabel("events")
     axes[3].set_xlabel("seconds")
     axes[3].set_xlim(0, clock.seconds(len(timeline.cas)))
@@ -59,7 +59,10 @@ def plot_timeline(
 
 
 def _draw_bars(
-    axes: Axes, segments: Segments, classes: Sequence[str], colours: NDArray[np.float64], label: bool
+    axes: Axes,
+    segments: Segments,
+    classes: Sequence[str],
+    colours: NDArray[np.float64],
 ) -> None:
     """Segments as labelled bars; the rows of overlapping ones alternate."""
     free_from_s: list[float] = []
@@ -72,11 +75,15 @@ def _draw_bars(
         free_from_s[row] = end_s
         index = int(segments.label_index[n])
         axes.barh(-row, end_s - start_s, left=start_s, height=0.8, color=colours[index])
-        if label:
-            axes.text(
-                (start_s + end_s) / 2, -row, classes[index], ha="center", va="center", fontsize=7,
-                clip_on=True,
-            )
+        axes.text(
+            (start_s + end_s) / 2,
+            -row,
+            classes[index],
+            ha="center",
+            va="center",
+            fontsize=7,
+            clip_on=True,
+        )
     axes.set_yticks([])
 
 

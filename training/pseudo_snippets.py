@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PseudoSnippets(NamedTuple):
-    """``action`` (B, T, C) bool: pseudo-action snippets T+ by class; ``background`` (B, T) bool: T-.
+    """``action`` (B, T, C) bool: pseudo-action snippets by class; ``background`` (B, T) bool.
 
     ``confident_background`` (B, T) bool leaves out what is background for being the lowest alone:
     where actions touch, that is still action.

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Proposals of one recording: ``borders`` (N, 2) in snippets, ``label_index`` (N,), p_OIC (N,)."""
+    """Proposals of a recording: ``borders`` (N, 2) in snippets, ``label_index`` and p_OIC (N,)."""
 
     borders: Floats
     label_index: NDArray[np.int64]

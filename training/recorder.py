@@ -22,7 +22,10 @@ class Recorder:
     """Called with the losses of each step, see `hrpro.training.optimisation.Report`."""
 
     def __init__(self, folder: Path, config: TrainingConfig, console: Console) -> None:
-        self._steps = {"snippet": config.snippet_stage.steps, "instance": config.instance_stage.steps}
+        self._steps = {
+            "snippet": config.snippet_stage.steps,
+            "instance": config.instance_stage.steps,
+        }
         self._metrics = (folder / METRICS).open("w")
         self._scalars = SummaryWriter(str(folder / "tensorboard"))
         self._progress = Progress(

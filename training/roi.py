@@ -37,7 +37,7 @@ class RegionPooling(NamedTuple):
     def __call__(
         self, embedding: Tensor, proposals: Tensor, lowest: Tensor, highest: Tensor
     ) -> Regions:
-        """Sample the regions of ``proposals`` (N, 2), borders in snippets, from ``embedding`` (T, W).
+        """Sample the regions of ``proposals`` (N, 2), in snippets, from ``embedding`` (T, W).
 
         Snippet t has its centre at position t + 0.5. Positions outside the snippets ``lowest``
         to ``highest`` (int64, (N, 1)) take the nearest one's features.

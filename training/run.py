@@ -1,18 +1,18 @@
 """The folder of a training run: configuration, what it was trained on, and the weights.
 
-    RUN/
-      run.json         configuration, data set, classes, D
-      model.pt         weights of both stages (state dicts; read with weights_only)
-      metrics.jsonl    losses, one line every few steps
-      tensorboard/     the same as scalars
+RUN/
+  run.json         configuration, data set, classes, D
+  model.pt         weights of both stages (state dicts; read with weights_only)
+  metrics.jsonl    losses, one line every few steps
+  tensorboard/     the same as scalars
+  figures.json     what hrpro evaluate measured last; goes into the bundle
 
-    RunError    the folder is not a finished run
+RunError    the folder is not a finished run
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from hrpro.training.train import TrainedModel
 
 DESCRIPTION = "run.json"
 WEIGHTS = "model.pt"
+FIGURES = "figures.json"
 
 
 class RunError(HrproError, ValueError):
@@ -61,12 +62,34 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
 def write_run(folder: Path, description: RunDescription, model: TrainedModel) -> None:
     """Write the weights, then the description: a folder that has one is finished."""
     weights = {"snippet": model.snippet.state_dict(), "instance": model.instance.state_dict()}
+    (folder / DESCRIPTION).unlink(missing_ok=True)
     temporary = folder / (WEIGHTS + ".part")
     torch.save(weights, temporary)
-    os.replace(temporary, folder / WEIGHTS)
-    temporary = folder / (DESCRIPTION + ".part")
-    temporary.write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
-    os.replace(temporary, folder / DESCRIPTION)
+    temporary.replace(folder / WEIGHTS)
+    (folder / FIGURES).unlink(missing_ok=True)  # of an earlier run in this folder
+    _write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+
+
+def write_figures(folder: Path, figures: dict[str, float]) -> None:
+    """Note what was measured of a run."""
+    _write_json(folder / FIGURES, figures)
+
+
+def read_figures(folder: Path) -> dict[str, float]:
+    """What was measured of a run; nothing if it was not evaluated."""
+    path = folder / FIGURES
+    if not path.exists():
+        return {}
+    try:
+        return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: expected figures by name: {error}") from None
+
+
+def _write_json(path: Path, content: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
@@ -89,7 +112,5 @@ def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
         snippet.load_state_dict(weights["snippet"])
         instance.load_state_dict(weights["instance"])
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(
-            f"{folder / WEIGHTS}: expected the weights of this run: {error}"
-        ) from None
+        raise RunError(f"{folder / WEIGHTS}: expected the weights of this run: {error}") from None
     return description, TrainedModel(snippet.eval(), instance.eval())

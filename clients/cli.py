@@ -1,0 +1,331 @@
+"""The `hrpro` command: one function a command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hrpro.engine.wire import HrproError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hrpro.engine.pipeline import Pipeline
+    from hrpro.engine.serve import Addresses
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Streaming action localization, trained from one point label per action.",
+)
+feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
+app.add_typer(feed_app, name="feed")
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting, such as group.name=1."),
+]
+DataFolder = Annotated[Path, typer.Option("--data", help="Data folder in the release's layout.")]
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Data folder: features and point labels.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train both stages from point labels."""
+    from hrpro.engine.settings import load_settings
+    from hrpro.training.config import TrainingConfig
+    from hrpro.training.session import train_run
+
+    assignments = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    settings = load_settings(TrainingConfig, config, assignments)
+    summary = train_run(data, out, settings, _console(as_json))
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _console().print(f"next: hrpro evaluate {out} --data {data}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: DataFolder,
+    as_json: JsonFlag = False,
+) -> None:
+    """Mean average precision on the test split, whole recordings at once."""
+    from hrpro.training.session import evaluate_run
+
+    figures = evaluate_run(run, data)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    from rich.table import Table
+
+    table = Table("", *figures["map"], "average", title=f"mAP at tIoU, {run} on {data}")
+    table.add_row(
+        "both stages",
+        *(f"{value:.3f}" for value in figures["map"].values()),
+        f"{figures['average_map']:.3f}",
+    )
+    table.add_row("stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}")
+    _console().print(table)
+    _console().print(f"next: hrpro export {run} --out bundle")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the deployment bundle: two ONNX graphs and what the engine needs to know."""
+    from hrpro.export.export import export_bundle
+    from hrpro.training.run import read_figures, read_run
+
+    description, model = read_run(run)
+    bundle = export_bundle(description, model, read_figures(run), out)
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps({"bundle_id": manifest.bundle_id, "verified": manifest.verified}))
+        return
+    console = _console()
+    console.print(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
+    for name, difference in manifest.verified.items():
+        console.print(f"  {name:<13}{difference:.1e}")
+    console.print(
+        f"next: hrpro serve {out} --feed tcp://127.0.0.1:5555 "
+        "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557"
+    )
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    feed: Annotated[str, typer.Option(help="Address that feeders connect to.")],
+    events: Annotated[str, typer.Option(help="Address that subscribers connect to.")],
+    control: Annotated[str, typer.Option(help="Address for status and drain.")],
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
+    from hrpro.engine import serve as engine
+    from hrpro.export.bundle import read_bundle
+
+    loaded = read_bundle(bundle)
+    settings = engine.load_engine_config(loaded, config, set_ or [])
+
+    def ready(bound: Addresses, pipeline: Pipeline) -> None:
+        # Lines that other programs wait for: no markup, no wrapping, at once.
+        for line in _ready_lines(bound, pipeline, as_json):
+            print(line, flush=True)
+
+    with _address_errors(feed, events, control):
+        engine.serve(loaded, settings, engine.Addresses(feed, events, control), ready)
+
+
+def _ready_lines(bound: Addresses, pipeline: Pipeline, as_json: bool) -> list[str]:
+    if as_json:
+        said = {"feed": bound.feed, "events": bound.events, "control": bound.control}
+        return [json.dumps({**said, "bundle_id": pipeline.bundle_id, "state": "READY"})]
+    clock = pipeline.clock
+    window_s = clock.seconds(pipeline.window_snippets)
+    return [
+        f"bundle   {pipeline.bundle_id}, {len(pipeline.classes)} classes, "
+        f"{pipeline.feature_dim} features a snippet of {clock.snippet_s:g} s",
+        f"window   {pipeline.window_snippets} snippets ({window_s:.2f} s), hop "
+        f"{pipeline.hop_snippets}, final within {pipeline.lookahead_s:g} s",
+        f"feed     {bound.feed}",
+        f"events   {bound.events}",
+        f"control  {bound.control}",
+        "READY",
+    ]
+
+
+@feed_app.command("features")
+def feed_features(
+    paths: Annotated[list[Path], typer.Argument(help=".npy files, or data folders (test split).")],
+    to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],
+    speed: Annotated[str, typer.Option(help="Times the pace of the snippet clock, or max.")] = "1",
+    frames_per_s: Annotated[float, typer.Option(help="Frame rate of the snippet clock.")] = 25.0,
+    snippet_frames: Annotated[int, typer.Option(help="Frames in a snippet.")] = 16,
+    as_json: JsonFlag = False,
+) -> None:
+    """Feed recorded features as live streams, named after their files, and end them."""
+    from hrpro.clients.feeding import feed_sources, read_sources
+    from hrpro.engine.timebase import SnippetClock
+
+    clock = SnippetClock(frames_per_s, snippet_frames)
+    factor = _speed(speed)
+    sources = read_sources(paths)
+    total = sum(len(source.features) for source in sources)
+    with _progress(total, as_json) as advance:
+        ended = feed_sources(
+            sources,
+            to,
+            clock,
+            factor,
+            chunk_snippets=8 if factor is None else 1,
+            progress=advance,
+        )
+    if as_json:
+        streams = {name: said.next_index for name, said in ended.items()}
+        print(json.dumps({"streams": streams, "snippets": total}))
+        return
+    for name, said in ended.items():
+        _console().print(
+            f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events"
+        )
+
+
+@app.command()
+def watch(
+    from_: Annotated[str, typer.Option("--from", help="Events address of the engine.")],
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    label: Annotated[str | None, typer.Option(help="Only this class.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="Write JSON lines to this file (- for stdout).")
+    ] = None,
+    until_idle: Annotated[
+        float | None, typer.Option(help="Leave when nothing came for so many seconds.")
+    ] = None,
+) -> None:
+    """Watch actions as they start, grow and end: a live table, or JSON lines."""
+    from hrpro.clients.subscriber import EventSubscriber
+    from hrpro.clients.watching import show_table, write_json_lines
+
+    # Leave as on Ctrl-C, so that the file is closed and the terminal restored.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _address_errors(from_),
+        EventSubscriber(from_, stream=stream, label=label) as subscriber,
+    ):
+        if jsonl is None:
+            show_table(subscriber, _console(), until_idle)
+        elif str(jsonl) == "-":
+            write_json_lines(subscriber, sys.stdout, until_idle)
+        else:
+            with jsonl.open("a", encoding="utf-8") as file:
+                write_json_lines(subscriber, file, until_idle)
+
+
+@app.command("stream-eval")
+def stream_eval(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    data: DataFolder,
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Streaming accuracy: a real engine on loopback, fed the test split, beside offline."""
+    from hrpro.clients import stream_eval as streaming
+    from hrpro.clients.feeding import Source
+    from hrpro.engine.serve import load_engine_config
+    from hrpro.export.bundle import read_bundle
+
+    loaded = read_bundle(bundle)
+    settings = load_engine_config(loaded, config, set_ or [])
+    recordings, truth = streaming.read_evaluation_data(data, loaded)
+    sources = [Source(each.name, each.features) for each in recordings.recordings]
+    with streaming.running_engine(bundle, settings) as addresses:
+        run = streaming.stream_recordings(addresses, sources, loaded.manifest.clock)
+    figures = streaming.evaluate_streaming(loaded, settings, recordings, truth, run)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        _console().print(streaming.figures_table(figures))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for run, bundle, pictures.")] = Path(
+        "hrpro-demo"
+    ),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the stream-eval object to this file.")
+    ] = None,
+    speed: Annotated[str, typer.Option(help="Times the pace of the snippet clock, or max.")] = "10",
+) -> None:
+    """Train on the example recordings, export, stream the held-out ones, show what comes."""
+    from hrpro.clients.demo import run_demo
+
+    figures = run_demo(out, _speed(speed), _console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _console(quiet: bool = False) -> Console:
+    """Where people read: stdout, or stderr when stdout is for a JSON object alone."""
+    from rich.console import Console
+
+    return Console(stderr=quiet, highlight=False)
+
+
+def _speed(text: str) -> float | None:
+    """A factor above 0, or None for as fast as it goes."""
+    if text == "max":
+        return None
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise typer.BadParameter(
+            f"expected a number above 0 or max, got {text!r}", param_hint="--speed"
+        )
+    return factor
+
+
+@contextlib.contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=_console(quiet), transient=True) as progress:
+        task = progress.add_task("snippets", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def _address_errors(*addresses: str) -> Iterator[None]:
+    """ZeroMQ says little of an address that it cannot use."""
+    import zmq
+
+    try:
+        yield
+    except zmq.ZMQError as error:
+        raise HrproError(f"cannot use {', '.join(addresses)}: {error}") from None
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, not a traceback."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        app()
+    except (HrproError, OSError) as error:
+        print(f"hrpro: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
