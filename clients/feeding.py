@@ -61,7 +61,13 @@ def _read(file: Path) -> NDArray[np.float32]:
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         came = f"{getattr(features, 'dtype', 'archive')} {getattr(features, 'shape', '')}"
         raise FeatureFileError(f"{file}: expected floats of shape (T, D), came {came}")
-    return features.astype(np.float32, copy=False)
+    features = features.astype(np.float32, copy=False)
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise FeatureFileError(
+            f"{file}: snippet {int(finite.argmin())}: expected finite features, got NaN or infinity"
+        )
+    return features
 
 
 def feed_sources(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -49,7 +51,7 @@ class Ring:
         self._rows[: n - head] = rows[head:]
         self.next_index += n
 
-    def read(self, start: int, stop: int, out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
+    def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows ``start <= index < stop`` as a copy, or written to ``out`` of that length."""
         assert self.oldest <= start <= stop <= self.next_index, (self.oldest, start, stop)
         n = stop - start
@@ -61,7 +63,7 @@ class Ring:
         out[head:] = self._rows[: n - head]
         return out
 
-    def row(self, index: int) -> NDArray[np.generic]:
+    def row(self, index: int) -> NDArray[Any]:
         """One row, as a view."""
         assert self.oldest <= index < self.next_index, (self.oldest, index, self.next_index)
         return self._rows[index % self.capacity]

@@ -47,6 +47,9 @@ class SnippetStageConfig(Settings):
     )
     action_threshold: float = Field(0.95, ge=0, le=1, description="theta_1 of Algorithm 1")
     background_threshold: float = Field(0.1, ge=0, le=1, description="theta_2 of Algorithm 1")
+    lowest_weight: float = Field(
+        1.0, ge=0, description="weight of background that is only the lowest A between two points"
+    )
     focal_gamma: float = Field(2.0, ge=0, description="focusing parameter of the focal loss")
     action_weight: float = Field(1.0, ge=0, description="weight of the action term of eq. 1")
     background_weight: float = Field(1.0, ge=0, description="weight of the background term, eq. 1")

@@ -29,20 +29,32 @@ def focal_loss(probability: Tensor, target: Tensor, gamma: float) -> Tensor:
     return -(target * positive + (1 - target) * negative)
 
 
-def base_loss(scores: Tensor, attention: Tensor, pseudo: PseudoSnippets, gamma: float) -> BaseLoss:
+def base_loss(
+    scores: Tensor,
+    attention: Tensor,
+    pseudo: PseudoSnippets,
+    gamma: float,
+    lowest_weight: float = 1.0,
+) -> BaseLoss:
     """L_base, eq. 1: focal loss of P on pseudo-action snippets and of 1 - A on pseudo background.
 
     ``scores`` P (B, T, C), ``attention`` A (B, T). Each term is a mean over its snippets (a sum
     over classes) and 0 where there are none. The third term, focal loss of P towards 0 on pseudo
     background, is not in the paper.
+
+    Background for being the lowest between two points alone counts ``lowest_weight``: 1 is
+    Algorithm 1, less is for recordings whose actions follow each other without a break.
     """
+    background = pseudo.background.to(scores.dtype)  # (B, T), weights
+    background = torch.where(pseudo.confident_background, 1.0, lowest_weight * background)
+    count = pseudo.background.sum().clamp(min=1)
     on_action = focal_loss(scores, pseudo.action.to(scores.dtype), gamma).sum(dim=-1)  # (B, T)
     on_background = focal_loss(attention, torch.zeros_like(attention), gamma)
     on_classes = focal_loss(scores, torch.zeros_like(scores), gamma).sum(dim=-1)
     return BaseLoss(
         _mean_where(on_action, pseudo.action.any(dim=-1)),
-        _mean_where(on_background, pseudo.background),
-        _mean_where(on_classes, pseudo.background),
+        (on_background * background).sum() / count,
+        (on_classes * background).sum() / count,
     )
 
 

@@ -43,7 +43,9 @@ def train_snippet_stage(config: TrainingConfig, data: DataSet, report: Report) -
         crops = sampler.draw(stage.batch_size)
         output = model(crops.features, crops.valid)
         pseudo = _mine(output, crops.points, crops.valid, stage)
-        base = base_loss(output.scores, output.attention, pseudo, stage.focal_gamma)
+        base = base_loss(
+            output.scores, output.attention, pseudo, stage.focal_gamma, stage.lowest_weight
+        )
         contrast = contrastive_loss(output.embedding, embedded, pseudo, stage.temperature)
         loss = (
             stage.action_weight * base.action
