@@ -25,6 +25,9 @@ from hrpro.engine.windows import plan_windows
 from hrpro.engine.wire import StreamError
 from hrpro.export.bundle import Manifest
 
+# Stream ids whose sessions are counted on; the longest unused ones are forgotten first.
+_SESSIONS_REMEMBERED = 65536
+
 
 class Backend(InstanceScorer, Protocol):
     """Where inference runs: both stages of a bundle."""
@@ -102,8 +105,10 @@ class Pipeline:
                 f"stream {stream!r}: {self._config.max_streams} streams are open, "
                 "which is the most that engine.max_streams allows",
             )
-        session = self._sessions.get(stream, 0) + 1
+        session = self._sessions.pop(stream, 0) + 1
         self._sessions[stream] = session
+        if len(self._sessions) > _SESSIONS_REMEMBERED:
+            del self._sessions[next(iter(self._sessions))]
         manifest = self._manifest
         localizer = StreamLocalizer(
             len(manifest.classes),

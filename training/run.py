@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from hrpro.engine.settings import Settings
 from hrpro.engine.wire import HrproError
@@ -28,7 +29,7 @@ from hrpro.training.snippet_stage import new_snippet_model
 from hrpro.training.train import TrainedModel
 
 DESCRIPTION = "run.json"
-WEIGHTS = "model.pt"
+CHECKPOINTS = {"snippet": "snippet.pt", "instance": "instance.pt"}
 FIGURES = "figures.json"
 
 
@@ -59,14 +60,23 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
     )
 
 
-def write_run(folder: Path, description: RunDescription, model: TrainedModel) -> None:
-    """Write the weights, then the description: a folder that has one is finished."""
-    weights = {"snippet": model.snippet.state_dict(), "instance": model.instance.state_dict()}
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-    temporary = folder / (WEIGHTS + ".part")
-    torch.save(weights, temporary)
-    temporary.replace(folder / WEIGHTS)
-    (folder / FIGURES).unlink(missing_ok=True)  # of an earlier run in this folder
+def begin_run(folder: Path) -> None:
+    """Make the folder of a run; one that was there counts as unfinished from here on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (DESCRIPTION, FIGURES, *CHECKPOINTS.values()):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_checkpoint(folder: Path, stage: str, model: nn.Module) -> None:
+    """Write the weights of a stage that is through."""
+    path = folder / CHECKPOINTS[stage]
+    temporary = path.with_name(path.name + ".part")
+    torch.save(model.state_dict(), temporary)
+    temporary.replace(path)
+
+
+def finish_run(folder: Path, description: RunDescription) -> None:
+    """Write the description: a folder that has one is a finished run."""
     _write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
 
 
@@ -107,10 +117,14 @@ def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
         description.config, description.feature_dim, len(description.classes)
     )
     instance = new_instance_model(description.config, snippet)
-    try:
-        weights = torch.load(folder / WEIGHTS, weights_only=True)
-        snippet.load_state_dict(weights["snippet"])
-        instance.load_state_dict(weights["instance"])
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"{folder / WEIGHTS}: expected the weights of this run: {error}") from None
+    _load_checkpoint(folder / CHECKPOINTS["snippet"], snippet)
+    _load_checkpoint(folder / CHECKPOINTS["instance"], instance)
     return description, TrainedModel(snippet.eval(), instance.eval())
+
+
+def _load_checkpoint(path: Path, model: nn.Module) -> None:
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: expected the weights of this run: {reason}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,7 +14,14 @@ from hrpro.training.config import TrainingConfig
 from hrpro.training.data import read_test_split, read_training_split, read_truth
 from hrpro.training.evaluate import evaluate
 from hrpro.training.recorder import Recorder
-from hrpro.training.run import describe_run, read_run, write_figures, write_run
+from hrpro.training.run import (
+    begin_run,
+    describe_run,
+    finish_run,
+    read_run,
+    write_checkpoint,
+    write_figures,
+)
 from hrpro.training.train import train
 
 
@@ -32,12 +40,12 @@ def train_run(
 ) -> dict[str, object]:
     """Train on a data folder and write the run; returns a summary."""
     data = read_training_split(data_folder, config.data)
-    out.mkdir(parents=True, exist_ok=True)
-    description = describe_run(config, data)
+    begin_run(out)
     started_s = time.monotonic()
     with Recorder(out, config, console) as recorder:
-        model = train(config, data, recorder)
-    write_run(out, description, model)
+        train(config, data, recorder, partial(write_checkpoint, out))
+    description = describe_run(config, data)
+    finish_run(out, description)
     summary: dict[str, object] = {
         "run": str(out),
         "data_set": data.name,
