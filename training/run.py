@@ -2,7 +2,8 @@
 
 RUN/
   run.json         configuration, data set, classes, D
-  model.pt         weights of both stages (state dicts; read with weights_only)
+  snippet.pt       checkpoint of stage 1, written when it is through (a state dict)
+  instance.pt      checkpoint of stage 2
   metrics.jsonl    losses, one line every few steps
   tensorboard/     the same as scalars
   figures.json     what hrpro evaluate measured last; goes into the bundle
