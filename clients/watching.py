@@ -10,6 +10,7 @@ from typing import IO
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from hrpro.clients.subscriber import EventSubscriber
@@ -98,7 +99,7 @@ class EventBoard:
             is_open = action.kind != "end"
             table.add_row(
                 action.stream,
-                action.label,
+                escape(action.label),
                 f"{action.start_s:.1f} s",
                 "" if action.end_s is None else f"{action.end_s:.1f} s",
                 f"{action.score:.2f}",

@@ -106,7 +106,8 @@ class RunDetector:
         stop = min(run.stop + run.border, self.next_index)
         right_sum = (self._totals.row(stop) - self._totals.row(run.stop))[run.label_index]
         count = run.left_count + stop - run.stop
-        return float(run.inner_mean - (run.left_sum + right_sum) / count if count else 0.0)
+        outer_mean = (run.left_sum + right_sum) / count if count else 0.0
+        return float(run.inner_mean - outer_mean)
 
     def _open_runs(self, opened: NDArray[np.bool_], current: Floats) -> None:
         t = self.next_index
@@ -125,7 +126,7 @@ class RunDetector:
 
     def _close_runs(self, closed: NDArray[np.bool_], current: Floats | None) -> list[Run]:
         t = self.next_index
-        k, c = np.nonzero(closed & (self._peak >= self._config.peak_gate))
+        k, c = np.nonzero(closed & (self._peak > self._config.peak_gate))
         if current is None:
             stop_position = np.full(len(k), float(t))
         else:

@@ -14,13 +14,9 @@ def stitch(job: Job, scores: Rows, embedding: Rows) -> tuple[Rows, Rows]:
     """The positions of a window that count: P (n, C) and embedding (n, W) for its job.
 
     ``scores`` (T, C) and ``embedding`` (T, W) are of the whole window, which ends before
-    ``job.stop``. Features that are finite but absurd can drive the model to NaN: such positions
-    count as background.
+    ``job.stop``.
     """
     assert job.first == job.stream.processed, "windows of a stream are stitched in order"
     start = job.stop - len(scores)
     counted = slice(job.first - start, job.until - start)
-    return (
-        np.nan_to_num(scores[counted], nan=0.0, posinf=0.0, neginf=0.0),
-        np.nan_to_num(embedding[counted], nan=0.0, posinf=0.0, neginf=0.0),
-    )
+    return scores[counted], embedding[counted]

@@ -61,6 +61,7 @@ class ActionTracker:
     def __init__(self, class_count: int, config: LocalizationConfig, first_index: int) -> None:
         self._config = config
         self._next_id = 0
+        self._first_index = first_index
         self._next_index = first_index
         self._previous = np.zeros(class_count)
         self._open: dict[int, Action] = {}  # by class
@@ -125,7 +126,7 @@ class ActionTracker:
         before, now = self._previous[label_index], current[label_index]
         # As for proposals, the border lies where the score crosses the threshold.
         crossing = (self._config.event_start - before) / (now - before)
-        start = max(t - 0.5 + crossing, 0.0) if before > 0 else float(t)
+        start = float(t) if t == self._first_index else t - 0.5 + crossing
         action = Action(self._next_id, label_index, float(start), first_index=t, updated_at=t)
         self._next_id += 1
         self._open[label_index] = action

@@ -51,12 +51,13 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
             f"+ look-ahead {lookahead}), got {window}"
         )
     # The last snippet of a hop waits for none of its own, the first one for all of them.
-    needed = lookahead + hop - 1
+    # That a run is over shows in the score of the snippet behind it.
+    needed = lookahead + hop
     wished = int(manifest.clock.position(config.lookahead_s) + 1e-9)
     if wished < needed:
         raise SettingsError(
             f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
-            f"{lookahead} + hop {hop} - 1 snippets), got {config.lookahead_s}; "
+            f"{lookahead} + hop {hop} snippets), got {config.lookahead_s}; "
             "a shorter hop allows less"
         )
-    return WindowPlan(window, hop, window - hop - lookahead, lookahead, wished - needed)
+    return WindowPlan(window, hop, window - hop - lookahead, lookahead, wished - needed + 1)

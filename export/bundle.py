@@ -170,7 +170,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Raises FileExistsError if ``target`` exists and is not a bundle: nothing else is overwritten.
     """
     target = target.absolute()
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not is_free and not (target / MANIFEST).is_file():
         raise FileExistsError(f"{target}: exists and is not a bundle; not overwritten")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -122,9 +123,9 @@ def test_soft_nms_is_the_plain_one(rows: list[Row], sigma: float) -> None:
 
 
 @given(rows_of_segments, st.randoms())
-def test_the_order_of_proposals_does_not_matter(rows: list[Row], random: object) -> None:
+def test_the_order_of_proposals_does_not_matter(rows: list[Row], random: Random) -> None:
     shuffled = list(rows)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     outcome = sorted((*row[:2], score) for row, score in zip(rows, suppressed(rows), strict=True))
     again = zip(shuffled, suppressed(shuffled), strict=True)
     assert outcome == sorted((*row[:2], score) for row, score in again)

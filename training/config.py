@@ -75,7 +75,7 @@ class SnippetStageConfig(Settings):
 class InstanceStageConfig(Settings):
     """Stage 2: instance-level action completeness learning."""
 
-    steps: int = Field(1000, ge=0, description="optimiser steps (0: leave stage 2 out)")
+    steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(256, ge=2, description="proposals in a step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(1e-2, ge=0)
@@ -86,7 +86,7 @@ class InstanceStageConfig(Settings):
     regression_weight: float = Field(1.0, ge=0, description="lambda_2 of eq. 14")
     regression_floor: float = Field(
         0.3,
-        ge=0,
+        gt=0,
         le=1,
         description="a proposal regresses from this IoU with its reliable proposal on",
     )

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,14 +131,27 @@ def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> di
         if name not in database:
             raise DataError(f"{path}: recording {name!r} of the split has no entry")
         rows = []
-        for annotation in database[name]["annotations"]:
-            label = annotation["label"]
+        for label, start_s, end_s in _annotations(path, name, database[name]):
             if label not in class_index:
                 raise DataError(f"{path}: {name!r} has the label {label!r}, not one of the classes")
-            start_s, end_s = map(float, annotation["segment"])
             rows.append((start_s, end_s, class_index[label], 1.0))
         truth[name] = Segments.from_rows(rows)
     return truth
+
+
+def _annotations(path: Path, name: str, entry: Any) -> list[tuple[str, float, float]]:
+    """Label, start and end in seconds of each instance of one recording."""
+    rows = []
+    try:
+        for annotation in entry["annotations"]:
+            start_s, end_s = map(float, annotation["segment"])
+            rows.append((str(annotation["label"]), start_s, end_s))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f'{path}: {name!r}: expected annotations with "label" and "segment", two numbers, '
+            f"got {error!r}"
+        ) from None
+    return rows
 
 
 def _read_names(path: Path) -> list[str]:
@@ -164,10 +179,12 @@ def _read_features(path: Path) -> NDArray[np.float32]:
             f"{path}: expected a float array (T, D) with T, D >= 1, "
             f"got {features.dtype} {features.shape}"
         )
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+        features = np.ascontiguousarray(features, dtype=np.float32)
     bad_rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad_rows):
         raise DataError(f"{path}: snippet {bad_rows[0]} is not finite ({len(bad_rows)} such rows)")
-    return np.ascontiguousarray(features, dtype=np.float32)
+    return features
 
 
 @dataclass(frozen=True)
@@ -246,7 +263,8 @@ def _point_arrays(
         where = f"{_points_file(folder, config)}, line {point.line}: recording {name!r}"
         if point.label not in classes:
             raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
-        index = config.clock.index_of_frame(int(point.frame)) if point.frame >= 0 else -1
+        frame = point.frame if 0 <= point.frame < math.inf else -1.0
+        index = config.clock.index_of_frame(int(frame)) if frame >= 0 else -1
         if not 0 <= index < length:
             raise DataError(
                 f"{where}: the point at frame {point.frame:g} (snippet {index}) lies outside the "
@@ -271,6 +289,8 @@ def _check_classes_have_points(
     folder: Path, classes: tuple[str, ...], recordings: Sequence[Recording]
 ) -> None:
     labelled = set(np.concatenate([recording.point_label for recording in recordings]).tolist())
+    if not labelled:
+        raise DataError(f"{folder}: no training point for any recording of the split")
     missing = [label for index, label in enumerate(classes) if index not in labelled]
     if missing:
         raise DataError(

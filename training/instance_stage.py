@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.localizer import candidates
+from hrpro.engine.wire import HrproError
 from hrpro.training.config import InstanceStageConfig, TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.instance import InstanceModel
@@ -19,6 +20,10 @@ from hrpro.training.optimisation import AveragedModel, Descent, Report
 from hrpro.training.ranking import Candidates, rank_proposals
 from hrpro.training.roi import RegionPooling
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
+
+
+class TrainingError(HrproError):
+    """Training cannot go on; the message says why."""
 
 
 def new_instance_model(config: TrainingConfig, snippet: SnippetModel) -> InstanceModel:
@@ -93,8 +98,14 @@ def train_instance_stage(
 ) -> InstanceModel:
     """Stage 2: instance-level action completeness learning; ``snippet`` stays as it is."""
     stage = config.instance_stage
-    table = _proposal_table(config, data, snippet)
     model = new_instance_model(config, snippet)
+    table = _proposal_table(config, data, snippet)
+    if table.negative.all():  # also where there is nothing at all
+        raise TrainingError(
+            "stage 1 gives no proposal on the training recordings: no score exceeds "
+            f"localization.peak_gate {config.localization.peak_gate:g}; "
+            "train longer (snippet_stage.steps) or lower the gate"
+        )
     averaged = AveragedModel(model, stage.average_decay)
     descent = Descent(model, stage)
     generator = torch.Generator().manual_seed(config.seed)

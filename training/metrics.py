@@ -137,7 +137,7 @@ def _match(tiou: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArra
     free = np.ones((K, M), dtype=bool)
     rows = np.arange(K)
     for n in range(N):
-        if tiou[n].max() < thresholds[0]:
+        if tiou[n].max() < thresholds.min():
             continue
         candidates = np.where(free, tiou[n], -1.0)  # (K, M)
         best = candidates.argmax(axis=1)

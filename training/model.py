@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hrpro.training.config import ModelConfig
 
 EMBEDDING_KERNEL = 3
+_FEATURE_LIMIT = 1e4  # standard deviations
 
 
 class SnippetOutput(NamedTuple):
@@ -115,6 +116,8 @@ class SnippetModel(nn.Module):
 
     def _input(self, features: Tensor) -> Tensor:
         normalised = (features - self.feature_mean) * self.feature_scale
+        # Beyond there is no evidence, and what overflows would spread past the band as NaN.
+        normalised = normalised.clamp(-_FEATURE_LIMIT, _FEATURE_LIMIT)
         projected: Tensor = self.project(normalised)
         return projected
 

@@ -1,0 +1,26 @@
+"""A bundle that all tests share: making one takes seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+    from hrpro.export.bundle import Bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    # Imported here: most tests need no torch.
+    from tiny_model import tiny_bundle
+
+    return tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def backend(bundle: Bundle) -> OnnxRuntimeBackend:
+    from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, threads=1)

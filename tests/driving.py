@@ -1,0 +1,164 @@
+"""What the tests of the pipeline share: streams that are fed in turns, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.localizer import Decision, Final, StreamLocalizer
+from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
+from hrpro.engine.pipeline import Backend, Pipeline
+from hrpro.export.bundle import Manifest
+
+Floats = NDArray[np.float32]
+
+# (stream, snippets to send, steps to make after that)
+Turn = tuple[str, int, int]
+
+
+def engine_config(
+    manifest: Manifest,
+    hop: int = 1,
+    window: int | None = None,
+    lookahead_s: float = 5.12,
+    max_batch: int = 4,
+    backlog: int = 16,
+    max_streams: int = 8,
+) -> EngineConfig:
+    return EngineConfig(
+        window=WindowConfig(hop_snippets=hop, window_snippets=window),
+        localization=manifest.localization,
+        lookahead_s=lookahead_s,
+        max_batch=max_batch,
+        backlog_snippets=backlog,
+        max_streams=max_streams,
+        threads=1,
+    )
+
+
+@dataclass
+class Recorder:
+    """In the place of a stream's localizer: keeps what goes in and what comes out."""
+
+    inner: StreamLocalizer
+    scores: list[Floats] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def open_actions(self) -> int:
+        return self.inner.open_actions
+
+    def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
+        self.scores.append(scores)
+        return self._keep(self.inner.advance(scores, embedding))
+
+    def flush(self) -> list[Decision]:
+        return self._keep(self.inner.flush())
+
+    def _keep(self, decisions: list[Decision]) -> list[Decision]:
+        self.decisions += decisions
+        return decisions
+
+    @property
+    def run_stops(self) -> list[int]:
+        """Of the final proposals, in order."""
+        return [each.proposal.run_stop for each in self.decisions if isinstance(each, Final)]
+
+
+class Drive:
+    """A pipeline and recordings on their way into it."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        config: EngineConfig,
+        recordings: Mapping[str, Floats],
+        first_index: int = 0,
+    ) -> None:
+        self.pipeline = Pipeline(manifest, backend, config)
+        self.recordings = recordings
+        self.first_index = first_index
+        self.published: list[Publication] = []
+        self.recorders: dict[str, Recorder] = {}
+        for name in recordings:
+            stream = self.pipeline.open(name, first_index)
+            self.recorders[name] = Recorder(stream.localizer)
+            stream.localizer = self.recorders[name]  # type: ignore[assignment]
+
+    def step(self) -> None:
+        self.published += self.pipeline.step()
+
+    def settle(self) -> None:
+        while self.pipeline.pending():
+            self.step()
+
+    def send(self, name: str, count: int) -> None:
+        """The next snippets of a recording, as many as there are and as have room."""
+        stream, features = self.pipeline.streams[name], self.recordings[name]
+        start = stream.next_index - self.first_index
+        stop = min(start + count, len(features), stream.send_until - self.first_index)
+        self.pipeline.append(name, stream.next_index, features[start:stop])
+
+    def take_turns(self, turns: Iterable[Turn]) -> None:
+        for name, count, steps in turns:
+            self.send(name, count)
+            for _ in range(steps):
+                self.step()
+
+    def finish(self, chunk: int = 1000) -> list[Publication]:
+        """Send all that is left, end every stream, and return what was published of all."""
+        for name, features in self.recordings.items():
+            stop = self.first_index + len(features)
+            while (stream := self.pipeline.streams[name]).next_index < stop:
+                self.send(name, chunk)
+                self.settle()
+            assert stream.next_index == stop
+            self.pipeline.end(name, stop)
+        self.settle()
+        assert not self.pipeline.streams
+        return self.published
+
+    def scores(self, name: str) -> Floats:
+        """What reached the localizer of a stream."""
+        return np.concatenate(self.recorders[name].scores)
+
+
+def of_stream(published: Iterable[Publication], name: str) -> list[Publication]:
+    return [each for each in published if each.stream == name]
+
+
+def finals(published: Iterable[Publication]) -> list[FinalProposal]:
+    return [each for each in published if isinstance(each, FinalProposal)]
+
+
+def renamed(published: Iterable[Publication], name: str) -> list[Publication]:
+    return [replace(each, stream=name) for each in published]
+
+
+def assert_same(got: list[Publication], expected: list[Publication]) -> None:
+    """Equal in all fields, in the same order; numbers but for rounding."""
+    assert [type(each) for each in got] == [type(each) for each in expected]
+    for one, other in zip(got, expected, strict=True):
+        assert _exact(one) == _exact(other)
+        np.testing.assert_allclose(_measured(one), _measured(other), atol=1e-5)
+
+
+def _exact(publication: Publication) -> Publication:
+    match publication:
+        case ActionEvent():
+            end_s = None if publication.end_s is None else 0.0
+            return replace(publication, start_s=0.0, end_s=end_s, score=0.0)
+        case FinalProposal():
+            return replace(publication, start_s=0.0, end_s=0.0, score=0.0)
+    return publication
+
+
+def _measured(publication: Publication) -> list[float]:
+    if isinstance(publication, StreamNotice):
+        return []
+    return [publication.start_s, publication.end_s or 0.0, publication.score]

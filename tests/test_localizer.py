@@ -1,0 +1,287 @@
+"""Scores of a stream -> decisions: by hand, and as properties of any track."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.localizer import Decision, Final, StreamLocalizer, candidates, localize
+from hrpro.engine.proposals import RunDetector
+from hrpro.engine.refine import Proposal
+from hrpro.engine.tracker import ActionChange
+
+Floats = NDArray[np.float32]
+
+PLAIN = LocalizationConfig(thresholds=(0.5,), peak_gate=0.0)
+TWO = LocalizationConfig(thresholds=(0.25, 0.75), peak_gate=0.0)
+
+
+class MeanScorer:
+    """A stage 2 that looks at what is there: the mean embedding in and around a proposal."""
+
+    def score_instances(
+        self, embedding: Floats, proposals: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        means = []
+        for start, end in proposals:
+            first = max(0, int(np.floor(start)) - 2)
+            means.append(float(embedding[first : max(first + 1, int(np.ceil(end)) + 2)].mean()))
+        mean = np.array(means, np.float32)[:, None]
+        completeness = np.tile(mean, (1, 2))
+        return (
+            completeness,
+            proposals + mean * np.array([-0.5, 0.5], np.float32),
+            completeness * 0.5,
+        )
+
+
+def new_localizer(
+    config: LocalizationConfig,
+    wait: int | None,
+    first_index: int = 0,
+    scorer: MeanScorer | None = None,
+    class_count: int = 1,
+) -> StreamLocalizer:
+    return StreamLocalizer(class_count, class_count, config, scorer, wait, first_index)
+
+
+def rows(track: list[float]) -> Floats:
+    """One class."""
+    return np.array(track, np.float32).reshape(-1, 1)
+
+
+def by_snippet(localizer: StreamLocalizer, scores: Floats) -> list[list[Decision]]:
+    """The decisions at each snippet, and last those at the end; the scores are the embedding."""
+    decisions = [localizer.advance(row[None], row[None]) for row in scores]
+    return [*decisions, localizer.flush()]
+
+
+def finals(decisions: list[Decision]) -> list[Proposal]:
+    return [each.proposal for each in decisions if isinstance(each, Final)]
+
+
+def run_all(localizer: StreamLocalizer, scores: Floats) -> list[Decision]:
+    return [each for decisions in by_snippet(localizer, scores) for each in decisions]
+
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+def test_nothing_comes_of_nothing() -> None:
+    assert run_all(new_localizer(PLAIN, 2), rows([])) == []
+    assert run_all(new_localizer(PLAIN, 2), rows([0.0] * 9)) == []
+    assert localize(rows([]), rows([]), PLAIN, None) == []
+
+
+@pytest.mark.parametrize("wait", [1, 2, 4])
+def test_one_action(wait: int) -> None:
+    track = rows([0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0])
+    decisions = by_snippet(new_localizer(PLAIN, wait), track)
+    # The run 2 <= t < 6, its contrast 1 - 0; final once the snippets below 6 + wait are known.
+    proposal = Proposal(0, 2.0, 6.0, 1.0, 6)
+    expected: list[list[Decision]] = [[] for _ in range(12)]
+    expected[2] = [ActionChange("start", 0, 0, 0, 2.0, None, 1.0)]
+    expected[6 + wait - 1] = [
+        Final(proposal, 0),
+        ActionChange("end", 0, 0, 1, 2.0, 6.0, 1.0),
+    ]
+    assert decisions == expected
+
+
+def test_a_run_that_is_open_at_the_end_is_published_by_flush() -> None:
+    decisions = by_snippet(new_localizer(PLAIN, 2, first_index=7), rows([0.25, 1, 1, 1, 1]))
+    # From 7.5, a third of the way from 0.25 to 1; left 0.25, nothing right: 1 - 0.25
+    start = 7.5 + 1 / 3
+    assert decisions[:-1] == [[], [ActionChange("start", 0, 0, 0, start, None, 1.0)], [], [], []]
+    assert decisions[-1] == [
+        Final(Proposal(0, start, 12.0, 0.75, 12), 0),
+        ActionChange("end", 0, 0, 1, start, 12.0, 0.75),
+    ]
+
+
+NESTED = rows([0, 0.5, 1, 0.5, 0, 0, 0, 0])
+# Over 0.75: 2.0 to 3.0 with 1 - (0.5 + 0.5) / 2; over 0.25: 1.0 to 4.0 with 2/3 - 0. tIoU 1/3.
+OVERLAP = 1 - float(np.exp(-1 / 9 / 0.3))
+
+
+def test_offline_the_better_of_two_nested_runs_decays_the_other() -> None:
+    got = localize(NESTED, NESTED, TWO, None)
+    assert [(each.start, each.end) for each in got] == [(1.0, 4.0), (2.0, 3.0)]
+    assert [each.score for each in got] == pytest.approx([2 / 3, 0.5 * (1 - OVERLAP)])
+
+
+def test_live_a_published_proposal_keeps_its_share() -> None:
+    decisions = by_snippet(new_localizer(TWO, 1), NESTED)
+    inner, outer = finals(decisions[3]), finals(decisions[4])
+    assert inner == [Proposal(0, 2.0, 3.0, pytest.approx(0.5), 3)]
+    assert outer == [Proposal(0, 1.0, 4.0, pytest.approx(2 / 3 - 0.5 * OVERLAP), 4)]
+    assert sum(len(finals(each)) for each in decisions) == 2
+
+
+def test_with_more_lookahead_the_better_one_is_known_in_time() -> None:
+    # All that counts for the outer run, 1 <= t < 4, is known with snippet 5.
+    decisions = by_snippet(new_localizer(TWO, 3), NESTED)
+    assert finals(decisions[5]) == [Proposal(0, 2.0, 3.0, pytest.approx(0.5 * (1 - OVERLAP)), 3)]
+
+
+def test_other_classes_suppress_nothing() -> None:
+    scores = np.repeat(rows([0, 1, 1, 0, 0, 0]), 2, axis=1)
+    got = localize(scores, scores, PLAIN, None)
+    assert got == [Proposal(label, 1.0, 3.0, 1.0, 3) for label in (0, 1)]
+
+
+def test_what_soft_nms_leaves_at_the_floor_is_dropped() -> None:
+    config = LocalizationConfig(thresholds=(0.25, 0.75), peak_gate=0.0, score_floor=0.5)
+    got = localize(NESTED, NESTED, config, None)
+    assert [(each.start, each.end) for each in got] == [(1.0, 4.0)]
+
+
+def test_candidates_are_all_runs_before_soft_nms() -> None:
+    got = sorted(candidates(NESTED, TWO), key=lambda each: each.start)
+    assert got == [
+        Proposal(0, 1.0, 4.0, pytest.approx(2 / 3), 4),
+        Proposal(0, 2.0, 3.0, pytest.approx(0.5), 3),
+    ]
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+MANY = LocalizationConfig(
+    thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.2, event_update=2, history_snippets=64
+)
+levels = st.sampled_from([0.0, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.875, 1.0])
+tracks = st.lists(st.tuples(levels, levels), max_size=40).map(
+    lambda track: np.array(track, np.float32).reshape(-1, 2)
+)
+scorers = st.sampled_from([None, MeanScorer()])
+
+
+def new_pair(wait: int | None, scorer: MeanScorer | None, first_index: int = 0) -> StreamLocalizer:
+    return new_localizer(MANY, wait, first_index, scorer, class_count=2)
+
+
+@given(tracks, st.data(), st.sampled_from([None, 1, 3, 8]), scorers)
+def test_any_chunking_gives_the_same_decisions(
+    track: Floats, data: st.DataObject, wait: int | None, scorer: MeanScorer | None
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(track)), max_size=5)))
+    chunked = new_pair(wait, scorer)
+    decisions: list[Decision] = []
+    for part in np.split(track, cuts):
+        decisions += chunked.advance(part, part)
+    assert decisions + chunked.flush() == run_all(new_pair(wait, scorer), track)
+
+
+@given(tracks, st.sampled_from([None, 41, 1000]), scorers)
+def test_with_an_endless_lookahead_live_is_offline(
+    track: Floats, wait: int | None, scorer: MeanScorer | None
+) -> None:
+    assert finals(run_all(new_pair(wait, scorer), track)) == localize(track, track, MANY, scorer)
+
+
+@given(tracks, st.integers(0, 9), st.integers(0, 12), scorers)
+def test_a_proposal_is_published_exactly_when_it_is_due(
+    track: Floats, wait: int, first_index: int, scorer: MeanScorer | None
+) -> None:
+    *live, last = by_snippet(new_pair(wait, scorer, first_index), track)
+    for newest, decisions in enumerate(live, start=first_index):
+        for proposal in finals(decisions):
+            # That a run is over shows in the snippet behind it, even if nothing is waited for.
+            assert newest + 1 == proposal.run_stop + max(wait, 1)
+    end = first_index + len(track)
+    assert all(proposal.run_stop + max(wait, 1) > end for proposal in finals(last))
+
+
+@given(tracks, st.integers(1, 9))
+def test_each_run_is_published_at_most_once(track: Floats, wait: int) -> None:
+    detector = RunDetector(2, MANY)
+    runs = [run for row in track for run in detector.push(row)] + detector.flush()
+    allowed = Counter((r.label_index, r.start_position, r.stop_position, r.stop) for r in runs)
+    published = Counter(
+        (p.label_index, p.start, p.end, p.run_stop)
+        for p in finals(run_all(new_pair(wait, None), track))
+    )
+    assert published <= allowed
+
+
+@given(tracks, st.integers(0, 9), scorers)
+def test_events_of_an_action_tell_one_story(
+    track: Floats, wait: int, scorer: MeanScorer | None
+) -> None:
+    localizer = new_pair(wait, scorer)
+    decisions = run_all(localizer, track)
+    by_action: dict[int, list[ActionChange]] = {}
+    for change in decisions:
+        if isinstance(change, ActionChange):
+            by_action.setdefault(change.id, []).append(change)
+        elif change.action_id is not None:
+            assert by_action[change.action_id][0].label_index == change.proposal.label_index
+    assert list(by_action) == list(range(len(by_action)))  # ids count up
+    for first, *changes in by_action.values():
+        assert (first.kind, first.revision, first.end) == ("start", 0, None)
+        assert [each.kind for each in changes] == ["update"] * (len(changes) - 1) + ["end"]
+        assert [each.revision for each in changes] == list(range(1, len(changes) + 1))
+        assert {each.label_index for each in changes} == {first.label_index}
+        assert {each.start for each in changes[:-1]} <= {first.start}
+        assert changes[-1].end is not None and changes[-1].end > changes[-1].start
+    assert localizer.open_actions == 0
+
+
+@given(tracks, tracks, st.integers(1, 5), scorers)
+def test_localizers_share_no_state(
+    track: Floats, other: Floats, wait: int, scorer: MeanScorer | None
+) -> None:
+    one, two = new_pair(wait, scorer), new_pair(wait, scorer)
+    decisions: list[Decision] = []
+    for position in range(max(len(track), len(other))):
+        decisions += one.advance(track[position : position + 1], track[position : position + 1])
+        two.advance(other[position : position + 1], other[position : position + 1])
+    two.flush()
+    assert decisions + one.flush() == run_all(new_pair(wait, scorer), track)
+
+
+# --- endless streams -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [0.0, 0.2], ids=["apart", "one-run-never-ends"])
+def test_an_endless_alternation_takes_bounded_memory(low: float) -> None:
+    config = LocalizationConfig(thresholds=(0.125, 0.5), history_snippets=32)
+    localizer = new_localizer(config, 3)
+    published = 0
+    for _ in range(100):
+        part = rows([low, 0.9] * 100)
+        published += len(finals(localizer.advance(part, part)))
+        # Two runs end in two snippets; three snippets are waited for.
+        assert len(localizer._pool[0]) <= 4 and len(localizer._closed) <= 4
+        assert len(localizer._published[0]) <= (256 if low else 8)
+        assert localizer.open_actions <= 3
+    # Each peak ends runs over both thresholds, or over 0.5 alone, but for the last two.
+    assert published >= 10_000 - 2
+
+
+def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
+    config = LocalizationConfig(thresholds=(0.25, 0.5), peak_gate=0.0, history_snippets=32)
+    localizer = new_localizer(config, 6, scorer=None)
+    high = rows([0.75] * 1000)
+    start = rows([0.0, 0.0, 0.25])
+    decisions = localizer.advance(start, start)
+    for _ in range(20):
+        decisions += localizer.advance(high, high)
+        assert localizer.open_actions == 1
+        assert not finals(decisions)
+    assert [each.kind for each in decisions if isinstance(each, ActionChange)].count("start") == 1
+    end = rows([0.125, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    got = finals(localizer.advance(end, end))
+    # Left 0 + 0 + 0.25, right 0.125 + 0 + 0: 0.75 - 0.375 / 6, for both thresholds.
+    # From 2.5, half-way from 0.25 to 0.75 for 0.5; at the centre 2.5 itself for 0.25.
+    # To 20002.5 + 0.25 / 0.625 for 0.5, + 0.5 / 0.625 for 0.25.
+    best = Proposal(0, 2.5, pytest.approx(20003.3), pytest.approx(0.6875), 20003)
+    assert got[0] == best
+    assert [each.start for each in got] == [2.5, 3.0]
+    assert got[1].end == pytest.approx(20002.9)

@@ -1,0 +1,163 @@
+"""Actions with an identity: how they start, grow, are over, and end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.proposals import RunDetector
+from hrpro.engine.refine import Proposal
+from hrpro.engine.tracker import ActionChange, ActionTracker
+
+CONFIG = LocalizationConfig(event_start=0.5, event_end=0.25, event_update=4)
+
+
+def track(
+    scores: list[float], config: LocalizationConfig = CONFIG, first_index: int = 0
+) -> tuple[ActionTracker, list[ActionChange]]:
+    """One class, without any end: that is for `conclude`."""
+    tracker = ActionTracker(1, config, first_index)
+    changes = [change for score in scores for change in tracker.push(np.array([score], np.float32))]
+    return tracker, changes
+
+
+def test_an_action_by_hand() -> None:
+    tracker, changes = track([0.0, 0.25, 0.75, 1.0, 0.75, 0.5, 0.5, 0.5, 0.125])
+    assert changes == [
+        # Between the centres 1.5 and 2.5, half-way from 0.25 to 0.75
+        ActionChange("start", 0, 0, 0, 2.0, None, 0.75),
+        # 4 snippets later, at 6: (0.75 + 1 + 0.75 + 0.5 + 0.5) / 5
+        ActionChange("update", 0, 0, 1, 2.0, None, pytest.approx(0.7)),
+    ]
+    # Over at 8, the first snippet below 0.25, but not final before.
+    assert tracker.open_count == 1
+    assert tracker.conclude(7) == []
+    # (0.75 + 1 + 0.75 + 0.5 + 0.5 + 0.5) / 6
+    assert tracker.conclude(8) == [ActionChange("end", 0, 0, 2, 2.0, 8.0, pytest.approx(4 / 6))]
+    assert tracker.open_count == 0
+    assert tracker.conclude(100) == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "starts"),
+    [
+        pytest.param([], [], id="empty"),
+        pytest.param([0.5, 0.5], [], id="not-above"),
+        pytest.param([1.0], [0.0], id="at-the-start"),
+        # 0.25 is not below 0.25, and rising again is no second start.
+        pytest.param([1.0, 0.25, 1.0], [0.0], id="hysteresis"),
+        # 0.125 -> 1: 0.375 of 0.875 from the centre 1.5
+        pytest.param([1.0, 0.125, 1.0], [0.0, 1.5 + 0.375 / 0.875], id="two"),
+        # 0 -> 0.625: 0.5 of 0.625 from the centre 0.5; a score of exactly 0 is a score, too
+        pytest.param([0.0, 0.625], [0.5 + 0.8], id="from-zero"),
+    ],
+)
+def test_starts(scores: list[float], starts: list[float]) -> None:
+    tracker, changes = track(scores)
+    assert [change.start for change in changes] == pytest.approx(starts)
+    assert [change.id for change in changes] == list(range(len(starts)))
+    tracker.flush()
+    assert [change.id for change in tracker.conclude(len(scores))] == list(range(len(starts)))
+
+
+grid = st.sampled_from([0.0, 0.125, 0.375, 0.625, 0.75, 1.0])
+
+
+@given(st.lists(grid, max_size=30), st.integers(0, 5))
+def test_actions_start_and_stop_with_the_runs_of_their_threshold(
+    scores: list[float], first_index: int
+) -> None:
+    config = LocalizationConfig(
+        thresholds=(0.5,), peak_gate=0.0, event_start=0.5, event_end=0.5, event_update=99
+    )
+    tracker, changes = track(scores, config, first_index)
+    detector = RunDetector(1, config, first_index)
+    runs = [run for score in scores for run in detector.push(np.array([score], np.float32))]
+    runs += detector.flush()
+    assert [change.start for change in changes] == [run.start_position for run in runs]
+    tracker.flush()
+    assert [end.end for end in tracker.conclude(99)] == [run.stop for run in runs]
+
+
+def test_updates_come_with_growth_alone() -> None:
+    _, changes = track([1.0] * 13)
+    # At 0, then at 4, 8 and 12
+    assert [(change.kind, change.revision) for change in changes] == [
+        ("start", 0),
+        ("update", 1),
+        ("update", 2),
+        ("update", 3),
+    ]
+
+
+def test_classes_have_their_own_actions() -> None:
+    tracker = ActionTracker(2, CONFIG, 0)
+    first = tracker.push(np.array([1.0, 0.0], np.float32))
+    second = tracker.push(np.array([1.0, 1.0], np.float32))
+    assert [(change.id, change.label_index) for change in first + second] == [(0, 0), (1, 1)]
+    tracker.push(np.array([0.0, 1.0], np.float32))
+    assert [change.id for change in tracker.conclude(2)] == [0]
+    assert tracker.open_count == 1
+
+
+def test_an_action_may_start_while_the_last_one_is_not_final() -> None:
+    tracker, changes = track([1.0, 0.0, 1.0, 0.0])
+    assert [change.id for change in changes] == [0, 1]
+    assert tracker.open_count == 2
+    assert [change.id for change in tracker.conclude(1)] == [0]
+    assert [change.id for change in tracker.conclude(3)] == [1]
+
+
+# --- proposals -----------------------------------------------------------------------------------
+
+
+def test_an_end_takes_the_borders_of_its_best_proposal() -> None:
+    tracker, _ = track([0.0, 1.0, 1.0, 0.0])
+    for proposal in (
+        Proposal(0, 1.0, 2.0, 0.5, 2),
+        Proposal(0, 0.75, 3.25, 0.875, 3),
+        Proposal(0, 1.25, 3.0, 0.625, 3),
+    ):
+        assert tracker.assign(proposal) == 0
+    assert tracker.conclude(3) == [ActionChange("end", 0, 0, 1, 0.75, 3.25, 0.875)]
+
+
+@pytest.mark.parametrize(
+    ("proposal", "action_id"),
+    [
+        pytest.param(Proposal(0, 0.0, 1.0, 1, 1), None, id="touching-from-before"),
+        pytest.param(Proposal(0, 3.0, 5.0, 1, 5), None, id="touching-between"),
+        pytest.param(Proposal(0, 0.0, 1.25, 1, 1), 0, id="overlapping"),
+        # 1..3 shares 3 - 1 = 2 with the first, 5..8 shares 7.5 - 5 = 2.5 with the second.
+        pytest.param(Proposal(0, 1.0, 7.5, 1, 8), 1, id="over-both-more-of-the-second"),
+        pytest.param(Proposal(0, 1.0, 6.0, 1, 6), 0, id="over-both-more-of-the-first"),
+        pytest.param(Proposal(1, 1.0, 3.0, 1, 3), None, id="another-class"),
+    ],
+)
+def test_a_proposal_belongs_to_the_action_it_shares_most_with(
+    proposal: Proposal, action_id: int | None
+) -> None:
+    tracker = ActionTracker(2, CONFIG, 0)
+    for score in (0, 1, 1, 0, 0, 1, 1, 1):  # 1..3 is over, from 5 on it goes on
+        tracker.push(np.array([score, 0], np.float32))
+    assert tracker.assign(proposal) == action_id
+
+
+def test_a_late_proposal_finds_the_action_that_has_ended() -> None:
+    tracker, _ = track([0.0, 1.0, 0.0])
+    ended = tracker.conclude(2)
+    assert tracker.assign(Proposal(0, 0.5, 2.5, 1.0, 3)) == 0
+    assert [change.kind for change in ended] == ["end"]
+    assert tracker.conclude(99) == []  # it is not told again
+
+
+def test_flush_ends_what_is_open_at_the_last_snippet() -> None:
+    tracker, _ = track([0.0, 1.0, 1.0], first_index=10)
+    tracker.flush()
+    # From the centre 10.5, half-way from 0 to 1
+    assert tracker.conclude(13) == [ActionChange("end", 0, 0, 1, 11.0, 13.0, 1.0)]
+    tracker.flush()
+    assert tracker.conclude(13) == []
