@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def train(
     if as_json:
         print(json.dumps(summary))
     else:
-        _console().print(f"next: hrpro evaluate {out} --data {data}")
+        _say(f"next: hrpro evaluate {out} --data {data}")
 
 
 @app.command()
@@ -89,7 +90,7 @@ def evaluate(
     )
     table.add_row("stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}")
     _console().print(table)
-    _console().print(f"next: hrpro export {run} --out bundle")
+    _say(f"next: hrpro export {run} --out bundle")
 
 
 @app.command()
@@ -108,11 +109,12 @@ def export(
     if as_json:
         print(json.dumps({"bundle_id": manifest.bundle_id, "verified": manifest.verified}))
         return
-    console = _console()
-    console.print(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
+    _say(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
     for name, difference in manifest.verified.items():
-        console.print(f"  {name:<13}{difference:.1e}")
-    console.print(
+        _say(f"  {name:<13}{difference:.1e}")
+    if not manifest.figures:
+        _say("no figures in the bundle: hrpro evaluate measures them")
+    _say(
         f"next: hrpro serve {out} --feed tcp://127.0.0.1:5555 "
         "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557"
     )
@@ -136,9 +138,8 @@ def serve(
     settings = engine.load_engine_config(loaded, config, set_ or [])
 
     def ready(bound: Addresses, pipeline: Pipeline) -> None:
-        # Lines that other programs wait for: no markup, no wrapping, at once.
         for line in _ready_lines(bound, pipeline, as_json):
-            print(line, flush=True)
+            _say(line)
 
     with _address_errors(feed, events, control):
         engine.serve(loaded, settings, engine.Addresses(feed, events, control), ready)
@@ -167,19 +168,25 @@ def feed_features(
     paths: Annotated[list[Path], typer.Argument(help=".npy files, or data folders (test split).")],
     to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],
     speed: Annotated[str, typer.Option(help="Times the pace of the snippet clock, or max.")] = "1",
-    frames_per_s: Annotated[float, typer.Option(help="Frame rate of the snippet clock.")] = 25.0,
-    snippet_frames: Annotated[int, typer.Option(help="Frames in a snippet.")] = 16,
+    frames_per_s: Annotated[
+        float, typer.Option(help="Frame rate of the snippet clock.")
+    ] = SnippetClock.frames_per_s,
+    snippet_frames: Annotated[
+        int, typer.Option(help="Frames in a snippet.")
+    ] = SnippetClock.snippet_frames,
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
     from hrpro.clients.feeding import feed_sources, read_sources
-    from hrpro.engine.timebase import SnippetClock
 
-    clock = SnippetClock(frames_per_s, snippet_frames)
+    try:
+        clock = SnippetClock(frames_per_s, snippet_frames)
+    except ValueError as error:
+        raise HrproError(str(error)) from None
     factor = _speed(speed)
     sources = read_sources(paths)
     total = sum(len(source.features) for source in sources)
-    with _progress(total, as_json) as advance:
+    with _address_errors(to), _progress(total, as_json) as advance:
         ended = feed_sources(
             sources,
             to,
@@ -193,7 +200,7 @@ def feed_features(
         print(json.dumps({"streams": streams, "snippets": total}))
         return
     for name, said in ended.items():
-        _console().print(
+        _say(
             f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events"
         )
 
@@ -240,6 +247,7 @@ def stream_eval(
 ) -> None:
     """Streaming accuracy: a real engine on loopback, fed the test split, beside offline."""
     from hrpro.clients import stream_eval as streaming
+    from hrpro.clients.engine_process import running_engine
     from hrpro.clients.feeding import Source
     from hrpro.engine.serve import load_engine_config
     from hrpro.export.bundle import read_bundle
@@ -248,13 +256,34 @@ def stream_eval(
     settings = load_engine_config(loaded, config, set_ or [])
     recordings, truth = streaming.read_evaluation_data(data, loaded)
     sources = [Source(each.name, each.features) for each in recordings.recordings]
-    with streaming.running_engine(bundle, settings) as addresses:
+    with running_engine(bundle, settings) as addresses:
         run = streaming.stream_recordings(addresses, sources, loaded.manifest.clock)
     figures = streaming.evaluate_streaming(loaded, settings, recordings, truth, run)
     if as_json:
         print(json.dumps(figures))
     else:
         _console().print(streaming.figures_table(figures))
+
+
+@app.command("config")
+def show_config(
+    what: Annotated[str, typer.Argument(help="train or engine.")],
+) -> None:
+    """List the settings of a command, with their defaults and what they mean."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from hrpro.engine.config import EngineConfig
+    from hrpro.engine.settings import Settings, describe
+    from hrpro.training.config import TrainingConfig
+
+    models: dict[str, type[Settings]] = {"train": TrainingConfig, "engine": EngineConfig}
+    if what not in models:
+        raise typer.BadParameter(f"expected {' or '.join(models)}, got {what!r}", param_hint="WHAT")
+    table = Table("setting", "type", "default", "meaning")
+    for row in describe(models[what]):
+        table.add_row(escape(row.path), escape(row.type), escape(str(row.default)), row.description)
+    _console().print(table)
 
 
 @app.command()
@@ -273,6 +302,11 @@ def demo(
     figures = run_demo(out, _speed(speed), _console())
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _say(line: str) -> None:
+    """A line that may be copied: as it is, without markup and wrapping."""
+    print(line, flush=True)
 
 
 def _console(quiet: bool = False) -> Console:
@@ -319,7 +353,9 @@ def _address_errors(*addresses: str) -> Iterator[None]:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message, not a traceback."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="hrpro: %(message)s")
+    # So that what a command has started ends with it; serve and watch have their own ways.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except (HrproError, OSError) as error:

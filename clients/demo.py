@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hrpro.clients import stream_eval
+from hrpro.clients.engine_process import running_engine
 from hrpro.clients.feeding import Source
 from hrpro.engine.protocol import ActionEvent, Publication
 from hrpro.engine.serve import load_engine_config
@@ -24,9 +25,9 @@ from hrpro.training.run import read_figures, read_run
 from hrpro.training.session import evaluate_run, train_run
 from hrpro.training.snippet_stage import snippet_scores
 
-# Four recordings of a minute each need neither large batches nor many steps, and exercises that
-# follow each other have no background between their points. Both were chosen by leaving out one
-# training recording at a time.
+# Four recordings of half a minute each need neither large batches nor many steps, and exercises
+# that follow each other have no background between their points. Both were chosen by leaving out
+# one training recording at a time.
 _CONFIG = {
     "snippet_stage": {"steps": 200, "batch_size": 8, "lowest_weight": 0.0},
     "instance_stage": {"steps": 600},
@@ -43,13 +44,15 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
     evaluate_run(run, data_folder)
     description, model = read_run(run)
     bundle = export_bundle(description, model, read_figures(run), bundle_folder)
-    console.print(f"bundle {bundle.manifest.bundle_id} in {bundle_folder}")
+    console.print(
+        f"bundle {bundle.manifest.bundle_id} in {bundle_folder}", markup=False, soft_wrap=True
+    )
 
     console.rule("3. stream the two held-out recordings through an engine of its own process")
     config = load_engine_config(bundle)
     data, truth = stream_eval.read_evaluation_data(data_folder, bundle)
     sources = [Source(each.name, each.features) for each in data.recordings]
-    with stream_eval.running_engine(bundle_folder, config) as addresses:
+    with running_engine(bundle_folder, config) as addresses:
         streamed = stream_eval.stream_recordings(
             addresses,
             sources,
@@ -75,7 +78,7 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
         )
         picture = out / f"timeline_{name}.png"
         plot_timeline(timeline, classes, bundle.manifest.clock, picture)
-        console.print(f"picture: {picture}")
+        console.print(f"picture: {picture}", markup=False, soft_wrap=True)
     console.print(stream_eval.figures_table(figures))
     return figures
 
@@ -104,7 +107,11 @@ def _comparison(name: str, truth: Segments, events: Segments, classes: Sequence[
             temporal_iou(truth.start_s[n], truth.end_s[n], events.start_s, events.end_s),
             0.0,
         )
-        row = [classes[truth.label_index[n]], f"{truth.start_s[n]:.1f}", f"{truth.end_s[n]:.1f}"]
+        row = [
+            escape(classes[truth.label_index[n]]),
+            f"{truth.start_s[n]:.1f}",
+            f"{truth.end_s[n]:.1f}",
+        ]
         if len(tiou) and tiou.max() > 0:
             best = int(tiou.argmax())
             left.discard(best)
@@ -118,7 +125,7 @@ def _comparison(name: str, truth: Segments, events: Segments, classes: Sequence[
 
 def _event_cells(events: Segments, n: int, classes: Sequence[str]) -> list[str]:
     return [
-        classes[events.label_index[n]],
+        escape(classes[events.label_index[n]]),
         f"{events.start_s[n]:.1f}",
         f"{events.end_s[n]:.1f}",
         f"{events.score[n]:.2f}",

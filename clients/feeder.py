@@ -73,6 +73,10 @@ class FeatureFeeder:
     its window, context and lookahead. When the engine is silent for `retry_s` while the feeder
     waits for it, the feeder says Hello again.
 
+    `timeout_s` is the longest time without progress, not the longest wait: it begins anew whenever
+    the engine has accepted or processed snippets, so that a busy engine may take its time. None
+    waits for ever. The methods take one of their own, too.
+
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
     """
@@ -156,40 +160,38 @@ class FeatureFeeder:
         `timeout_s` here and below is the feeder's own unless given. Raises NoReplyError when no
         Welcome comes in time, StreamError when the engine refuses the stream.
         """
-        return self._connected(self._deadline(timeout_s))
+        return self._connected(timeout_s)
 
     def send(self, features: NDArray[np.float32], timeout_s: float | None = None) -> None:
         """Hands (n, D) or (D,) float32 features of the next snippets to the engine.
 
         Returns when all are sent; `flush` waits until they are accepted, too. Blocks while the
         engine gives no credit or is away. Raises StreamError when the engine refuses them, or
-        before any of them is taken when no engine would take them. Raises NoReplyError when it
-        takes too long: snippets below `next_index` are then kept and will be sent, those from
+        before any of them is taken when no engine would take them. Raises NoReplyError when nothing
+        moves for `timeout_s`: snippets below `next_index` are then kept and will be sent, those from
         there on were not taken and should be given again.
         """
         rows = self._checked(features)
-        deadline = self._deadline(timeout_s)
-        chunk_snippets = self._connected(deadline).max_chunk_snippets
+        chunk_snippets = self._connected(timeout_s).max_chunk_snippets
         for first in range(0, len(rows), chunk_snippets):
-            self._wait(self._all_sent, deadline, "credit")
+            self._wait(self._all_sent, timeout_s, "credit")
             # Copied: the caller may change its array, and a view would keep all of it alive.
             self._kept.extend(rows[first : first + chunk_snippets].copy())
             self._forget_history()
-        self._wait(self._all_sent, deadline, "credit")
+        self._wait(self._all_sent, timeout_s, "credit")
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until the engine has accepted every snippet. Raises as `send` does."""
-        deadline = self._deadline(timeout_s)
-        self._connected(deadline)
-        self._wait(lambda: self.lag == 0, deadline, "an Ack")
+        self._connected(timeout_s)
+        self._wait(lambda: self.lag == 0, timeout_s, "an Ack")
 
     def end(self, timeout_s: float | None = None) -> Ended:
         """Ends the stream; returns when all that comes of it is published.
 
-        May be called again after a NoReplyError. Raises as `send` does.
+        The Acks that the engine sends while it processes the rest are progress, as in `send`. May be called again after a NoReplyError. Raises as `send` does.
         """
         self._ending = True
-        self._wait(lambda: self._ended is not None, self._deadline(timeout_s), "Ended")
+        self._wait(lambda: self._ended is not None, timeout_s, "Ended")
         assert self._ended is not None
         return self._ended
 
@@ -219,30 +221,32 @@ class FeatureFeeder:
 
     # ---- the conversation ----------------------------------------------------------------------
 
-    def _deadline(self, timeout_s: float | None) -> Deadline:
-        return Deadline(self._timeout_s if timeout_s is None else timeout_s)
-
-    def _connected(self, deadline: Deadline) -> Welcome:
-        self._wait(lambda: self.welcome is not None, deadline, "a Welcome")
+    def _connected(self, timeout_s: float | None) -> Welcome:
+        self._wait(lambda: self.welcome is not None, timeout_s, "a Welcome")
         assert self.welcome is not None
         return self.welcome
 
     def _all_sent(self) -> bool:
         return self._talk is _Talk.WELCOMED and self._sent >= self.next_index
 
-    def _wait(self, done: Callable[[], bool], deadline: Deadline, what: str) -> None:
+    def _wait(self, done: Callable[[], bool], timeout_s: float | None, what: str) -> None:
         """Reads and sends what there is until `done`; says Hello again in silence."""
-        retry = Deadline(self._retry_s)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline, retry = Deadline(timeout_s), Deadline(self._retry_s)
         while True:
+            before = (self._acked, self._send_until)
             if self._read():
                 retry = Deadline(self._retry_s)
+            # An answer alone is none: an engine that stands still answers each Hello, too.
+            if (self._acked, self._send_until) != before:
+                deadline = Deadline(timeout_s)
             needs_room = self._send_due()
             if done():
                 return
             if deadline.passed():
                 raise NoReplyError(
                     f"stream {self.stream!r} at {self._connection.address}: expected {what} within"
-                    f" {deadline.timeout_s} s, none came; snippets {self._acked} to"
+                    f" {timeout_s} s of the last progress, none came; snippets {self._acked} to"
                     f" {self.next_index} are not acknowledged"
                 )
             if retry.passed():

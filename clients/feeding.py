@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.clients.feeder import FeatureFeeder
-from hrpro.engine.protocol import Ended, HrproError
+from hrpro.engine.protocol import Ended, HrproError, NoReplyError
 from hrpro.engine.timebase import SnippetClock
+
+_LEAVE_TIMEOUT_S = 2.0
+
+_logger = logging.getLogger(__name__)
 
 
 class FeatureFileError(HrproError, ValueError):
@@ -58,9 +63,16 @@ def _read(file: Path) -> NDArray[np.float32]:
         raise FeatureFileError(
             f"{file}: expected a .npy array, could not read it: {error}"
         ) from None
-    if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
+    if (
+        not isinstance(features, np.ndarray)
+        or features.ndim != 2
+        or 0 in features.shape
+        or features.dtype.kind != "f"
+    ):
         came = f"{getattr(features, 'dtype', 'archive')} {getattr(features, 'shape', '')}"
-        raise FeatureFileError(f"{file}: expected floats of shape (T, D), came {came}")
+        raise FeatureFileError(
+            f"{file}: expected floats of shape (T, D), T and D at least 1, came {came}"
+        )
     features = features.astype(np.float32, copy=False)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
@@ -84,31 +96,61 @@ def feed_sources(
     Snippet t is sent when its last frame would have been seen: (t + 1) snippets after the start,
     divided by ``speed``; None feeds without waiting. ``progress`` is told of each chunk's length.
     Returns what the engine said of each stream at its end.
+
+    When something goes wrong, the streams are ended where they are. A stream that the engine has
+    already, from a feeder that was killed, is continued behind what the engine has of it.
     """
     ended: dict[str, Ended] = {}
     with contextlib.ExitStack() as stack:
-        feeders = {
-            source.stream: stack.enter_context(
-                FeatureFeeder(
+        feeders: dict[str, FeatureFeeder] = {}
+        try:
+            for source in sources:
+                feeder = FeatureFeeder(
                     address, source.stream, source.features.shape[1], clock, timeout_s=timeout_s
                 )
-            )
-            for source in sources
-        }
-        started_s = time.monotonic()
-        longest = max((len(source.features) for source in sources), default=0)
-        for first in range(0, longest, chunk_snippets):
-            for source in sources:
+                feeders[source.stream] = stack.enter_context(feeder)
+                _warn_of_resumption(feeder)
+            started_s = time.monotonic()
+            for source, first in _in_turn(sources, chunk_snippets):
                 chunk = source.features[first : first + chunk_snippets]
-                if not len(chunk):
-                    continue
                 if speed is not None:
                     due_s = clock.seconds(first + len(chunk)) / speed
                     time.sleep(max(0.0, started_s + due_s - time.monotonic()))
                 feeders[source.stream].send(chunk)
                 if progress is not None:
                     progress(len(chunk))
-            for source in sources:
-                if first < len(source.features) <= first + chunk_snippets:
+                if first + len(chunk) == len(source.features):
                     ended[source.stream] = feeders[source.stream].end()
+        except BaseException:
+            _end_all(feeder for name, feeder in feeders.items() if name not in ended)
+            raise
     return ended
+
+
+def _in_turn(sources: Sequence[Source], chunk_snippets: int) -> Iterator[tuple[Source, int]]:
+    """The chunks of all recordings in the order of time: source and first snippet."""
+    longest = max((len(source.features) for source in sources), default=0)
+    for first in range(0, longest, chunk_snippets):
+        for source in sources:
+            if first < len(source.features):
+                yield source, first
+
+
+def _warn_of_resumption(feeder: FeatureFeeder) -> None:
+    if feeder.welcome is not None and feeder.welcome.next_index > 0:
+        _logger.warning(
+            "stream %r: the engine has %d snippets of it already; continuing behind them",
+            feeder.stream,
+            feeder.welcome.next_index,
+        )
+
+
+def _end_all(feeders: Iterable[FeatureFeeder]) -> None:
+    """End streams as far as the engine still answers."""
+    for feeder in feeders:
+        try:
+            feeder.end(timeout_s=_LEAVE_TIMEOUT_S)
+        except NoReplyError:
+            return
+        except HrproError:
+            continue

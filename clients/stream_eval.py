@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from hrpro.clients.control import request_drain, request_status
+from hrpro.clients.control import request_status
+from hrpro.clients.engine_process import EngineFailedError
 from hrpro.clients.feeding import Source, feed_sources
 from hrpro.clients.subscriber import EventSubscriber
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
@@ -24,23 +21,18 @@ from hrpro.engine.protocol import (
     ActionEvent,
     Ended,
     FinalProposal,
-    HrproError,
     Publication,
     StreamNotice,
 )
 from hrpro.engine.serve import Addresses
 from hrpro.engine.timebase import SnippetClock
-from hrpro.export.bundle import Bundle
+from hrpro.export.bundle import Bundle, BundleError
 from hrpro.training.data import DataConfig, DataSet, read_test_split, read_truth
 from hrpro.training.metrics import Segments, mean_average_precision
 
-_START_TIMEOUT_S = 60.0
 _COLLECT_TIMEOUT_S = 120.0
 _CHUNK_SNIPPETS = 8
-
-
-class EngineFailedError(HrproError):
-    """The engine's process did not start, or left before it should."""
+_STREAMS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -85,11 +77,7 @@ def evaluate_streaming(
     streaming = mean_average_precision(truth, published, len(classes))
     finals = run.finals()
     delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
-    processed = sum(
-        notice.next_index - notice.first_index
-        for notice in run.publications
-        if isinstance(notice, StreamNotice) and notice.kind == "ended"
-    )
+    processed = int(run.counters["snippets_processed"])
     sent = sum(run.sent.values())
     identities = {(final.stream, final.session, final.id) for final in finals}
     return {
@@ -144,7 +132,9 @@ def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dic
         recording.name: Segments.from_rows(
             [
                 (clock.seconds(each.start), clock.seconds(each.end), each.label_index, each.score)
-                for each in localize_recording(backend, recording.features, config.localization)
+                for each in localize_recording(
+                    backend, bundle.manifest, recording.features, config.localization
+                )
             ]
         )
         for recording in data.recordings
@@ -153,7 +143,12 @@ def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dic
 
 def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, dict[str, Segments]]:
     """The test split as the bundle's training read its data, and its ground truth."""
-    config = DataConfig.model_validate(bundle.manifest.training["data"])
+    try:
+        config = DataConfig.model_validate(bundle.manifest.training["data"])
+    except (KeyError, ValueError) as error:
+        raise BundleError(
+            f"{bundle.folder}: training.data: expected how to read the data: {error}"
+        ) from None
     data = read_test_split(folder, bundle.manifest.classes, config)
     names = [recording.name for recording in data.recordings]
     return data, read_truth(folder, names, bundle.manifest.classes)
@@ -173,15 +168,16 @@ def stream_recordings(
         collector.start()
         try:
             chunk = _CHUNK_SNIPPETS if speed is None else 1
-            ended = feed_sources(sources, addresses.feed, clock, speed, chunk)
-        except BaseException:
-            collector.stop.set()
-            raise
-        finally:
+            ended: dict[str, Ended] = {}
+            for first in range(0, len(sources), _STREAMS_AT_ONCE):
+                group = sources[first : first + _STREAMS_AT_ONCE]
+                ended |= feed_sources(group, addresses.feed, clock, speed, chunk)
             collector.join(_COLLECT_TIMEOUT_S)
+        finally:
+            collector.stop.set()
+            collector.join()  # before its socket is closed
         counters = request_status(addresses.control)["counters"]
-    if collector.error is not None:
-        raise collector.error
+    collector.check()
     return StreamingRun(
         sent={source.stream: len(source.features) for source in sources},
         ended=ended,
@@ -223,33 +219,12 @@ class _Collector(threading.Thread):
         except Exception as error:  # noqa: BLE001 - raised again where the thread is joined
             self.error = error
 
-
-@contextlib.contextmanager
-def running_engine(bundle: Path, config: EngineConfig) -> Iterator[Addresses]:
-    """An engine as a process of its own on loopback; drained at the end.
-
-    Raises EngineFailedError with what the engine said.
-    """
-    command = [sys.executable, "-m", "hrpro.clients.cli", "serve", str(bundle), "--json"]
-    for side in ("feed", "events", "control"):
-        command += [f"--{side}", "tcp://127.0.0.1:*"]
-    for name, value in config.model_dump(mode="json").items():
-        command += ["--set", f"{name}={json.dumps(value)}"]
-    process = subprocess.Popen(  # noqa: S603 - this very interpreter
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            _, said = process.communicate(timeout=_START_TIMEOUT_S)
-            raise EngineFailedError(f"the engine did not start: {said.strip()}")
-        said = json.loads(line)
-        addresses = Addresses(said["feed"], said["events"], said["control"])
-        yield addresses
-        request_drain(addresses.control)
-        process.wait(_START_TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate(timeout=_START_TIMEOUT_S)
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        if self._streams:
+            raise EngineFailedError(
+                f"the end of {', '.join(sorted(self._streams))} was not published "
+                f"within {_COLLECT_TIMEOUT_S:g} s"
+            )

@@ -9,6 +9,9 @@ stream it was told last. The streams themselves belong to the pipeline.
                               +--yes, and continues --> the connection owns it now, Welcome
                               +--yes, but is ending, or lacks snippets that cannot come any more
                                         --> Welcome to a new session, once the old one has Ended
+
+Where no stream can be opened because there are too many, one whose connection is gone is ended to
+make room; the Hello waits for that, too.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from hrpro.engine.messages import (
     Welcome,
 )
 from hrpro.engine.timebase import SnippetClock
-from hrpro.engine.wire import ProtocolError, StreamError
+from hrpro.engine.wire import MAX_FIRST_INDEX, MAX_INDEX, ProtocolError, StreamError
 
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
@@ -42,17 +45,15 @@ ENDED_REMEMBERED = 1024
 
 @dataclass
 class Counters:
-    """What has happened since the engine started; a part of every StatusReply."""
+    """What the server has counted since it started; a part of every StatusReply."""
 
     snippets_in: int = 0
-    snippets_processed: int = 0
     chunks_in: int = 0
     chunks_duplicate: int = 0
     chunks_refused: int = 0
     messages_refused: int = 0
     proposals: int = 0
     events: int = 0
-    batches: int = 0
     ended_streams: int = 0
 
 
@@ -80,7 +81,7 @@ class Feeds:
         self._pipeline = pipeline
         self._counters = counters
         self._send = send
-        self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until the session before has ended
+        self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
 
     def handle(self, identity: bytes, message: Hello | Chunk | End) -> None:
@@ -93,7 +94,7 @@ class Feeds:
                     self._on_chunk(identity, message)
                 case End():
                     self._on_end(identity, message)
-        except StreamError as error:
+        except (ProtocolError, StreamError) as error:
             self._counters.chunks_refused += isinstance(message, Chunk)
             self._send(identity, error_message(error, message.stream))
 
@@ -106,20 +107,18 @@ class Feeds:
         self.admit_waiting()
 
     def admit_waiting(self) -> None:
-        """Answers each Hello that waited for the end of an earlier session, once it has come."""
+        """Answers each Hello that waited for the end of a session, once it has come."""
         for name, (identity, hello) in list(self._waiting.items()):
-            if self.draining or name not in self._pipeline.streams:
+            before = self._pipeline.streams.get(name)
+            if self.draining or before is None or not before.ended:
                 del self._waiting[name]
                 self.handle(identity, hello)
 
     def acknowledge(self) -> None:
         """One Ack at most for each stream, where something has moved since its feeder was told."""
         for name, feed in self.live.items():
-            stream = self._pipeline.streams[name]
-            state = (stream.next_index, stream.send_until)
-            if state != feed.told:
-                feed.reachable = self._send(feed.identity, Ack(name, *state))
-                feed.told = state if feed.reachable else None
+            if feed.told != _state(self._pipeline.streams[name]):
+                self._tell(name, feed)
 
     def on_ended(self, notice: StreamNotice) -> None:
         """Tells the feeder that its stream is processed and published as a whole."""
@@ -141,12 +140,47 @@ class Feeds:
         if live is not None and live.ended:
             self._waiting[hello.stream] = (identity, hello)
             return
-        stream = self._pipeline.open(hello.stream, hello.first_index)
+        try:
+            stream = self._pipeline.open(hello.stream, hello.first_index)
+        except StreamError as error:
+            if error.code != "too_many_streams" or not self._room_comes(hello.stream):
+                raise
+            self._waiting[hello.stream] = (identity, hello)
+            return
         self._ended.pop(hello.stream, None)
+        try:
+            welcome = self._welcome(stream)
+        except ProtocolError:
+            if live is None:  # nobody could feed it
+                self._pipeline.end(hello.stream, stream.next_index)
+            raise
         feed = self.live.setdefault(hello.stream, Feed(identity))
         feed.identity = identity
-        feed.told = (stream.next_index, stream.send_until)
-        feed.reachable = self._send(identity, self._welcome(stream))
+        feed.told = _state(stream)
+        feed.reachable = self._send(identity, welcome)
+
+    def _room_comes(self, name: str) -> bool:
+        """Whether a place that no other Hello waits for becomes free; makes one free if it can.
+
+        A stream whose connection is gone gives way. To know that, its feeder is sent an Ack,
+        which changes nothing where it arrives.
+        """
+        streams = self._pipeline.streams
+        wanted = len(self._waiting.keys() - {name}) + 1
+        if sum(stream.ended for stream in streams.values()) >= wanted:
+            return True
+        for abandoned, feed in self.live.items():
+            if not streams[abandoned].ended and not self._tell(abandoned, feed):
+                self._pipeline.end(abandoned, streams[abandoned].next_index)
+                return True
+        return False
+
+    def _tell(self, name: str, feed: Feed) -> bool:
+        """Sends an Ack; False when its feeder cannot be reached."""
+        state = _state(self._pipeline.streams[name])
+        feed.reachable = self._send(feed.identity, Ack(name, *state))
+        feed.told = state if feed.reachable else None
+        return feed.reachable
 
     def _check_fits(self, hello: Hello) -> None:
         clock, dim = self._pipeline.clock, self._pipeline.feature_dim
@@ -163,13 +197,20 @@ class Feeds:
                 f"stream {hello.stream!r}: expected feature dimension {dim},"
                 f" came {hello.feature_dim}",
             )
+        if hello.first_index > MAX_FIRST_INDEX:
+            raise StreamError(
+                "bad_message",
+                f"stream {hello.stream!r}: expected a first_index of at most {MAX_FIRST_INDEX},"
+                f" came {hello.first_index}",
+            )
 
     def _welcome(self, stream: Stream) -> Welcome:
         pipeline = self._pipeline
+        next_index, send_until = _state(stream)
         return Welcome(
             stream=stream.stream,
-            next_index=stream.next_index,
-            send_until=stream.send_until,
+            next_index=next_index,
+            send_until=send_until,
             max_chunk_snippets=pipeline.max_chunk_snippets,
             feature_dim=pipeline.feature_dim,
             frames_per_s=pipeline.clock.frames_per_s,
@@ -242,6 +283,11 @@ class Feeds:
     def _refuse_when_draining(self, name: str) -> None:
         if self.draining:
             raise StreamError("draining", f"stream {name!r}: the engine is draining")
+
+
+def _state(stream: Stream) -> tuple[int, int]:
+    """What a feeder is told of its stream: (next_index, send_until)."""
+    return stream.next_index, min(stream.send_until, MAX_INDEX)
 
 
 def error_message(error: ProtocolError | StreamError, stream: str | None = None) -> Error:

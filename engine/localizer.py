@@ -122,7 +122,7 @@ class StreamLocalizer:
         """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""
         finals: list[Final] = []
         for label_index, pool in enumerate(self._pool):
-            if any(proposal.run_stop <= due_until for proposal in pool):
+            if any(proposal.due_from <= due_until for proposal in pool):
                 finals += self._publish_class(label_index, due_until)
         return [*finals, *self._tracker.conclude(due_until)]
 
@@ -137,12 +137,12 @@ class StreamLocalizer:
         for proposal, score in sorted(
             zip(pool, scores.tolist(), strict=True), key=lambda pair: -pair[1]
         ):
-            if proposal.run_stop > due_until or score <= self._config.score_floor:
+            if proposal.due_from > due_until or score <= self._config.score_floor:
                 continue
             final = replace(proposal, score=score)
             published.append(final)
             finals.append(Final(final, self._tracker.assign(final)))
-        self._pool[label_index] = [p for p in pool if p.run_stop > due_until]
+        self._pool[label_index] = [p for p in pool if p.due_from > due_until]
         return finals
 
     def _forget(self, label_index: int) -> None:

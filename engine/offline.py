@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.localizer import localize
 from hrpro.engine.pipeline import Backend
 from hrpro.engine.refine import Proposal
+from hrpro.engine.windows import Floats, in_pieces
+from hrpro.export.bundle import Manifest
 
 
 def localize_recording(
-    backend: Backend, features: NDArray[np.float32], config: LocalizationConfig
+    backend: Backend, manifest: Manifest, features: Floats, config: LocalizationConfig
 ) -> list[Proposal]:
     """Final proposals of a recording, features (T, D), with all of it known."""
-    valid = np.ones((1, len(features)), dtype=np.bool_)
-    scores, embedding = backend.score_snippets(features[None], valid)
-    return localize(scores[0], embedding[0], config, backend)
+
+    def score(piece: Floats) -> tuple[Floats, ...]:
+        valid = np.ones((1, len(piece)), dtype=np.bool_)
+        return tuple(each[0] for each in backend.score_snippets(piece[None], valid))
+
+    if manifest.exact:
+        context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
+        scores, embedding = in_pieces(score, features, context, lookahead)
+    else:
+        scores, embedding = score(features)
+    return localize(scores, embedding, config, backend)

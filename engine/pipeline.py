@@ -56,6 +56,8 @@ class Pipeline:
         self._features = np.zeros(shape, dtype=np.float32)
         self._valid = np.zeros(shape[:2], dtype=np.bool_)
         self.streams: dict[str, Stream] = {}
+        self.batches = 0  # inference calls
+        self.snippets_scored = 0  # positions stitched, each of them once
         self.clock = manifest.clock
         self.classes = manifest.classes
         self.feature_dim = manifest.feature_dim
@@ -78,10 +80,12 @@ class Pipeline:
         if jobs:
             features, valid = self._fill_windows(jobs)
             scores, embedding = self._backend.score_snippets(features, valid)
+            self.batches += 1
             for row, job in enumerate(jobs):
                 stitched = stitch(job, scores[row], embedding[row])
                 decisions = job.stream.localizer.advance(*stitched)
                 job.stream.processed = job.until
+                self.snippets_scored += len(stitched[0])
                 newest = min(job.stop, job.stream.next_index) - 1
                 published += self._publisher.publish(job.stream, decisions, newest)
         for stream in [each for each in self.streams.values() if each.finished]:

@@ -236,8 +236,8 @@ def _features(header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
 
 
 def max_frame_bytes(max_chunk_snippets: int, feature_dim: int) -> int:
-    """The largest frame an engine reads: four times its largest chunk.
+    """The largest frame an engine reads: twice its largest chunk.
 
     A chunk that is a little too large thus gets an Error; beyond it the connection is cut.
     """
-    return max(4 * max_chunk_snippets * feature_dim * 4, MAX_REQUEST_HEADER_BYTES)
+    return max(2 * max_chunk_snippets * feature_dim * 4, MAX_REQUEST_HEADER_BYTES)

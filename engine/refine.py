@@ -14,6 +14,8 @@ from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import Run, RunDetector
 from hrpro.engine.ring import Ring
 
+_PROPOSALS_AT_ONCE = 256
+
 
 class InstanceScorer(Protocol):
     """Stage 2: an ONNX session in the engine, the torch model in training."""
@@ -30,7 +32,7 @@ class InstanceScorer(Protocol):
 class Proposal:
     """A scored proposal: borders are positions in snippets, ``score`` is in [0, 1].
 
-    ``run_stop`` is the end of the run that it came from; from there the look-ahead is counted.
+    ``run_stop`` is the end of the run that it came from.
     """
 
     label_index: int
@@ -38,6 +40,11 @@ class Proposal:
     end: float
     score: float
     run_stop: int
+
+    @property
+    def due_from(self) -> int:
+        """The look-ahead counts from here: the end of its run, or its own where that is earlier."""
+        return min(self.run_stop, int(self.end))
 
 
 def refine_runs(
@@ -63,9 +70,13 @@ def refine_runs(
     first = math.floor(borders[:, 0].min()) - config.border_limit - 1
     first = max(first, history.oldest)
     stretch = history.read(first, history.next_index)  # (T, W)
-    completeness, refined, refined_completeness = scorer.score_instances(
-        stretch, (borders - first).astype(np.float32)
-    )
+    relative = (borders - first).astype(np.float32)  # (N, 2)
+    # In blocks: the features of many regions at once would need much memory.
+    outputs = [
+        scorer.score_instances(stretch, relative[n : n + _PROPOSALS_AT_ONCE])
+        for n in range(0, len(relative), _PROPOSALS_AT_ONCE)
+    ]
+    completeness, refined, refined_completeness = map(np.concatenate, zip(*outputs, strict=True))
     labels = [run.label_index for run in runs]
     rows = np.arange(len(runs))
     refined = np.clip(refined.astype(np.float64) + first, detector.first_index, detector.next_index)

@@ -11,8 +11,11 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
-from hrpro.engine.settings import load_settings
+from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.export.bundle import Bundle
+
+# Settings that the instance graph has inside, too.
+_FIXED_BY_GRAPH = ("border_ratio", "border_limit")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,15 @@ def load_engine_config(
 ) -> EngineConfig:
     """The engine's settings: defaults, the bundle's own, a YAML file, and assignments over them."""
     base = bundle.manifest.model_dump(mode="json", include={"window", "localization"})
-    return load_settings(EngineConfig, file, assignments, base)
+    config = load_settings(EngineConfig, file, assignments, base)
+    for name in _FIXED_BY_GRAPH:
+        trained = getattr(bundle.manifest.localization, name)
+        if getattr(config.localization, name) != trained:
+            raise SettingsError(
+                f"localization.{name}: expected {trained}, which the bundle was trained with and "
+                f"its graph contains, got {getattr(config.localization, name)}"
+            )
+    return config
 
 
 def new_pipeline(bundle: Bundle, config: EngineConfig) -> Pipeline:

@@ -15,7 +15,6 @@ import contextlib
 import re
 import secrets
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from types import TracebackType
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
-# How often `run` looks at the event it was given; `stop` and `drain` do not wait for this.
-STOP_EVENT_INTERVAL_MS = 100
 
 _WELCOME_SUBSCRIPTION = re.compile(rb"\x01welcome/([A-Za-z0-9._:-]{1,64})/")
 
@@ -109,14 +106,13 @@ class Server:
 
     # ---- life cycle ----------------------------------------------------------------------------
 
-    def run(self, stop: threading.Event | None = None) -> None:
-        """Serves until `stop()`, until the event `stop` is set, or until a drain is complete."""
+    def run(self) -> None:
+        """Serves until `stop()`, or until a drain is complete."""
         poller = zmq.Poller()
         for source in (self._feed, self._events, self._control, self._wake_reader):
             poller.register(source, zmq.POLLIN)
-        idle_ms = None if stop is None else STOP_EVENT_INTERVAL_MS
-        while not (self._stop_requested or self._drained() or (stop and stop.is_set())):
-            poller.poll(0 if self._pipeline.pending() else idle_ms)
+        while not (self._stop_requested or self._drained()):
+            poller.poll(0 if self._pipeline.pending() else None)
             self._turn()
         while self._drain_envelopes and self._drained():
             self._send(self._control, self._drain_envelopes.pop(), DrainReply())
@@ -151,7 +147,6 @@ class Server:
         if self._drain_requested and not self._feeds.draining:
             self._feeds.drain()
         if self._pipeline.pending():
-            self.counters.batches += 1
             for publication in self._pipeline.step():
                 self._publish(publication)
         self._feeds.admit_waiting()
@@ -172,7 +167,6 @@ class Server:
             self.counters.events += 1
         elif publication.kind == "ended":
             self.counters.ended_streams += 1
-            self.counters.snippets_processed += publication.next_index - publication.first_index
             self._feeds.on_ended(publication)
 
     # ---- the three sockets ---------------------------------------------------------------------
@@ -211,17 +205,17 @@ class Server:
             self._send(self._control, envelope, self._status())
 
     def _status(self) -> StatusReply:
-        streams = self._pipeline.streams
-        counters = asdict(self.counters)
-        counters["snippets_processed"] += sum(
-            stream.processed - stream.first_index for stream in streams.values()
-        )
+        pipeline = self._pipeline
         return StatusReply(
             instance=self.instance,
-            bundle_id=self._pipeline.bundle_id,
+            bundle_id=pipeline.bundle_id,
             state="draining" if self._feeds.draining else "serving",
-            streams=tuple(self._stream_status(stream) for stream in streams.values()),
-            counters=counters,
+            streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
+            counters={
+                **asdict(self.counters),
+                "snippets_processed": pipeline.snippets_scored,
+                "batches": pipeline.batches,
+            },
         )
 
     def _stream_status(self, stream: Stream) -> dict[str, int | str | bool]:

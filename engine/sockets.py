@@ -5,8 +5,8 @@ says what a peer sees of it.
 
 ZeroMQ's own heartbeats stay off. In libzmq 4.3.5 a ping that is sent or answered on a connection
 which has reached its receive limit, and whose peer has died, is a failed assertion: it aborts the
-process. TCP's keepalive finds dead peers instead; and the receive limit is so high that only a
-flood reaches it, since a peer may still turn on its own heartbeats.
+process. TCP's keepalive finds dead peers instead. Since a peer may still turn on its own heartbeats,
+the receive limit is never so low that a feeder reaches it within a usual credit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,19 @@ LINGER_MS = 2_000
 # Per peer. A subscriber that is further behind than EVENTS_TO_SEND loses events.
 REPLIES_TO_SEND = 1_000
 EVENTS_TO_SEND = 10_000
-MESSAGES_TO_READ = 100_000
+BYTES_TO_READ = 64 * 2**20
+FEWEST_TO_READ = 256
 # No message has more frames, with its envelope, than 3; one more is kept to see that it has.
 MAX_FRAMES = 4
+
+
+def messages_to_read(max_frame_bytes: int) -> int:
+    """The receive limit of a connection, which ZeroMQ counts in messages.
+
+    Messages of one frame, all of the largest size, come to at most BYTES_TO_READ; where that
+    would be too few of them, FEWEST_TO_READ.
+    """
+    return max(FEWEST_TO_READ, BYTES_TO_READ // max_frame_bytes)
 
 
 def bind_router(
@@ -55,7 +65,7 @@ def _bind(
 ) -> zmq.Socket[bytes]:
     bound.set(zmq.MAXMSGSIZE, max_frame_bytes)
     bound.set(zmq.SNDHWM, messages_to_send)
-    bound.set(zmq.RCVHWM, MESSAGES_TO_READ)
+    bound.set(zmq.RCVHWM, messages_to_read(max_frame_bytes))
     bound.set(zmq.TCP_KEEPALIVE, 1)
     bound.set(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
     bound.set(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)

@@ -12,11 +12,17 @@ would see in the whole recording.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from hrpro.engine.config import EngineConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.config import EngineConfig, WindowConfig
 from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Manifest
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,47 @@ class WindowPlan:
         return self.stop(processed) - self.lookahead
 
 
+def in_pieces(
+    score: Callable[[Floats], tuple[Floats, ...]],
+    features: Floats,
+    context: int,
+    lookahead: int,
+    piece: int = 1024,
+) -> tuple[Floats, ...]:
+    """``score`` of a whole recording (T, D), computed in pieces where it is exact in windows.
+
+    Attention over T snippets needs memory for T * T weights; pieces of 1024 snippets bound that.
+    ``score`` takes (n, D) and returns arrays of n rows.
+    """
+    parts = []
+    for first in range(0, len(features), piece):
+        start = max(0, first - context)
+        outputs = score(features[start : first + piece + lookahead])
+        parts.append([each[first - start : first - start + piece] for each in outputs])
+    return tuple(np.concatenate(each) for each in zip(*parts, strict=True))
+
+
+def window_length(config: WindowConfig, context: int, lookahead: int) -> int:
+    """Snippets in a window: as configured, or else the shortest one whose hop is exact.
+
+    Raises SettingsError if the configured one is shorter than that.
+    """
+    shortest = context + config.hop_snippets + lookahead
+    window = config.window_snippets or shortest
+    if window < shortest:
+        raise SettingsError(
+            f"window.window_snippets: expected at least {shortest} (context {context} + hop "
+            f"{config.hop_snippets} + look-ahead {lookahead}), got {window}"
+        )
+    return window
+
+
 def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     """The windows for a bundle. Raises SettingsError if they are too short to be exact, or if the
     wished look-ahead is shorter than what the model itself needs."""
     hop = config.window.hop_snippets
     context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
-    shortest = context + hop + lookahead
-    window = config.window.window_snippets or shortest
-    if window < shortest:
-        raise SettingsError(
-            f"window.window_snippets: expected at least {shortest} (context {context} + hop {hop} "
-            f"+ look-ahead {lookahead}), got {window}"
-        )
+    window = window_length(config.window, context, lookahead)
     # The last snippet of a hop waits for none of its own, the first one for all of them.
     # That a run is over shows in the score of the snippet behind it.
     needed = lookahead + hop

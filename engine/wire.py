@@ -1,9 +1,17 @@
 """What one message field and one msgpack header may hold, and the errors of the whole project.
 
     HrproError                  everything that HR-Pro Stream raises on purpose
-    +-- ProtocolError           bytes or a field break the protocol (also a ValueError)
-    +-- StreamError             the engine refuses what a stream's feeder asked for
-    +-- NoReplyError            the peer did not answer in time (also a TimeoutError)
+    +-- ProtocolError           (here) bytes or a field break the protocol (also a ValueError)
+    +-- StreamError             (here) the engine refuses what a stream's feeder asked for
+    +-- NoReplyError            (here) the peer did not answer in time (also a TimeoutError)
+    +-- SettingsError           engine.settings          a setting or its file (also a ValueError)
+    +-- DataError               training.data            a data set (also a ValueError)
+    +-- TrainingError           training.instance_stage  training cannot go on
+    +-- RunError                training.run             no finished training run (also a ValueError)
+    +-- BundleError             export.bundle            no usable bundle (also a ValueError)
+    +-- ExportError             export.verify            the export computes something else
+    +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
+    +-- EngineFailedError       @ENGINEFAILED@
 
 `ProtocolError` and `StreamError` carry a `code`, one of `ERROR_CODES`: what is sent to the peer
 in an Error message. No I/O happens here, and nothing is trusted before it is checked.
@@ -25,6 +33,8 @@ VERSION = 1
 
 # Indices stay exact in an IEEE double, so that any client language can hold them.
 MAX_INDEX = 2**53
+# Where a stream may begin at most: no stream that begins here lives to see MAX_INDEX.
+MAX_FIRST_INDEX = 2**52
 MAX_COUNT = 2**31 - 1
 MAX_LIST = 65_536
 
@@ -234,7 +244,8 @@ def unpack_header(frame: bytes, longest_bytes: int) -> dict[str, Any]:
             max_str_len=longest_bytes,
             max_bin_len=longest_bytes,
             max_ext_len=longest_bytes,
-            max_array_len=MAX_LIST,
+            # An entry has a byte at least; room for what a list claims to hold is made at once.
+            max_array_len=min(MAX_LIST, len(frame)),
             max_map_len=1024,
         )
     except (ValueError, msgpack.UnpackException) as error:

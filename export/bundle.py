@@ -6,7 +6,8 @@
       instance.onnx    stage 2
 
 A bundle is read only if every file has the SHA-256 that the manifest says. It is written to a
-temporary folder beside its place and renamed, so a killed export leaves no half bundle.
+temporary folder beside its place and renamed, so a killed export leaves no half bundle. Where it
+takes the place of another one, that one is moved aside first and comes back if the rename fails.
 
     BundleError    the folder is not a usable bundle; the message names file, expectation, finding
 """
@@ -22,12 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from hrpro.engine.config import LocalizationConfig, WindowConfig
 from hrpro.engine.settings import Settings
 from hrpro.engine.timebase import SnippetClock
-from hrpro.engine.wire import HrproError
+from hrpro.engine.wire import HrproError, checked
+from hrpro.engine.wire import label as wire_label
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -60,12 +62,25 @@ class Manifest(Settings):
         ge=0, description="a position of a window is exact up to this many snippets before its end"
     )
     window: WindowConfig
+    window_length: int = Field(
+        ge=1, description="window in snippets, where the settings leave it open"
+    )
     localization: LocalizationConfig
     training: dict[str, Any] = Field(description="the full training configuration")
-    figures: dict[str, float] = Field(description="figures measured before the export")
+    figures: dict[str, float | str] = Field(
+        description="what hrpro evaluate measured before the export, and on what"
+    )
     verified: dict[str, float] = Field(description="largest difference of ONNX Runtime from torch")
     versions: dict[str, str] = Field(description="packages that made the bundle")
     files: dict[str, str] = Field(description="SHA-256 of each file")
+
+    @model_validator(mode="after")
+    def _classes_fit_topics(self) -> Manifest:
+        for label in self.classes:
+            checked("classes", wire_label, label)
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: expected distinct names")
+        return self
 
     @property
     def clock(self) -> SnippetClock:
@@ -181,7 +196,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = temporary.with_name(temporary.name + ".old")
             target.rename(old)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(target)

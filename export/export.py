@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from hrpro.engine.windows import window_length
 from hrpro.export.bundle import (
     INSTANCE_GRAPH,
     SNIPPET_GRAPH,
@@ -18,7 +19,7 @@ from hrpro.export.bundle import (
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph
 from hrpro.export.verify import Exactness, verify_graphs
 from hrpro.training.config import ModelConfig
-from hrpro.training.model import EMBEDDING_KERNEL
+from hrpro.training.model import band_reach
 from hrpro.training.run import RunDescription
 from hrpro.training.train import TrainedModel
 
@@ -28,7 +29,10 @@ _PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
 def export_bundle(
-    description: RunDescription, model: TrainedModel, figures: Mapping[str, float], target: Path
+    description: RunDescription,
+    model: TrainedModel,
+    figures: Mapping[str, float | str],
+    target: Path,
 ) -> Bundle:
     """Export, verify and write a bundle; ``figures`` are what was measured of the model.
 
@@ -56,6 +60,9 @@ def export_bundle(
                 "context_snippets": exactness.context,
                 "lookahead_snippets": exactness.lookahead,
                 "window": config.window.model_dump(),
+                "window_length": window_length(
+                    config.window, exactness.context, exactness.lookahead
+                ),
                 "localization": config.localization.model_dump(),
                 "training": config.model_dump(mode="json"),
                 "figures": dict(figures),
@@ -71,16 +78,6 @@ def export_bundle(
 
 
 def exact_positions(config: ModelConfig) -> Exactness:
-    """Which positions of a window see all that they would see in the whole recording.
-
-    Each block reaches attention_past back and attention_future ahead, the convolution of the
-    embedding half its kernel both ways.
-    """
-    if config.attention_past is None:
-        return _FULL_ATTENTION
-    reach = EMBEDDING_KERNEL // 2
-    return Exactness(
-        exact=True,
-        context=config.blocks * config.attention_past + reach,
-        lookahead=config.blocks * config.attention_future + reach,
-    )
+    """Which positions of a window see all that they would see in the whole recording."""
+    reach = band_reach(config)
+    return _FULL_ATTENTION if reach is None else Exactness(True, *reach)

@@ -2,23 +2,25 @@
 
 On random feature sequences with the statistics of the training data, compared are whole
 recordings; chains of windows, batched and stitched as the engine does, against the whole recording
-in torch (for models with banded attention); and proposals of several counts, none among them.
+in torch (against the same windows, where attention has no band); and proposals of several counts,
+none among them.
 
     ExportError    a difference above its tolerance
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import torch
 from numpy.typing import NDArray
 
 from hrpro.engine.wire import HrproError
 from hrpro.training.evaluate import TorchScorer
-from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel
 
 # Largest absolute difference. P, S, A and completeness are in [0, 1], borders in snippets.
@@ -28,7 +30,12 @@ _LENGTHS = (1, 2, 97, 160)
 _WINDOWS = ((1, 1), (7, 3), (32, 8))  # (hop, batch size)
 _PROPOSAL_COUNTS = (0, 1, 50)
 
+_OUTPUTS = ("scores", "cas", "attention", "embedding")
+
 Floats = NDArray[np.float32]
+
+# Windows (B, T, D), validity (B, T) -> the outputs, one window after the other: (B * T, ...).
+Scorer = Callable[[Floats, NDArray[np.bool_]], list[Floats]]
 
 
 class ExportError(HrproError):
@@ -49,26 +56,24 @@ def verify_graphs(
 ) -> dict[str, float]:
     """Largest difference by name. Raises ExportError if one exceeds its tolerance."""
     providers = ["CPUExecutionProvider"]
-    snippet = onnxruntime.InferenceSession(snippet_graph, providers=providers)
+    in_onnx = _onnx_scorer(onnxruntime.InferenceSession(snippet_graph, providers=providers))
+    in_torch = _torch_scorer(model)
     instance = onnxruntime.InferenceSession(instance_graph, providers=providers)
     random = np.random.default_rng(0)
     worst = dict.fromkeys(TOLERANCES, 0.0)
     for length in _LENGTHS:
         features = _random_features(model, length, random)
-        expected = snippet_scores(model.snippet, features)
-        whole = _run(snippet, features[None], np.ones((1, length), dtype=np.bool_))
-        chains = [whole] + [
-            _run_windows(snippet, features, exactness, hop, batch)
-            for hop, batch in _WINDOWS
-            if exactness.exact
-        ]
-        for scores, cas, attention, embedding in chains:
-            _note(worst, "scores", scores, expected.scores)
-            _note(worst, "scores", cas, expected.cas)
-            _note(worst, "scores", attention, expected.attention)
-            _note(worst, "embedding", embedding, expected.embedding)
+        valid = np.ones((1, length), dtype=np.bool_)
+        expected = in_torch(features[None], valid)
+        _note_snippets(worst, in_onnx(features[None], valid), expected)
+        for hop, batch in _WINDOWS:
+            got = _run_windows(in_onnx, features, exactness, hop, batch)
+            same = expected  # exact windows give what the whole recording gives
+            if not exactness.exact:
+                same = _run_windows(in_torch, features, exactness, hop, batch)
+            _note_snippets(worst, got, same)
         _refuse_differences(worst)  # stage 2 has no answer to NaN
-        _compare_instances(worst, model, instance, expected.embedding, random)
+        _compare_instances(worst, model, instance, expected[-1], random)
     _refuse_differences(worst)
     return worst
 
@@ -91,24 +96,31 @@ def _random_features(model: TrainedModel, length: int, random: np.random.Generat
     return (mean + noise / scale).astype(np.float32)
 
 
-def _run(
-    session: onnxruntime.InferenceSession, features: Floats, valid: NDArray[np.bool_]
-) -> list[Floats]:
-    """Outputs of the windows (B, T, D), one after the other: (B * T, ...) each."""
-    outputs = session.run(
-        ["scores", "cas", "attention", "embedding"], {"features": features, "valid": valid}
-    )
-    return [np.concatenate(list(each)) for each in outputs]
+def _onnx_scorer(session: onnxruntime.InferenceSession) -> Scorer:
+    def score(features: Floats, valid: NDArray[np.bool_]) -> list[Floats]:
+        outputs = session.run(list(_OUTPUTS), {"features": features, "valid": valid})
+        return [np.concatenate(list(each)) for each in outputs]
+
+    return score
+
+
+def _torch_scorer(model: TrainedModel) -> Scorer:
+    def score(features: Floats, valid: NDArray[np.bool_]) -> list[Floats]:
+        with torch.no_grad():
+            outputs = model.snippet(torch.from_numpy(features), torch.from_numpy(valid))
+        return [np.concatenate(list(each.numpy())) for each in outputs]
+
+    return score
 
 
 def _run_windows(
-    session: onnxruntime.InferenceSession,
+    score: Scorer,
     features: Floats,
     exactness: Exactness,
     hop: int,
     batch: int,
 ) -> list[Floats]:
-    """The exact positions of a chain of windows, stitched; rows as `_run` gives for a whole."""
+    """The exact positions of a chain of windows, stitched; rows as a `Scorer` gives for a whole."""
     length, before, after = len(features), exactness.context, exactness.lookahead
     chain = -(-length // hop)
     padding = ((before, chain * hop - length + after), (0, 0))
@@ -119,7 +131,7 @@ def _run_windows(
     parts = []
     for first in range(0, chain, batch):
         chosen = rows[first : first + batch]
-        outputs = _run(session, padded[chosen], valid[chosen])
+        outputs = score(padded[chosen], valid[chosen])
         shaped = [each.reshape(*chosen.shape, *each.shape[1:]) for each in outputs]
         parts.append([np.concatenate(list(each[:, before : before + hop])) for each in shaped])
     return [np.concatenate(each)[:length] for each in zip(*parts, strict=True)]
@@ -145,6 +157,11 @@ def _compare_instances(
         names = ("completeness", "borders", "completeness")
         for name, left, right in zip(names, got, expected, strict=True):
             _note(worst, name, left, right)
+
+
+def _note_snippets(worst: dict[str, float], got: list[Floats], expected: list[Floats]) -> None:
+    for name, left, right in zip(_OUTPUTS, got, expected, strict=True):
+        _note(worst, "embedding" if name == "embedding" else "scores", left, right)
 
 
 def _note(worst: dict[str, float], name: str, got: Floats, expected: Floats) -> None:

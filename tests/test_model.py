@@ -117,8 +117,8 @@ def test_features_and_prototypes_are_normalised_alike() -> None:
 def test_a_width_of_its_own_is_projected_to() -> None:
     model = SnippetModel(DIM, 3, ModelConfig(width=12, attention_heads=3)).eval()
     assert model(FEATURES, ALL).embedding.shape == (1, T, 12)
-    with pytest.raises(ValueError, match="width 12 is not a multiple of 5 attention heads"):
-        SnippetModel(DIM, 3, ModelConfig(width=12, attention_heads=5))
+    # Heads share the width evenly: of 8 heads, 4 divide a width of 12.
+    assert SnippetModel(DIM, 3, ModelConfig(width=12, attention_heads=8)).blocks[0].heads == 4
 
 
 # --- regions -------------------------------------------------------------------------------------

@@ -22,7 +22,11 @@ class ModelConfig(Settings):
         None, ge=1, description="width of the attention blocks (default: D, as in the paper)"
     )
     blocks: int = Field(2, ge=0, description="reliability-aware attention blocks")
-    attention_heads: int = Field(4, ge=1, description="attention heads of a block (paper: 1)")
+    attention_heads: int = Field(
+        4,
+        ge=1,
+        description="attention heads of a block (paper: 1), or as many as divide the width",
+    )
     attention_past: int | None = Field(
         32, ge=0, description="snippets before that a snippet attends to (null: all, both ways)"
     )
@@ -110,7 +114,7 @@ class TrainingConfig(Settings):
     window: WindowConfig = WindowConfig()
 
     @model_validator(mode="after")
-    def _points_leave_context(self) -> TrainingConfig:
+    def _full_attention_has_no_band(self) -> TrainingConfig:
         if self.model.attention_past is None and self.model.attention_future:
             raise ValueError(
                 "model.attention_future: full attention (attention_past null) has no band"

@@ -128,7 +128,7 @@ def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> di
     class_index = {label: index for index, label in enumerate(classes)}
     truth = {}
     for name in names:
-        if name not in database:
+        if not isinstance(database, dict) or name not in database:
             raise DataError(f"{path}: recording {name!r} of the split has no entry")
         rows = []
         for label, start_s, end_s in _annotations(path, name, database[name]):
@@ -145,6 +145,8 @@ def _annotations(path: Path, name: str, entry: Any) -> list[tuple[str, float, fl
     try:
         for annotation in entry["annotations"]:
             start_s, end_s = map(float, annotation["segment"])
+            if not 0 <= start_s <= end_s < math.inf:
+                raise ValueError(f"segment {annotation['segment']}")
             rows.append((str(annotation["label"]), start_s, end_s))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -156,7 +158,9 @@ def _annotations(path: Path, name: str, entry: Any) -> list[tuple[str, float, fl
 
 def _read_names(path: Path) -> list[str]:
     try:
-        names = path.read_text().split()
+        names = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected text in UTF-8, came other bytes") from None
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing; it lists one recording name a line") from None
     if not names:

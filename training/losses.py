@@ -38,9 +38,9 @@ def base_loss(
 ) -> BaseLoss:
     """L_base, eq. 1: focal loss of P on pseudo-action snippets and of 1 - A on pseudo background.
 
-    ``scores`` P (B, T, C), ``attention`` A (B, T). Each term is a mean over its snippets (a sum
-    over classes) and 0 where there are none. The third term, focal loss of P towards 0 on pseudo
-    background, is not in the paper.
+    ``scores`` P (B, T, C), ``attention`` A (B, T). Each term is a sum over its snippets (and over
+    classes), divided by their number, and 0 where there are none. The third term, focal loss of P
+    towards 0 on pseudo background, is not in the paper.
 
     Background for being the lowest between two points alone counts ``lowest_weight``: 1 is
     Algorithm 1, less is for recordings whose actions follow each other without a break.

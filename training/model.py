@@ -5,6 +5,7 @@ whole recording.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,21 @@ from hrpro.training.config import ModelConfig
 
 EMBEDDING_KERNEL = 3
 _FEATURE_LIMIT = 1e4  # standard deviations
+
+
+def band_reach(config: ModelConfig) -> tuple[int, int] | None:
+    """How many snippets before and after a position its outputs depend on; None: all of them.
+
+    Each block reaches attention_past back and attention_future ahead, the convolution of the
+    embedding half its kernel both ways.
+    """
+    if config.attention_past is None:
+        return None
+    reach = EMBEDDING_KERNEL // 2
+    return (
+        config.blocks * config.attention_past + reach,
+        config.blocks * config.attention_future + reach,
+    )
 
 
 class SnippetOutput(NamedTuple):
@@ -35,8 +51,7 @@ class ReliabilityAwareBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of {heads} attention heads")
+        assert width % heads == 0, (width, heads)
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
@@ -80,14 +95,13 @@ class SnippetModel(nn.Module):
         self.feature_dim = feature_dim
         self.class_count = class_count
         self.width = width = config.width or feature_dim
+        heads = math.gcd(width, config.attention_heads)  # each has the same share of the width
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(feature_dim))
         self.register_buffer("prototypes", torch.zeros(class_count, feature_dim))
         self.project = nn.Linear(feature_dim, width) if config.width else nn.Identity()
         self.blocks = nn.ModuleList(
-            ReliabilityAwareBlock(
-                width, config.attention_heads, round(config.ffn_ratio * width), config.dropout
-            )
+            ReliabilityAwareBlock(width, heads, round(config.ffn_ratio * width), config.dropout)
             for _ in range(config.blocks)
         )
         self.embed = nn.Conv1d(width, width, EMBEDDING_KERNEL, padding=EMBEDDING_KERNEL // 2)

@@ -81,20 +81,23 @@ def finish_run(folder: Path, description: RunDescription) -> None:
     _write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
 
 
-def write_figures(folder: Path, figures: dict[str, float]) -> None:
+def write_figures(folder: Path, figures: dict[str, float | str]) -> None:
     """Note what was measured of a run."""
     _write_json(folder / FIGURES, figures)
 
 
-def read_figures(folder: Path) -> dict[str, float]:
+def read_figures(folder: Path) -> dict[str, float | str]:
     """What was measured of a run; nothing if it was not evaluated."""
     path = folder / FIGURES
     if not path.exists():
         return {}
     try:
-        return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        figures = json.loads(path.read_text())
+    except ValueError as error:
         raise RunError(f"{path}: expected figures by name: {error}") from None
+    if not isinstance(figures, dict):
+        raise RunError(f"{path}: expected figures by name, got {figures!r}")
+    return figures
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -82,6 +82,8 @@ def evaluate_run(run: Path, data_folder: Path) -> EvaluationFigures:
     write_figures(
         run,
         {
+            "data_set": data.name,
+            "recordings": found.recordings,
             "average_map": found.both_stages.average,
             "stage1_average_map": found.stage1.average,
         },

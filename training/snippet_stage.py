@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hrpro.engine.windows import in_pieces
 from hrpro.training.batches import CropSampler
 from hrpro.training.config import SnippetStageConfig, TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.losses import base_loss, contrastive_loss
 from hrpro.training.memory import initial_prototypes, update_prototypes
-from hrpro.training.model import SnippetModel, SnippetOutput
+from hrpro.training.model import SnippetModel, SnippetOutput, band_reach
 from hrpro.training.optimisation import AveragedModel, Descent, Report
 from hrpro.training.pseudo_snippets import PseudoSnippets, mine_pseudo_snippets
 
@@ -113,9 +114,15 @@ class SnippetScores:
 
 def snippet_scores(model: SnippetModel, features: NDArray[np.float32]) -> SnippetScores:
     """Run stage 1 over a whole recording, features (T, D)."""
+
+    def score(piece: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+        with torch.no_grad():
+            output = model(torch.from_numpy(piece)[None], torch.ones(1, len(piece)).bool())
+        return tuple(each[0].numpy() for each in output)
+
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        output = model(torch.from_numpy(features)[None], torch.ones(1, len(features)).bool())
+    reach = band_reach(model.config)
+    outputs = score(features) if reach is None else in_pieces(score, features, *reach)
     model.train(was_training)
-    return SnippetScores(*(each[0].numpy() for each in output))
+    return SnippetScores(*outputs)

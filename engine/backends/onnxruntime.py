@@ -17,7 +17,7 @@ class OnnxRuntimeBackend:
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         # The pool would count the machine's cores, not the ones this process may use.
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or _usable_cores()
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         # Threads that spin between calls take the cores that feeders and subscribers need.
@@ -44,3 +44,9 @@ class OnnxRuntimeBackend:
             {"features": embedding, "proposals": proposals},
         )
         return completeness, refined, refined_completeness
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
