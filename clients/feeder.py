@@ -188,7 +188,7 @@ class FeatureFeeder:
     def end(self, timeout_s: float | None = None) -> Ended:
         """Ends the stream; returns when all that comes of it is published.
 
-        The Acks that the engine sends while it processes the rest are progress, as in `send`. May be called again after a NoReplyError. Raises as `send` does.
+        Acks of an engine that processes the rest are progress. May be called again after a NoReplyError. Raises as `send` does.
         """
         self._ending = True
         self._wait(lambda: self._ended is not None, timeout_s, "Ended")

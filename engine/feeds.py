@@ -10,12 +10,13 @@ stream it was told last. The streams themselves belong to the pipeline.
                               +--yes, but is ending, or lacks snippets that cannot come any more
                                         --> Welcome to a new session, once the old one has Ended
 
-Where no stream can be opened because there are too many, one whose connection is gone is ended to
-make room; the Hello waits for that, too.
+Where no stream can be opened because there are too many, the one whose feeder has been silent for
+longest gives way if that is IDLE_S or more; the Hello waits for its end, too.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # Ended streams that are remembered, to repeat an Ended that was lost on its way.
 ENDED_REMEMBERED = 1024
+# A stream that nothing came for in so long may be ended, where another one needs its place.
+IDLE_S = 60.0
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Feed:
     """The connection that feeds a live stream."""
 
     identity: bytes
+    heard_s: float  # when its last message for the stream came
     told: tuple[int, int] | None = None  # (next_index, send_until)
     reachable: bool = True
 
@@ -70,17 +74,23 @@ class Feeds:
     """The connections of all live streams.
 
     `send(identity, message)` returns whether the message could be handed over; a peer that is
-    gone is no error, since it says Hello again when it comes back.
+    gone is no error, since it says Hello again when it comes back. `now_s` is a clock that never
+    goes back.
     """
 
     def __init__(
-        self, pipeline: Pipeline, counters: Counters, send: Callable[[bytes, Message], bool]
+        self,
+        pipeline: Pipeline,
+        counters: Counters,
+        send: Callable[[bytes, Message], bool],
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.live: dict[str, Feed] = {}
         self.draining = False
         self._pipeline = pipeline
         self._counters = counters
         self._send = send
+        self._now_s = now_s
         self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
 
@@ -117,8 +127,10 @@ class Feeds:
     def acknowledge(self) -> None:
         """One Ack at most for each stream, where something has moved since its feeder was told."""
         for name, feed in self.live.items():
-            if feed.told != _state(self._pipeline.streams[name]):
-                self._tell(name, feed)
+            state = _state(self._pipeline.streams[name])
+            if state != feed.told:
+                feed.reachable = self._send(feed.identity, Ack(name, *state))
+                feed.told = state if feed.reachable else None
 
     def on_ended(self, notice: StreamNotice) -> None:
         """Tells the feeder that its stream is processed and published as a whole."""
@@ -154,33 +166,21 @@ class Feeds:
             if live is None:  # nobody could feed it
                 self._pipeline.end(hello.stream, stream.next_index)
             raise
-        feed = self.live.setdefault(hello.stream, Feed(identity))
-        feed.identity = identity
-        feed.told = _state(stream)
-        feed.reachable = self._send(identity, welcome)
+        reachable = self._send(identity, welcome)
+        self.live[hello.stream] = Feed(identity, self._now_s(), _state(stream), reachable)
 
     def _room_comes(self, name: str) -> bool:
-        """Whether a place that no other Hello waits for becomes free; makes one free if it can.
-
-        A stream whose connection is gone gives way. To know that, its feeder is sent an Ack,
-        which changes nothing where it arrives.
-        """
+        """Whether a place becomes free that no other Hello waits for; an idle stream gives its."""
         streams = self._pipeline.streams
-        wanted = len(self._waiting.keys() - {name}) + 1
-        if sum(stream.ended for stream in streams.values()) >= wanted:
+        ending = sum(stream.ended for stream in streams.values())
+        if ending > len(self._waiting.keys() - {name}):
             return True
-        for abandoned, feed in self.live.items():
-            if not streams[abandoned].ended and not self._tell(abandoned, feed):
-                self._pipeline.end(abandoned, streams[abandoned].next_index)
-                return True
-        return False
-
-    def _tell(self, name: str, feed: Feed) -> bool:
-        """Sends an Ack; False when its feeder cannot be reached."""
-        state = _state(self._pipeline.streams[name])
-        feed.reachable = self._send(feed.identity, Ack(name, *state))
-        feed.told = state if feed.reachable else None
-        return feed.reachable
+        open_feeds = {each: feed for each, feed in self.live.items() if not streams[each].ended}
+        idle = min(open_feeds, key=lambda each: open_feeds[each].heard_s, default=None)
+        if idle is None or self._now_s() - open_feeds[idle].heard_s < IDLE_S:
+            return False
+        self._pipeline.end(idle, streams[idle].next_index)
+        return True
 
     def _check_fits(self, hello: Hello) -> None:
         clock, dim = self._pipeline.clock, self._pipeline.feature_dim
@@ -278,6 +278,7 @@ class Feeds:
                 f"stream {name!r}: expected the connection whose Hello came last,"
                 f" came {message.TYPE} from another one",
             )
+        feed.heard_s = self._now_s()
         return self._pipeline.streams[name], feed
 
     def _refuse_when_draining(self, name: str) -> None:

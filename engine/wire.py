@@ -11,7 +11,7 @@
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
     +-- ExportError             export.verify            the export computes something else
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
-    +-- EngineFailedError       @ENGINEFAILED@
+    +-- EngineFailedError       clients.engine_process   an engine process that died
 
 `ProtocolError` and `StreamError` carry a `code`, one of `ERROR_CODES`: what is sent to the peer
 in an Error message. No I/O happens here, and nothing is trusted before it is checked.

@@ -282,7 +282,10 @@ def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
     # Left 0 + 0 + 0.25, right 0.125 + 0 + 0: 0.75 - 0.375 / 6, for both thresholds.
     # From 2.5, half-way from 0.25 to 0.75 for 0.5; at the centre 2.5 itself for 0.25.
     # To 20002.5 + 0.25 / 0.625 for 0.5, + 0.5 / 0.625 for 0.25. The former ends in snippet 20002
-    # and goes out first; the latter then adds 0.6875 exp(-tiou ** 2 / 0.3), tiou 0.99996.
-    assert got[0] == Proposal(0, 3.0, pytest.approx(20002.9), pytest.approx(0.6875), 20003)
-    added = pytest.approx(0.6875 * 0.0357, rel=1e-2)
-    assert got[1:] == [Proposal(0, 2.5, pytest.approx(20003.3), added, 20003)]
+    # and goes out first, decayed by the latter, which is known already and starts earlier:
+    # exp(-tiou ** 2 / 0.3) = 0.0357, tiou 0.99996. The latter then has 0.6875 - 0.02453 * 0.9643.
+    weaker = pytest.approx(0.6875 * 0.0357, rel=1e-2)
+    assert got == [
+        Proposal(0, 3.0, pytest.approx(20002.9), weaker, 20003),
+        Proposal(0, 2.5, pytest.approx(20003.3), pytest.approx(0.66384, rel=1e-3), 20003),
+    ]
