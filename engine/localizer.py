@@ -41,8 +41,8 @@ Decision = ActionChange | Final
 class StreamLocalizer:
     """From scores to decisions, for one stream.
 
-    ``wait`` is how many snippets after the end of its run a proposal is published; None waits
-    for the end of the stream (offline).
+    ``wait`` is how many snippets after its end (`Proposal.due_from`) a proposal is published; None
+    waits for the end of the stream (offline).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class StreamLocalizer:
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:
-        """Take the next n snippets: scores P (n, C) and embedding (n, W)."""
+        """Take the next n snippets: scores P (n, C) in [0, 1] and embedding (n, W)."""
         decisions: list[Decision] = []
         for row, embedded in zip(scores, embedding, strict=True):
             self._history.append(embedded[None])

@@ -44,16 +44,7 @@ def train_snippet_stage(config: TrainingConfig, data: DataSet, report: Report) -
         crops = sampler.draw(stage.batch_size)
         output = model(crops.features, crops.valid)
         pseudo = _mine(output, crops.points, crops.valid, stage)
-        base = base_loss(
-            output.scores, output.attention, pseudo, stage.focal_gamma, stage.lowest_weight
-        )
-        contrast = contrastive_loss(output.embedding, embedded, pseudo, stage.temperature)
-        loss = (
-            stage.action_weight * base.action
-            + stage.background_weight * base.background
-            + stage.background_class_weight * base.background_class
-            + stage.contrastive_weight * contrast
-        )
+        loss, parts = _losses(output, pseudo, embedded, stage)
         descent.step(loss)
         with torch.no_grad():
             action = pseudo.action.flatten(0, 1)
@@ -64,17 +55,33 @@ def train_snippet_stage(config: TrainingConfig, data: DataSet, report: Report) -
             rows = output.embedding.detach().flatten(0, 1)
             embedded = update_prototypes(embedded, rows, action, stage.embedding_momentum)
             averaged.update(step)
-        losses = {
-            "loss": loss,
-            "action": base.action,
-            "background": base.background,
-            "background_class": base.background_class,
-            "contrastive": contrast,
-            "pseudo_action": pseudo.action.sum(),
-            "pseudo_background": pseudo.background.sum(),
-        }
-        report("snippet", step, {name: float(value.detach()) for name, value in losses.items()})
+        report("snippet", step, {name: float(each.detach()) for name, each in parts.items()})
     return averaged.result()
+
+
+def _losses(
+    output: SnippetOutput, pseudo: PseudoSnippets, embedded: Tensor, stage: SnippetStageConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_snippet (eq. 8), and its parts by name; ``embedded`` are the embedded prototypes (C, W)."""
+    base = base_loss(
+        output.scores, output.attention, pseudo, stage.focal_gamma, stage.lowest_weight
+    )
+    contrast = contrastive_loss(output.embedding, embedded, pseudo, stage.temperature)
+    loss = (
+        stage.action_weight * base.action
+        + stage.background_weight * base.background
+        + stage.background_class_weight * base.background_class
+        + stage.contrastive_weight * contrast
+    )
+    return loss, {
+        "loss": loss,
+        "action": base.action,
+        "background": base.background,
+        "background_class": base.background_class,
+        "contrastive": contrast,
+        "pseudo_action": pseudo.action.sum(),
+        "pseudo_background": pseudo.background.sum(),
+    }
 
 
 def _mine(
