@@ -40,10 +40,12 @@ class SnippetStageConfig(Settings):
     """Stage 1: snippet-level action discrimination learning."""
 
     steps: int = Field(500, ge=1, description="optimiser steps")
-    batch_size: int = Field(32, ge=1, description="crops in a step")
+    batch_size: int = Field(32, ge=1, description="crops in a step (paper: 16)")
     crop_snippets: int = Field(160, ge=8, description="longest crop of a recording, in snippets")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(1e-3, ge=0)
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak of the one-cycle schedule (paper: 1e-4, constant)"
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="of AdamW")
     mining: Literal["attention", "class", "points"] = Field(
         "attention",
         description="what must stay above action_threshold on the walk from a point: the "
@@ -81,9 +83,11 @@ class InstanceStageConfig(Settings):
 
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(256, ge=2, description="proposals in a step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(1e-2, ge=0)
-    dropout: float = Field(0.3, ge=0, lt=1)
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak of the one-cycle schedule (paper: 1e-4, constant)"
+    )
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW (paper: 1e-3)")
+    dropout: float = Field(0.3, ge=0, lt=1, description="in the instance heads")
     score_loss: Literal["cross_entropy", "smooth_l1"] = Field(
         "cross_entropy", description="loss of the completeness score (paper: smooth_l1, eq. 10)"
     )
@@ -96,7 +100,8 @@ class InstanceStageConfig(Settings):
     )
     negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
     negative_thresholds: tuple[float, ...] = Field(
-        (0.02, 0.05, 0.1), description="theta_A: runs of A below are negative proposals"
+        (0.02, 0.05, 0.1),
+        description="theta_A: runs of A below are negative proposals (paper: 0 to 0.1)",
     )
     average_decay: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights")
 
