@@ -109,7 +109,7 @@ class InstanceStageConfig(Settings):
 class TrainingConfig(Settings):
     """Everything that a training run depends on, beside the data itself."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of all random draws")
     threads: int = Field(0, ge=0, description="torch threads (0: as torch chooses)")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
