@@ -168,8 +168,8 @@ class FeatureFeeder:
         Returns when all are sent; `flush` waits until they are accepted, too. Blocks while the
         engine gives no credit or is away. Raises StreamError when the engine refuses them, or
         before any of them is taken when no engine would take them. Raises NoReplyError when nothing
-        moves for `timeout_s`: snippets below `next_index` are then kept and will be sent, those from
-        there on were not taken and should be given again.
+        moves for `timeout_s`: snippets below `next_index` are then kept and will be sent, those
+        from there on were not taken and should be given again.
         """
         rows = self._checked(features)
         chunk_snippets = self._connected(timeout_s).max_chunk_snippets
@@ -188,7 +188,8 @@ class FeatureFeeder:
     def end(self, timeout_s: float | None = None) -> Ended:
         """Ends the stream; returns when all that comes of it is published.
 
-        Acks of an engine that processes the rest are progress. May be called again after a NoReplyError. Raises as `send` does.
+        While the engine processes the rest, its Acks are progress. May be called again after a
+        NoReplyError. Raises as `send` does.
         """
         self._ending = True
         self._wait(lambda: self._ended is not None, timeout_s, "Ended")

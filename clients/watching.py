@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import IO
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from hrpro.clients.subscriber import EventSubscriber
+from hrpro.clients.subscriber import STREAMS_REMEMBERED, EventSubscriber
 from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, StreamNotice
 
 _POLL_S = 0.25  # how often the idle time is looked at
@@ -58,22 +59,31 @@ def show_table(
     """Show actions as they start, grow and end, until interrupted or idle."""
     board = EventBoard()
     with Live(board.table(), console=console, refresh_per_second=8) as live:
+        instance = subscriber.instance
         for publication in publications(subscriber, until_idle_s):
+            if instance not in (None, subscriber.instance):
+                board.forget_streams()
+            instance = subscriber.instance
             if publication is not None:
                 board.take(publication)
-                live.update(board.table())
+            live.update(board.table())
 
 
 class EventBoard:
-    """The newest actions of all streams, as a table."""
+    """The newest actions of all streams, as a table.
+
+    An action is open for as long as its stream's session is: where the session's end or the next
+    session is heard of, the action's own end was missed.
+    """
 
     def __init__(self) -> None:
         self._actions: dict[tuple[str, int, int], ActionEvent] = {}
-        self._streams: dict[str, StreamNotice] = {}
+        self._sessions: OrderedDict[str, int] = OrderedDict()  # of the live streams
         self._finals = 0
 
     def take(self, publication: Publication) -> None:
         """Take note of a publication."""
+        self._follow_session(publication)
         match publication:
             case ActionEvent():
                 key = (publication.stream, publication.session, publication.id)
@@ -85,13 +95,34 @@ class EventBoard:
                     del self._actions[old]
             case FinalProposal():
                 self._finals += 1
-            case StreamNotice():
-                self._streams[publication.stream] = publication
+            case StreamNotice(kind="ended"):
+                self._forget(publication.stream)
+
+    def forget_streams(self) -> None:
+        """Another engine publishes now: what was live in the one before has no end any more."""
+        for stream in list(self._sessions):
+            self._forget(stream)
+
+    def _follow_session(self, publication: Publication) -> None:
+        stream, session = publication.stream, publication.session
+        opened = isinstance(publication, StreamNotice) and publication.kind == "opened"
+        if opened or self._sessions.get(stream, session) != session:
+            self._forget(stream)
+        self._sessions[stream] = session
+        self._sessions.move_to_end(stream)
+        if len(self._sessions) > STREAMS_REMEMBERED:
+            self._forget(next(iter(self._sessions)))
+
+    def _forget(self, stream: str) -> None:
+        """Drop a stream and its open actions; ended ones have their place on the screen."""
+        self._sessions.pop(stream, None)
+        for key, action in list(self._actions.items()):
+            if action.stream == stream and action.kind != "end":
+                del self._actions[key]
 
     def table(self) -> Table:
         """The board as it is now: open actions first, then the newest ended ones."""
-        live = sum(notice.kind == "opened" for notice in self._streams.values())
-        table = Table(caption=f"{live} live streams, {self._finals} final proposals")
+        table = Table(caption=f"{len(self._sessions)} live streams, {self._finals} final proposals")
         for name in ("stream", "action", "from", "to", "score", ""):
             table.add_column(name, justify="right" if name in {"from", "to", "score"} else "left")
         newest = list(reversed(self._actions.values()))

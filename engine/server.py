@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -111,9 +113,10 @@ class Server:
         poller = zmq.Poller()
         for source in (self._feed, self._events, self._control, self._wake_reader):
             poller.register(source, zmq.POLLIN)
-        while not (self._stop_requested or self._drained()):
-            poller.poll(0 if self._pipeline.pending() else None)
-            self._turn()
+        with self._woken_by_signals():
+            while not (self._stop_requested or self._drained()):
+                poller.poll(0 if self._pipeline.pending() else None)
+                self._turn()
         while self._drain_envelopes and self._drained():
             self._send(self._control, self._drain_envelopes.pop(), DrainReply())
 
@@ -126,6 +129,22 @@ class Server:
         """Makes `run` refuse everything new, end all streams, publish what is left and return."""
         self._drain_requested = True
         self._wake()
+
+    @contextlib.contextmanager
+    def _woken_by_signals(self) -> Iterator[None]:
+        """A signal ends the wait for messages, so that its handler runs at once.
+
+        ZeroMQ waits on when a signal comes just before it waits, or to another thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield  # handlers run in the main thread alone
+            return
+        writer = self._wake_writer.fileno()
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
 
     def _wake(self) -> None:
         # Full means that a wake-up waits already; closed means that nothing is left to wake.

@@ -5,8 +5,8 @@ says what a peer sees of it.
 
 ZeroMQ's own heartbeats stay off. In libzmq 4.3.5 a ping that is sent or answered on a connection
 which has reached its receive limit, and whose peer has died, is a failed assertion: it aborts the
-process. TCP's keepalive finds dead peers instead. Since a peer may still turn on its own heartbeats,
-the receive limit is never so low that a feeder reaches it within a usual credit.
+process. TCP's keepalive finds dead peers instead. And since a peer may still turn on its own
+heartbeats, the receive limit is never so low that a feeder reaches it within a usual credit.
 """
 
 from __future__ import annotations

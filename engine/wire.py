@@ -7,7 +7,7 @@
     +-- SettingsError           engine.settings          a setting or its file (also a ValueError)
     +-- DataError               training.data            a data set (also a ValueError)
     +-- TrainingError           training.instance_stage  training cannot go on
-    +-- RunError                training.run             no finished training run (also a ValueError)
+    +-- RunError                training.run             no finished run (also a ValueError)
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
     +-- ExportError             export.verify            the export computes something else
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)

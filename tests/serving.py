@@ -71,15 +71,20 @@ class TinyPipeline:
     max_chunk_snippets = 8
     room_snippets = 16
     step_snippets = 4
+    max_streams = 100
 
     def __init__(self) -> None:
         self.streams: dict[str, TinyStream] = {}
         self.sessions: dict[str, int] = {}
         self.received: dict[str, list[tuple[int, float]]] = {}
+        self.batches = 0
+        self.snippets_scored = 0
         self.paused = False
 
     def open(self, stream: str, first_index: int) -> TinyStream:
         if stream not in self.streams:
+            if len(self.streams) >= self.max_streams:
+                raise StreamError("too_many_streams", f"stream {stream!r}: too many streams")
             session = self.sessions[stream] = self.sessions.get(stream, 0) + 1
             self.streams[stream] = TinyStream(
                 stream, session, first_index, first_index, first_index,
@@ -123,7 +128,10 @@ class TinyPipeline:
         published: list[Publication] = []
         if state.sequence == 0:
             published.append(self._notice(state, "opened"))
-        for row in state.waiting[: self.step_snippets]:
+        batch = state.waiting[: self.step_snippets]
+        self.batches += bool(batch)
+        self.snippets_scored += len(batch)
+        for row in batch:
             published += self._publications(state, float(row[0]))
         del state.waiting[: self.step_snippets]
         state.send_until = state.processed + self.room_snippets
@@ -179,9 +187,12 @@ def serving(
 class RawPeer:
     """A bare DEALER, free to say anything."""
 
-    def __init__(self, address: str, routing_id: bytes | None = None) -> None:
+    def __init__(
+        self, address: str, routing_id: bytes | None = None, messages_to_send: int = 1000
+    ) -> None:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
+        self.socket.set(zmq.SNDHWM, messages_to_send)
         if routing_id is not None:
             self.socket.set(zmq.ROUTING_ID, routing_id)
         self.socket.connect(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import msgpack
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import zmq
 from serving import (
+    ANY_PORT,
     PATIENCE_S,
     RawPeer,
     TinyPipeline,
@@ -22,7 +24,7 @@ from serving import (
 )
 
 from hrpro.clients import NoReplyError, request_status
-from hrpro.engine import protocol
+from hrpro.engine import protocol, sockets
 from hrpro.engine.protocol import (
     Ack,
     Chunk,
@@ -31,8 +33,11 @@ from hrpro.engine.protocol import (
     Ended,
     Error,
     Hello,
+    Welcome,
 )
-from hrpro.engine.server import MESSAGES_PER_TURN
+from hrpro.engine.server import MESSAGES_PER_TURN, Server
+from hrpro.engine.sockets import messages_to_read
+from hrpro.engine.wire import MAX_INDEX
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +92,12 @@ def test_a_chunk_beyond_the_credit_is_refused() -> None:
         (hello(dim=3), "wrong_dimension", "expected feature dimension 2, came 3"),
         (Hello("cam", 2, 30.0, 16, 0), "wrong_clock", "expected 25.0 frames/s and 16 frames per"),
         (Hello("cam", 2, 25.0, 8, 0), "wrong_clock", "came 25.0 and 8"),
+        (
+            hello(first_index=2**52 + 1),
+            "bad_message",
+            "first_index of at most 4503599627370496, came 4503599627370497",
+        ),
+        (hello(first_index=2**53), "bad_message", "came 9007199254740992"),
     ],
 )
 def test_a_hello_that_does_not_fit_opens_nothing(refused: Hello, code: str, message: str) -> None:
@@ -97,6 +108,35 @@ def test_a_hello_that_does_not_fit_opens_nothing(refused: Hello, code: str, mess
         assert (error.stream, error.code) == ("cam", code)
         assert message in error.message
         assert pipeline.streams == {}
+
+
+def test_the_largest_first_index_is_taken() -> None:
+    with serving() as server, RawPeer(server.feed_address) as peer:
+        assert isinstance(peer.ask(hello(first_index=2**52)), Welcome)
+        assert peer.ask(chunk(2**52, 2**52 + 4)) == Ack("cam", 2**52 + 4, 2**52 + 20)
+
+
+def test_no_credit_is_given_beyond_the_largest_index() -> None:
+    class Roomy(TinyPipeline):
+        room_snippets = MAX_INDEX
+
+    with serving(Roomy()) as server, RawPeer(server.feed_address) as peer:
+        welcome = peer.ask(hello(first_index=40))
+        assert isinstance(welcome, Welcome) and welcome.send_until == MAX_INDEX
+        assert peer.ask(chunk(40, 44)) == Ack("cam", 44, MAX_INDEX)
+
+
+def test_a_stream_that_cannot_be_welcomed_does_not_stay_open() -> None:
+    class Nameless(TinyPipeline):
+        bundle_id = ""
+
+    pipeline = Nameless()
+    with serving(pipeline) as server, RawPeer(server.feed_address) as peer:
+        for session in (1, 2):  # the second Hello would find the first session if it were open
+            error = peer.ask(hello())
+            assert isinstance(error, Error) and error.code == "bad_message"
+            assert error.message.startswith("welcome.bundle_id: expected a text of 1..256")
+            assert pipeline.sessions == {"cam": session}
 
 
 def test_an_end_at_another_snippet_is_refused() -> None:
@@ -176,6 +216,42 @@ def test_a_frame_beyond_all_bounds_cuts_the_connection_alone() -> None:
         assert good.ask(chunk(0, 4, "good")) == Ack("good", 4, 20)
         # ZeroMQ connects again, under the same name: the stream is still this peer's.
         assert bad.ask(chunk(0, 4)) == Ack("cam", 4, 20)
+
+
+@pytest.mark.parametrize(
+    ("frame_bytes", "messages"),
+    [(4096, 16384), (2**17, 512), (2**18, 256), (2**20, 256), (2**18 - 1, 256), (2**27, 256)],
+)
+def test_what_waits_of_one_peer_is_bounded_in_bytes(frame_bytes: int, messages: int) -> None:
+    assert messages_to_read(frame_bytes) == messages
+    with zmq.Context() as context, sockets.bind_router(context, ANY_PORT, frame_bytes) as router:
+        assert router.get(zmq.RCVHWM) == messages
+        assert router.get(zmq.MAXMSGSIZE) == frame_bytes
+
+
+def test_a_peer_that_dies_at_its_receive_limit_disturbs_nobody() -> None:
+    class Wide(TinyPipeline):
+        max_chunk_snippets = 2**16  # frames of 1 MiB, so that 256 messages are the limit
+
+    sent_bytes = 0
+    with (
+        Server(Wide(), ANY_PORT, ANY_PORT, ANY_PORT) as server,
+        RawPeer(server.feed_address) as good,
+    ):
+        with RawPeer(server.feed_address, messages_to_send=1) as bad:
+            # Nobody reads yet: it can send until its 256 messages and TCP's buffers are full.
+            while bad.socket.poll(200, zmq.POLLOUT):
+                bad.say([bytes(2**16)])
+                sent_bytes += 2**16
+                assert sent_bytes < 2**26
+        assert sent_bytes >= 256 * 2**16
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        assert isinstance(good.ask(hello()), Welcome)
+        assert good.ask(chunk(0, 4)) == Ack("cam", 4, 20)
+        server.stop()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 def test_bytes_that_are_not_zeromq_disturb_nobody() -> None:
