@@ -186,7 +186,7 @@ def feed_features(
     factor = _speed(speed)
     sources = read_sources(paths)
     total = sum(len(source.features) for source in sources)
-    with _address_errors(to), _progress(total, as_json) as advance:
+    with _address_errors(to), _progress(total) as advance:
         ended = feed_sources(
             sources,
             to,
@@ -332,10 +332,11 @@ def _speed(text: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import Progress
 
-    with Progress(console=_console(quiet), transient=True) as progress:
+    console = _console(quiet=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("snippets", total=total)
         yield lambda count: progress.advance(task, count)
 

@@ -73,7 +73,8 @@ def _read(file: Path) -> NDArray[np.float32]:
         raise FeatureFileError(
             f"{file}: expected floats of shape (T, D), T and D at least 1, came {came}"
         )
-    features = features.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+        features = features.astype(np.float32, copy=False)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise FeatureFileError(

@@ -149,9 +149,10 @@ def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, dict[st
         raise BundleError(
             f"{bundle.folder}: training.data: expected how to read the data: {error}"
         ) from None
-    data = read_test_split(folder, bundle.manifest.classes, config)
+    manifest = bundle.manifest
+    data = read_test_split(folder, manifest.classes, config, manifest.feature_dim)
     names = [recording.name for recording in data.recordings]
-    return data, read_truth(folder, names, bundle.manifest.classes)
+    return data, read_truth(folder, names, manifest.classes)
 
 
 def stream_recordings(

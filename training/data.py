@@ -103,9 +103,15 @@ def read_training_split(folder: Path, config: DataConfig | None = None) -> DataS
 
 
 def read_test_split(
-    folder: Path, classes: Sequence[str], config: DataConfig | None = None
+    folder: Path,
+    classes: Sequence[str],
+    config: DataConfig | None = None,
+    feature_dim: int | None = None,
 ) -> DataSet:
-    """Features of the test recordings, without any label."""
+    """Features of the test recordings, without any label.
+
+    Raises DataError where D is not ``feature_dim``, if that is given.
+    """
     config = config or DataConfig()
     none = np.zeros(0, dtype=np.int64)
     recordings = [
@@ -113,7 +119,13 @@ def read_test_split(
         for name in _read_names(folder / "split_test.txt")
     ]
     _check_dimensions(folder, recordings)
-    return DataSet(folder.resolve().name, tuple(classes), config.clock, tuple(recordings))
+    data = DataSet(folder.resolve().name, tuple(classes), config.clock, tuple(recordings))
+    if feature_dim not in (None, data.feature_dim):
+        raise DataError(
+            f"{folder}: expected features of D = {feature_dim}, which the model was trained on, "
+            f"got D = {data.feature_dim}"
+        )
+    return data
 
 
 def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Segments]:

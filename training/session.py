@@ -67,7 +67,7 @@ def evaluate_run(run: Path, data_folder: Path) -> EvaluationFigures:
     """Offline mAP of a run on a data folder's test split; noted in the run for the export."""
     description, model = read_run(run)
     config = description.config
-    data = read_test_split(data_folder, description.classes, config.data)
+    data = read_test_split(data_folder, description.classes, config.data, description.feature_dim)
     truth = read_truth(
         data_folder, [recording.name for recording in data.recordings], description.classes
     )
