@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from hrpro.engine.wire import HrproError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hrpro.clients.subscriber import EventSubscriber
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.serve import Addresses
 
@@ -174,6 +176,9 @@ def feed_features(
     snippet_frames: Annotated[
         int, typer.Option(help="Frames in a snippet.")
     ] = SnippetClock.snippet_frames,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without progress after which to give up.", min=0)
+    ] = 60.0,
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
@@ -193,6 +198,7 @@ def feed_features(
             clock,
             factor,
             chunk_snippets=8 if factor is None else 1,
+            timeout_s=timeout,
             progress=advance,
         )
     if as_json:
@@ -228,6 +234,7 @@ def watch(
         _address_errors(from_),
         EventSubscriber(from_, stream=stream, label=label) as subscriber,
     ):
+        _wait_for_engine(subscriber, from_)
         if jsonl is None:
             show_table(subscriber, _console(), until_idle)
         elif str(jsonl) == "-":
@@ -235,6 +242,17 @@ def watch(
         else:
             with jsonl.open("a", encoding="utf-8") as file:
                 write_json_lines(subscriber, file, until_idle)
+
+
+def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
+    """Say on stderr when the subscription is in force, or that nobody is there yet."""
+    from hrpro.clients import NoReplyError
+
+    try:
+        subscriber.wait_connected()
+        print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
+    except NoReplyError:
+        print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
 
 
 @app.command("stream-eval")
@@ -354,6 +372,8 @@ def _address_errors(*addresses: str) -> Iterator[None]:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message, not a traceback."""
+    # Torch's threads would spin between two loops, and take the cores that others need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="hrpro: %(message)s")
     # So that what a command has started ends with it; serve and watch have their own ways.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -77,7 +77,7 @@ def _ready_addresses(process: subprocess.Popen[str], errors: IO[str]) -> Address
 
 def _failure(process: subprocess.Popen[str], errors: IO[str], what: str) -> EngineFailedError:
     errors.seek(0)
-    said = errors.read().strip()[-_TAIL_CHARACTERS:]
+    said = errors.read().strip().removeprefix("hrpro: ")[-_TAIL_CHARACTERS:]
     return EngineFailedError(f"the engine {what} (exit code {process.returncode}): {said}")
 
 

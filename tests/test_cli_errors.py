@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import socket
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from commands import ANY_PORT, Engine, Trained, engine, hrpro, one_line, refusal
 
-from hrpro.clients import cli, feeding
+from hrpro.clients import cli
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -220,12 +219,8 @@ def test_a_clock_that_the_engine_refuses(
     assert "30" in said and "25" in said
 
 
-def test_an_engine_that_is_not_there(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, trained: Trained, free_address: str
-) -> None:
-    impatient = functools.partial(feeding.feed_sources, timeout_s=0.2)
-    monkeypatch.setattr(feeding, "feed_sources", impatient)
-    said = refused("feed", "features", trained.data, "--to", free_address)
+def test_an_engine_that_is_not_there(refused: Refused, trained: Trained, free_address: str) -> None:
+    said = refused("feed", "features", trained.data, "--to", free_address, "--timeout", 0.2)
     assert said.startswith(f"stream 'seq5' at {free_address}: expected a Welcome within 0.2 s")
 
 

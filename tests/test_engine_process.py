@@ -234,8 +234,10 @@ def test_a_feed_command_outlives_its_engine(
     with engine(trained.bundle) as first, EventSubscriber(first.events) as subscriber:
         subscriber.wait_connected(PATIENCE_S)
         with running(*arguments, "--to", first.feed) as process:
-            while not isinstance(subscriber.receive(PATIENCE_S), FinalProposal):
-                pass
+            publication: Publication | None = None
+            while not isinstance(publication, FinalProposal):
+                publication = subscriber.receive(PATIENCE_S)
+                assert publication is not None, "nothing was published"
             assert process.poll() is None
             first.kill()
             with engine(trained.bundle, addresses=first.addresses):
