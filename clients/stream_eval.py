@@ -19,7 +19,6 @@ from hrpro.engine.config import EngineConfig
 from hrpro.engine.offline import localize_recording
 from hrpro.engine.protocol import (
     ActionEvent,
-    Ended,
     FinalProposal,
     Publication,
     StreamNotice,
@@ -28,7 +27,7 @@ from hrpro.engine.serve import Addresses
 from hrpro.engine.timebase import SnippetClock
 from hrpro.export.bundle import Bundle, BundleError
 from hrpro.training.data import DataConfig, DataSet, read_test_split, read_truth
-from hrpro.training.metrics import Segments, mean_average_precision
+from hrpro.training.metrics import Segments, mean_average_precision, to_segments
 
 _COLLECT_TIMEOUT_S = 120.0
 _CHUNK_SNIPPETS = 8
@@ -40,7 +39,6 @@ class StreamingRun:
     """What was sent and what came back."""
 
     sent: dict[str, int]
-    ended: dict[str, Ended]
     publications: list[Publication]
     gaps: int
     repeats: int
@@ -127,15 +125,11 @@ def figures_table(figures: Mapping[str, object]) -> Table:
 def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dict[str, Segments]:
     """The bundle over whole recordings: final proposals in seconds, by recording."""
     backend = OnnxRuntimeBackend(bundle, config.threads)
-    clock = bundle.manifest.clock
+    manifest = bundle.manifest
     return {
-        recording.name: Segments.from_rows(
-            [
-                (clock.seconds(each.start), clock.seconds(each.end), each.label_index, each.score)
-                for each in localize_recording(
-                    backend, bundle.manifest, recording.features, config.localization
-                )
-            ]
+        recording.name: to_segments(
+            localize_recording(backend, manifest, recording.features, config.localization),
+            manifest.clock,
         )
         for recording in data.recordings
     }
@@ -169,10 +163,9 @@ def stream_recordings(
         collector.start()
         try:
             chunk = _CHUNK_SNIPPETS if speed is None else 1
-            ended: dict[str, Ended] = {}
             for first in range(0, len(sources), _STREAMS_AT_ONCE):
                 group = sources[first : first + _STREAMS_AT_ONCE]
-                ended |= feed_sources(group, addresses.feed, clock, speed, chunk)
+                feed_sources(group, addresses.feed, clock, speed, chunk)
             collector.join(_COLLECT_TIMEOUT_S)
         finally:
             collector.stop.set()
@@ -181,7 +174,6 @@ def stream_recordings(
     collector.check()
     return StreamingRun(
         sent={source.stream: len(source.features) for source in sources},
-        ended=ended,
         publications=collector.publications,
         gaps=subscriber.gaps,
         repeats=subscriber.repeats,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.localizer import localize
-from hrpro.engine.refine import Proposal
-from hrpro.engine.timebase import SnippetClock
 from hrpro.training.data import DataSet
 from hrpro.training.instance import InstanceModel
-from hrpro.training.metrics import MeanAveragePrecision, Segments, mean_average_precision
+from hrpro.training.metrics import (
+    MeanAveragePrecision,
+    Segments,
+    mean_average_precision,
+    to_segments,
+)
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel
 
@@ -64,11 +67,4 @@ def evaluate(
         mean_average_precision(truth, both, classes),
         mean_average_precision(truth, stage1, classes),
         len(data.recordings),
-    )
-
-
-def to_segments(proposals: Sequence[Proposal], clock: SnippetClock) -> Segments:
-    """Proposals in snippets -> segments in seconds."""
-    return Segments.from_rows(
-        [(clock.seconds(p.start), clock.seconds(p.end), p.label_index, p.score) for p in proposals]
     )

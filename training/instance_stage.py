@@ -109,8 +109,9 @@ def train_instance_stage(
     averaged = AveragedModel(model, stage.average_decay)
     descent = Descent(model, stage)
     generator = torch.Generator().manual_seed(config.seed)
+    positives, negatives = (~table.negative).nonzero()[:, 0], table.negative.nonzero()[:, 0]
     for step in range(1, stage.steps + 1):
-        chosen = _draw_proposals(table.negative, stage, generator)
+        chosen = _draw_proposals(positives, negatives, stage, generator)
         borders = table.borders[chosen]
         regions = model.pooling(
             table.embedding, borders, table.lowest[chosen], table.highest[chosen]
@@ -131,10 +132,9 @@ def train_instance_stage(
 
 
 def _draw_proposals(
-    negative: Tensor, stage: InstanceStageConfig, generator: torch.Generator
+    positives: Tensor, negatives: Tensor, stage: InstanceStageConfig, generator: torch.Generator
 ) -> Tensor:
     """Indices of a batch with the wanted share of negative proposals, where there are any."""
-    positives, negatives = (~negative).nonzero()[:, 0], negative.nonzero()[:, 0]
     count = round(stage.negative_share * stage.batch_size) if len(negatives) else 0
     parts = []
     for rows, size in ((positives, stage.batch_size - count), (negatives, count)):

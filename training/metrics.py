@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.engine.refine import Proposal
 from hrpro.engine.soft_nms import temporal_iou
+from hrpro.engine.timebase import SnippetClock
 
 THUMOS_TIOU_THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 8))
 
@@ -50,6 +52,13 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.score)
+
+
+def to_segments(proposals: Sequence[Proposal], clock: SnippetClock) -> Segments:
+    """Proposals in snippets -> segments in seconds."""
+    return Segments.from_rows(
+        [(clock.seconds(p.start), clock.seconds(p.end), p.label_index, p.score) for p in proposals]
+    )
 
 
 @dataclass(frozen=True)
