@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hrpro.clients import cli_training
+from hrpro.clients.cli_shared import Assignments, ConfigFile, DataFolder, JsonFlag, console, say
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hrpro.clients.subscriber import EventSubscriber
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.serve import Addresses
@@ -33,93 +33,10 @@ app = typer.Typer(
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
 
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting, such as group.name=1."),
-]
-DataFolder = Annotated[Path, typer.Option("--data", help="Data folder in the release's layout.")]
-
-
-@app.command()
-def train(
-    data: Annotated[Path, typer.Argument(help="Data folder: features and point labels.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
-    config: ConfigFile = None,
-    set_: Assignments = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Train both stages from point labels."""
-    from hrpro.engine.settings import load_settings
-    from hrpro.training.config import TrainingConfig
-    from hrpro.training.session import train_run
-
-    assignments = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
-    settings = load_settings(TrainingConfig, config, assignments)
-    summary = train_run(data, out, settings, _console(as_json))
-    if as_json:
-        print(json.dumps(summary))
-    else:
-        _say(f"next: hrpro evaluate {out} --data {data}")
-
-
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    data: DataFolder,
-    as_json: JsonFlag = False,
-) -> None:
-    """Mean average precision on the test split, whole recordings at once."""
-    from hrpro.training.session import evaluate_run
-
-    figures = evaluate_run(run, data)
-    if as_json:
-        print(json.dumps(figures))
-        return
-    from rich.table import Table
-
-    table = Table("", *figures["map"], "average", title=f"mAP at tIoU, {run} on {data}")
-    table.add_row(
-        "both stages",
-        *(f"{value:.3f}" for value in figures["map"].values()),
-        f"{figures['average_map']:.3f}",
-    )
-    table.add_row("stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}")
-    _console().print(table)
-    _say(f"next: hrpro export {run} --out bundle")
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Write the deployment bundle: two ONNX graphs and what the engine needs to know."""
-    from hrpro.export.export import export_bundle
-    from hrpro.training.run import read_figures, read_run
-
-    description, model = read_run(run)
-    bundle = export_bundle(description, model, read_figures(run), out)
-    manifest = bundle.manifest
-    if as_json:
-        print(json.dumps({"bundle_id": manifest.bundle_id, "verified": manifest.verified}))
-        return
-    _say(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
-    for name, difference in manifest.verified.items():
-        _say(f"  {name:<13}{difference:.1e}")
-    if not manifest.figures:
-        _say("no figures in the bundle: hrpro evaluate measures them")
-    _say(
-        f"next: hrpro serve {out} --feed tcp://127.0.0.1:5555 "
-        "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557"
-    )
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
+app.command()(cli_training.export)
+app.command("config")(cli_training.show_config)
 
 
 @app.command()
@@ -141,7 +58,7 @@ def serve(
 
     def ready(bound: Addresses, pipeline: Pipeline) -> None:
         for line in _ready_lines(bound, pipeline, as_json):
-            _say(line)
+            say(line)
 
     with _address_errors(feed, events, control):
         engine.serve(loaded, settings, engine.Addresses(feed, events, control), ready)
@@ -206,9 +123,7 @@ def feed_features(
         print(json.dumps({"streams": streams, "snippets": total}))
         return
     for name, said in ended.items():
-        _say(
-            f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events"
-        )
+        say(f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events")
 
 
 @app.command()
@@ -236,7 +151,7 @@ def watch(
     ):
         _wait_for_engine(subscriber, from_)
         if jsonl is None:
-            show_table(subscriber, _console(), until_idle)
+            show_table(subscriber, console(), until_idle)
         elif str(jsonl) == "-":
             write_json_lines(subscriber, sys.stdout, until_idle)
         else:
@@ -280,28 +195,7 @@ def stream_eval(
     if as_json:
         print(json.dumps(figures))
     else:
-        _console().print(streaming.figures_table(figures))
-
-
-@app.command("config")
-def show_config(
-    what: Annotated[str, typer.Argument(help="train or engine.")],
-) -> None:
-    """List the settings of a command, with their defaults and what they mean."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from hrpro.engine.config import EngineConfig
-    from hrpro.engine.settings import Settings, describe
-    from hrpro.training.config import TrainingConfig
-
-    models: dict[str, type[Settings]] = {"train": TrainingConfig, "engine": EngineConfig}
-    if what not in models:
-        raise typer.BadParameter(f"expected {' or '.join(models)}, got {what!r}", param_hint="WHAT")
-    table = Table("setting", "type", "default", "meaning")
-    for row in describe(models[what]):
-        table.add_row(escape(row.path), escape(row.type), escape(str(row.default)), row.description)
-    _console().print(table)
+        console().print(streaming.figures_table(figures))
 
 
 @app.command()
@@ -317,21 +211,9 @@ def demo(
     """Train on the example recordings, export, stream the held-out ones, show what comes."""
     from hrpro.clients.demo import run_demo
 
-    figures = run_demo(out, _speed(speed), _console())
+    figures = run_demo(out, _speed(speed), console())
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _say(line: str) -> None:
-    """A line that may be copied: as it is, without markup and wrapping."""
-    print(line, flush=True)
-
-
-def _console(quiet: bool = False) -> Console:
-    """Where people read: stdout, or stderr when stdout is for a JSON object alone."""
-    from rich.console import Console
-
-    return Console(stderr=quiet, highlight=False)
 
 
 def _speed(text: str) -> float | None:
@@ -353,8 +235,8 @@ def _speed(text: str) -> float | None:
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import Progress
 
-    console = _console(quiet=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    out = console(quiet=True)
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         task = progress.add_task("snippets", total=total)
         yield lambda count: progress.advance(task, count)
 

@@ -1,0 +1,35 @@
+"""What the modules of the command line share: options that several commands take, and output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting, such as group.name=1."),
+]
+DataFolder = Annotated[Path, typer.Option("--data", help="Data folder in the release's layout.")]
+
+
+def say(line: str) -> None:
+    """A line that may be copied: as it is, without markup and wrapping."""
+    print(line, flush=True)
+
+
+def console(quiet: bool = False) -> Console:
+    """Where people read: stdout, or stderr when stdout is for a JSON object alone."""
+    from rich.console import Console
+
+    return Console(stderr=quiet, highlight=False)

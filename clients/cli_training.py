@@ -1,0 +1,104 @@
+"""The commands that train, evaluate and export; `hrpro.clients.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hrpro.clients.cli_shared import Assignments, ConfigFile, DataFolder, JsonFlag, console, say
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Data folder: features and point labels.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train both stages from point labels."""
+    from hrpro.engine.settings import load_settings
+    from hrpro.training.config import TrainingConfig
+    from hrpro.training.session import train_run
+
+    assignments = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    settings = load_settings(TrainingConfig, config, assignments)
+    summary = train_run(data, out, settings, console(as_json))
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        say(f"next: hrpro evaluate {out} --data {data}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: DataFolder,
+    as_json: JsonFlag = False,
+) -> None:
+    """Mean average precision on the test split, whole recordings at once."""
+    from hrpro.training.session import evaluate_run
+
+    figures = evaluate_run(run, data)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    from rich.table import Table
+
+    table = Table("", *figures["map"], "average", title=f"mAP at tIoU, {run} on {data}")
+    table.add_row(
+        "both stages",
+        *(f"{value:.3f}" for value in figures["map"].values()),
+        f"{figures['average_map']:.3f}",
+    )
+    table.add_row("stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}")
+    console().print(table)
+    say(f"next: hrpro export {run} --out bundle")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the deployment bundle: two ONNX graphs and what the engine needs to know."""
+    from hrpro.export.export import export_bundle
+    from hrpro.training.run import read_figures, read_run
+
+    description, model = read_run(run)
+    bundle = export_bundle(description, model, read_figures(run), out)
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps({"bundle_id": manifest.bundle_id, "verified": manifest.verified}))
+        return
+    say(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
+    for name, difference in manifest.verified.items():
+        say(f"  {name:<13}{difference:.1e}")
+    if not manifest.figures:
+        say("no figures in the bundle: hrpro evaluate measures them")
+    say(
+        f"next: hrpro serve {out} --feed tcp://127.0.0.1:5555 "
+        "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557"
+    )
+
+
+def show_config(
+    what: Annotated[str, typer.Argument(help="train or engine.")],
+) -> None:
+    """List the settings of a command, with their defaults and what they mean."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from hrpro.engine.config import EngineConfig
+    from hrpro.engine.settings import Settings, describe
+    from hrpro.training.config import TrainingConfig
+
+    models: dict[str, type[Settings]] = {"train": TrainingConfig, "engine": EngineConfig}
+    if what not in models:
+        raise typer.BadParameter(f"expected {' or '.join(models)}, got {what!r}", param_hint="WHAT")
+    table = Table("setting", "type", "default", "meaning")
+    for row in describe(models[what]):
+        table.add_row(escape(row.path), escape(row.type), escape(str(row.default)), row.description)
+    console().print(table)
