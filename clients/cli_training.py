@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +18,24 @@ def train(
     config: ConfigFile = None,
     set_: Assignments = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in --out was stopped.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train both stages from point labels."""
     from hrpro.engine.settings import load_settings
+    from hrpro.training.checkpoint import TrainingStopped
     from hrpro.training.config import TrainingConfig
     from hrpro.training.session import train_run
 
     assignments = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
     settings = load_settings(TrainingConfig, config, assignments)
-    summary = train_run(data, out, settings, console(as_json))
+    try:
+        summary = train_run(data, out, settings, console(as_json), resume)
+    except TrainingStopped as stopped:
+        print(f"hrpro: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.number) from None
     if as_json:
         print(json.dumps(summary))
     else:

@@ -160,8 +160,8 @@ Tamper = Callable[[TrainedModel], object]
         (lambda m: m.snippet.prototypes.mul_(1.1), "scores: "),
         (lambda m: m.snippet.feature_mean.add_(0.1), "scores: "),
         (lambda m: m.snippet.embed.bias.add_(float("nan")), "scores: .* nan"),
-        (lambda m: m.instance.score[-1].bias.add_(0.01), "completeness: "),
-        (lambda m: m.instance.regress[-1].bias.add_(0.1), "(borders|completeness): "),
+        (lambda m: m.instance.heads.score[-1].bias.add_(0.01), "completeness: "),
+        (lambda m: m.instance.heads.regress[-1].bias.add_(0.1), "(borders|completeness): "),
     ],
 )
 def test_a_graph_that_is_not_the_model_is_refused(

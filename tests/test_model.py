@@ -11,7 +11,7 @@ from tiny_model import BLOCKS, CONTEXT, DIM, FUTURE, LOOKAHEAD, PAST, tiny_confi
 from torch import Tensor, nn
 
 from hrpro.training.config import ModelConfig
-from hrpro.training.instance import InstanceModel
+from hrpro.training.instance import InstanceHeads, InstanceModel, refined_borders
 from hrpro.training.model import SnippetModel, SnippetOutput
 from hrpro.training.ranking import Candidates, rank_proposals, reliable_proposals
 from hrpro.training.roi import RegionPooling, Regions
@@ -162,15 +162,16 @@ def test_beyond_the_recording_the_nearest_snippet_stands() -> None:
 
 def hand_made_heads() -> InstanceModel:
     """Completeness: sigmoid(0.1 * (c - s) + 0.01 * c + 0.001 * (c - e)) of the pooled regions."""
-    model = InstanceModel(1, 1, 3, RegionPooling(0.25, 3.0), dropout=0.5).eval()
+    heads = InstanceHeads(1, 1, 3, dropout=0.5)
+    model = InstanceModel(heads, RegionPooling(0.25, 3.0)).eval()
     with torch.no_grad():
-        for head in (model.score, model.regress):
+        for head in (heads.score, heads.regress):
             for layer in (each for each in head if isinstance(each, nn.Linear)):
                 layer.weight.zero_()
                 layer.bias.zero_()
-        model.score[0].weight.copy_(torch.eye(3))
-        model.score[3].weight.copy_(torch.tensor([[0.1, 0.01, 0.001]]))
-        model.regress[3].bias.copy_(torch.tensor([0.5, -1.0]))
+        heads.score[0].weight.copy_(torch.eye(3))
+        heads.score[3].weight.copy_(torch.tensor([[0.1, 0.01, 0.001]]))
+        heads.regress[3].bias.copy_(torch.tensor([0.5, -1.0]))
     return model
 
 
@@ -179,13 +180,26 @@ def test_heads_by_hand() -> None:
     start, centre, end = (
         region.repeat(1, bins // 2, 1) for region, bins in zip(peaks, (4, 16, 4), strict=True)
     )
-    completeness, refined = hand_made_heads().heads(
-        Regions(start, centre, end), torch.tensor([[2.0, 6.0]])
-    )
+    completeness, offset = hand_made_heads().heads(Regions(start, centre, end))
     # Maxima 1, 3, 2: 0.1 * 2 + 0.01 * 3 + 0.001 * 1
     assert completeness.item() == pytest.approx(1 / (1 + math.exp(-0.231)))
-    # s - ds w with ds = tanh(0.5), e - de w with de = tanh(-1); w is the border, 1
-    assert refined.tolist() == [pytest.approx([2 - math.tanh(0.5), 6 + math.tanh(1.0)])]
+    assert offset.tolist() == [pytest.approx([math.tanh(0.5), math.tanh(-1.0)])]
+
+
+def test_refined_borders() -> None:
+    # s - ds w = 2 - 0.5 * 3, e - de w = 6 + 1 * 3
+    refined = refined_borders(
+        torch.tensor([[2.0, 6.0]]), torch.tensor([[0.5, -1.0]]), torch.tensor([[3.0]])
+    )
+    assert refined.tolist() == [[0.5, 9.0]]
+
+
+def test_heads_that_were_not_trained_do_not_speak() -> None:
+    proposals = torch.tensor([[2.0, 6.0]])
+    heads = hand_made_heads()
+    silent = InstanceModel(heads.heads, heads.pooling, scores=False, moves=False)(RAMP, proposals)
+    assert silent.completeness.tolist() == silent.refined_completeness.tolist() == [[0.0]]
+    assert torch.equal(silent.refined, proposals)
 
 
 def test_refined_proposals_are_scored_where_they_are() -> None:

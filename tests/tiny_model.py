@@ -52,8 +52,8 @@ def tiny_model(config: TrainingConfig, seed: int = 0) -> TrainedModel:
             snippet.classify.weight.mul_(12)
             snippet.attend.weight.mul_(6)
             snippet.attend.bias.fill_(0.5)
-            instance.score[-1].weight.mul_(4)
-            instance.regress[-1].weight.mul_(4)
+            instance.heads.score[-1].weight.mul_(4)
+            instance.heads.regress[-1].weight.mul_(4)
     return TrainedModel(snippet.eval(), instance.eval())
 
 

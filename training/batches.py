@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hrpro.training.data import DataSet
+from hrpro.training.parallel import share
 
 
 class Crops(NamedTuple):
@@ -20,29 +22,63 @@ class Crops(NamedTuple):
 
 
 class CropSampler:
-    """Draws crops of at most ``crop_snippets`` from recordings, each equally likely."""
+    """Draws crops of at most ``crop_snippets`` from recordings, each equally likely.
+
+    Features stay where they are (memory maps); a batch reads no more than its own crops.
+    """
 
     def __init__(self, data: DataSet, crop_snippets: int, generator: torch.Generator) -> None:
-        lengths = [len(recording) for recording in data.recordings]
-        self.features = torch.from_numpy(
-            np.concatenate([recording.features for recording in data.recordings])
-        )  # (M, D), all recordings one after the other
-        self.points = torch.zeros(len(self.features), len(data.classes), dtype=torch.bool)
-        self._first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # (R,)
-        self._length = torch.tensor(lengths)
-        for recording, first in zip(data.recordings, self._first.tolist(), strict=True):
-            self.points[first + recording.point_index, recording.point_label] = True
-        self._crop = min(crop_snippets, max(lengths))
+        self._data = data
+        self._length = torch.tensor([len(recording) for recording in data.recordings])
+        self._crop = min(crop_snippets, int(self._length.max()))
         self._generator = generator
 
     def draw(self, batch_size: int) -> Crops:
-        """A batch of crops; all are as long as the longest, with ``valid`` False behind the end."""
+        """A batch of crops; all are as long as the longest, with ``valid`` False behind the end.
+
+        Of several processes each draws the whole batch and reads its share.
+        """
         chosen = torch.randint(len(self._length), (batch_size,), generator=self._generator)
         room = (self._length[chosen] - self._crop).clamp(min=0)
-        share = torch.rand(batch_size, generator=self._generator)
-        start = (share * (room + 1)).long().clamp(max=room)  # (B,)
-        offset = start[:, None] + torch.arange(self._crop)  # (B, T) within the recording
-        valid = offset < self._length[chosen, None]
-        row = torch.where(valid, self._first[chosen, None] + offset, 0)
-        features = torch.where(valid[..., None], self.features[row], 0.0)
-        return Crops(features, self.points[row] & valid[..., None], valid)
+        position = torch.rand(batch_size, generator=self._generator)
+        start = (position * (room + 1)).long().clamp(max=room)
+        chosen, start = share(chosen), share(start)
+        B, T = len(chosen), self._crop
+        features = np.zeros((B, T, self._data.feature_dim), dtype=np.float32)
+        points = np.zeros((B, T, len(self._data.classes)), dtype=bool)
+        for row, (number, first) in enumerate(zip(chosen.tolist(), start.tolist(), strict=True)):
+            recording = self._data.recordings[number]
+            piece = recording.features[first : first + T]
+            features[row, : len(piece)] = piece
+            index = recording.point_index - first
+            inside = (index >= 0) & (index < T)
+            points[row, index[inside], recording.point_label[inside]] = True
+        valid = torch.arange(T) < self._length[chosen, None]
+        return Crops(torch.from_numpy(features), torch.from_numpy(points), valid)
+
+
+def feature_statistics(data: DataSet) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature over all snippets, (D,) float32 each."""
+    count = sum(len(recording) for recording in data.recordings)
+    total = np.zeros(data.feature_dim)
+    for recording in data.recordings:
+        total += recording.features.sum(axis=0, dtype=np.float64)
+    mean = total / count
+    squares = np.zeros(data.feature_dim)
+    for recording in data.recordings:
+        for piece in _pieces(recording.features):
+            squares += ((piece - mean) ** 2).sum(axis=0)
+    deviation = np.sqrt(squares / max(1, count - 1))
+    return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
+
+
+def features_at_points(data: DataSet) -> tuple[Tensor, Tensor]:
+    """The features at all points, (P, D), and their classes, (P, C) bool."""
+    rows = np.concatenate([each.features[each.point_index] for each in data.recordings])
+    label = torch.from_numpy(np.concatenate([each.point_label for each in data.recordings]))
+    return torch.from_numpy(rows), torch.nn.functional.one_hot(label, len(data.classes)).bool()
+
+
+def _pieces(features: NDArray[np.float32], rows: int = 4096) -> list[NDArray[np.float32]]:
+    """A recording in pieces: as float64 a whole one could be too much for the memory."""
+    return [features[n : n + rows] for n in range(0, len(features), rows)]

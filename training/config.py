@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from hrpro.engine.config import LocalizationConfig, WindowConfig
 from hrpro.engine.settings import Settings
 from hrpro.training.data import DataConfig
+from hrpro.training.ranking import ReliableRule
 
 
 class ModelConfig(Settings):
@@ -23,15 +24,16 @@ class ModelConfig(Settings):
     )
     blocks: int = Field(2, ge=0, description="reliability-aware attention blocks")
     attention_heads: int = Field(
-        4,
-        ge=1,
-        description="attention heads of a block (paper: 1), or as many as divide the width",
+        1, ge=1, description="attention heads of a block, or as many as divide the width"
     )
     attention_past: int | None = Field(
         32, ge=0, description="snippets before that a snippet attends to (null: all, both ways)"
     )
     attention_future: int = Field(0, ge=0, description="snippets after that a snippet attends to")
-    ffn_ratio: float = Field(2.0, gt=0, description="width of the feed-forward layer over width")
+    ffn_width: int | None = Field(
+        None, ge=1, description="width of the feed-forward layer (default: twice the width)"
+    )
+    activation: Literal["gelu", "relu"] = Field("gelu", description="in the feed-forward layer")
     dropout: float = Field(0.3, ge=0, lt=1, description="in the blocks and before the heads")
     instance_width: int = Field(128, ge=1, description="hidden width of the instance heads")
 
@@ -91,7 +93,14 @@ class InstanceStageConfig(Settings):
     score_loss: Literal["cross_entropy", "smooth_l1"] = Field(
         "cross_entropy", description="loss of the completeness score (paper: smooth_l1, eq. 10)"
     )
+    score_weight: float = Field(1.0, ge=0, description="weight of L_score in eq. 14")
     regression_weight: float = Field(1.0, ge=0, description="lambda_2 of eq. 14")
+    reliable: ReliableRule = Field(
+        "contrast",
+        description="reliable proposal of a point: the one with the highest p_OIC (paper), "
+        "the same but within the neighbouring points if there is one, or every one that "
+        "holds the point for itself",
+    )
     regression_floor: float = Field(
         0.3,
         gt=0,
@@ -111,6 +120,16 @@ class TrainingConfig(Settings):
 
     seed: int = Field(0, ge=0, description="of all random draws")
     threads: int = Field(0, ge=0, description="torch threads (0: as torch chooses)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to train (auto: a GPU if there is one)"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of matrix products in training"
+    )
+    compile: bool = Field(False, description="compile the models with torch.compile")
+    checkpoint_s: float = Field(
+        300.0, ge=0, description="seconds between saved states, to go on from with --resume"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     snippet_stage: SnippetStageConfig = SnippetStageConfig()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hrpro.training.attention import Dropout
 from hrpro.training.roi import END_BINS, START_BINS, RegionPooling, Regions
 
 
@@ -22,44 +23,76 @@ class InstanceOutput(NamedTuple):
     refined_completeness: Tensor
 
 
-class InstanceModel(nn.Module):
-    """Embedding of a stretch (T, W) and proposals (N, 2) in it -> `InstanceOutput`.
+def completeness_features(regions: Regions) -> Tensor:
+    """What eq. 9 puts into the score head: [I_c - I_s; I_c; I_c - I_e] of max-pooled regions.
+
+    (N, bins, W) each -> (N, 3 W).
+    """
+    start, centre, end = (region.amax(dim=1) for region in regions)
+    return torch.cat([centre - start, centre, centre - end], dim=-1)
+
+
+def border_features(regions: Regions) -> Tensor:
+    """What eq. 11 puts into the regression head: [I_s; I_e], (N, outer bins * W)."""
+    return torch.cat([regions.start.flatten(1), regions.end.flatten(1)], dim=-1)
+
+
+def refined_borders(proposals: Tensor, offset: Tensor, unit: Tensor) -> Tensor:
+    """Eq. 12: s_r = s - ds w, e_r = e - de w. ``proposals``, ``offset`` (N, 2), ``unit`` w (N, 1).
+
+    The paper's w is the length of the proposal; here it is the width of its outer regions, and
+    the offset lies in [-1, 1]: a border moves by no more than there is evidence for.
+    """
+    return proposals - offset * unit
+
+
+class InstanceHeads(nn.Module):
+    """Regions of proposals -> completeness (N, C) and offsets of their borders (N, 2) in [-1, 1].
 
     The score head says for each class how complete the proposal is as an instance of it. (The
     paper's head has one output; with one a class, a proposal of the wrong class can be told.)
     """
 
+    def __init__(self, width: int, class_count: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.score = _two_layers(3 * width, hidden, class_count, dropout)
+        self.regress = _two_layers((START_BINS + END_BINS) * width, hidden, 2, dropout)
+
+    def forward(self, regions: Regions) -> tuple[Tensor, Tensor]:
+        """Eq. 9 and 11."""
+        completeness = self.score(completeness_features(regions)).float().sigmoid()
+        return completeness, self.regress(border_features(regions)).float().tanh()
+
+
+class InstanceModel(nn.Module):
+    """Embedding of a stretch (T, W) and proposals (N, 2) in it -> `InstanceOutput`.
+
+    Without ``scores`` completeness is 0, without ``moves`` borders stay: heads that were not
+    trained do not speak.
+    """
+
     def __init__(
-        self, width: int, class_count: int, hidden: int, pooling: RegionPooling, dropout: float
+        self, heads: InstanceHeads, pooling: RegionPooling, scores: bool = True, moves: bool = True
     ) -> None:
         super().__init__()
         self.pooling = pooling
-        self.score = _two_layers(3 * width, hidden, class_count, dropout)
-        self.regress = _two_layers((START_BINS + END_BINS) * width, hidden, 2, dropout)
+        self.heads = heads
+        self._completeness_factor = float(scores)
+        self._offset_factor = float(moves)
 
     def forward(self, embedding: Tensor, proposals: Tensor) -> InstanceOutput:
         """Score the proposals, refine them, and score what became of them."""
         lowest = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
         highest = lowest + (embedding.shape[0] - 1)
-        completeness, refined = self.heads(
-            self.pooling(embedding, proposals, lowest, highest), proposals
-        )
-        refined_completeness, _ = self.heads(
-            self.pooling(embedding, refined, lowest, highest), refined
-        )
-        return InstanceOutput(completeness, refined, refined_completeness)
-
-    def heads(self, regions: Regions, proposals: Tensor) -> tuple[Tensor, Tensor]:
-        """Completeness (N, C) by eq. 9 and refined borders (N, 2) by eq. 11-12."""
-        start, centre, end = (region.amax(dim=1) for region in regions)  # (N, W) each
-        completeness = self.score(torch.cat([centre - start, centre, centre - end], -1)).sigmoid()
-        outer = torch.cat([regions.start.flatten(1), regions.end.flatten(1)], dim=-1)
-        # A refined border moves by no more than an outer region: beyond there is no evidence.
-        offset = self.pooling.border(proposals) * self.regress(outer).tanh()  # (N, 2), snippets
-        return completeness, proposals - offset
+        completeness, offset = self.heads(self.pooling(embedding, proposals, lowest, highest))
+        unit = self._offset_factor * self.pooling.border(proposals)
+        refined = refined_borders(proposals, offset, unit)
+        again, _ = self.heads(self.pooling(embedding, refined, lowest, highest))
+        factor = self._completeness_factor
+        return InstanceOutput(factor * completeness, refined, factor * again)
 
 
 def _two_layers(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+        nn.Linear(inputs, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, outputs)
     )

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.localizer import candidates
-from hrpro.engine.wire import HrproError
+from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import InstanceStageConfig, TrainingConfig
-from hrpro.training.data import DataSet
-from hrpro.training.instance import InstanceModel
-from hrpro.training.losses import regression_loss, score_loss, temporal_iou
+from hrpro.training.data import DataSet, Recording
+from hrpro.training.instance import InstanceHeads, InstanceModel, refined_borders
+from hrpro.training.losses import (
+    instance_loss,
+    mean_where,
+    regression_loss,
+    score_loss,
+    temporal_iou,
+)
 from hrpro.training.model import SnippetModel
-from hrpro.training.optimisation import AveragedModel, Descent, Report
+from hrpro.training.optimisation import (
+    AveragedModel,
+    Descent,
+    TrainingError,
+    as_run,
+    over_processes,
+    precision,
+)
+from hrpro.training.parallel import share
 from hrpro.training.ranking import Candidates, rank_proposals
-from hrpro.training.roi import RegionPooling
+from hrpro.training.roi import RegionPooling, Regions
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
-
-
-class TrainingError(HrproError):
-    """Training cannot go on; the message says why."""
 
 
 def new_instance_model(config: TrainingConfig, snippet: SnippetModel) -> InstanceModel:
     """An untrained stage 2 for the embedding of ``snippet``."""
-    localization = config.localization
-    return InstanceModel(
+    localization, stage = config.localization, config.instance_stage
+    heads = InstanceHeads(
         width=snippet.width,
         class_count=snippet.class_count,
         hidden=config.model.instance_width,
-        pooling=RegionPooling(localization.border_ratio, float(localization.border_limit)),
-        dropout=config.instance_stage.dropout,
+        dropout=stage.dropout,
     )
+    pooling = RegionPooling(localization.border_ratio, float(localization.border_limit))
+    return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0)
 
 
 @dataclass(frozen=True)
@@ -52,35 +68,53 @@ class _ProposalTable:
     negative: Tensor  # (N,) bool
 
 
-def _proposal_table(config: TrainingConfig, data: DataSet, model: SnippetModel) -> _ProposalTable:
-    embedding, columns, first = [], [], 0
-    for recording in data.recordings:
-        output = snippet_scores(model, recording.features)
-        ranked = rank_proposals(
-            _candidates(output, config.localization),
-            recording.point_index,
-            recording.point_label,
-            output.attention,
-            config.instance_stage.negative_thresholds,
-            len(data.classes),
-        )
-        N = len(ranked.borders)
-        columns.append(
-            (
-                ranked.borders + first,
-                np.full((N, 1), first),
-                np.full((N, 1), first + len(recording) - 1),
-                ranked.completeness,
-                ranked.reliable + first,
-                ranked.own_iou,
-                ranked.negative,
-            )
-        )
-        embedding.append(output.embedding)
-        first += len(recording)
+def _proposal_table(
+    config: TrainingConfig,
+    data: DataSet,
+    model: SnippetModel,
+    scratch: Path | None,
+    checkpoints: Checkpoints,
+) -> _ProposalTable:
+    """Rank the proposals of each recording; the embedding goes to a file in ``scratch``."""
+    columns, first = [], 0
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for recording in data.recordings:
+            checkpoints.check()
+            output = snippet_scores(model, recording.features)
+            file.write(output.embedding.astype(np.float32).tobytes())
+            columns.append(_ranked_columns(config, recording, output, len(data.classes), first))
+            first += len(recording)
+        file.flush()
+        embedding = np.memmap(file, np.float32, "c", shape=(first, model.width))
     stacked = [torch.from_numpy(np.concatenate(each)) for each in zip(*columns, strict=True)]
     tensors = [each.float() if each.dtype == torch.float64 else each for each in stacked]
-    return _ProposalTable(torch.from_numpy(np.concatenate(embedding)), *tensors)
+    return _ProposalTable(torch.from_numpy(embedding), *tensors)
+
+
+def _ranked_columns(
+    config: TrainingConfig, recording: Recording, output: SnippetScores, classes: int, first: int
+) -> tuple[NDArray[Any], ...]:
+    """The columns of `_ProposalTable` for one recording, whose first row of embedding is known."""
+    stage = config.instance_stage
+    ranked = rank_proposals(
+        _candidates(output, config.localization),
+        recording.point_index,
+        recording.point_label,
+        output.attention,
+        stage.negative_thresholds,
+        classes,
+        stage.reliable,
+    )
+    N = len(ranked.borders)
+    return (
+        ranked.borders + first,
+        np.full((N, 1), first),
+        np.full((N, 1), first + len(recording) - 1),
+        ranked.completeness,
+        ranked.reliable + first,
+        ranked.own_iou,
+        ranked.negative,
+    )
 
 
 def _candidates(output: SnippetScores, config: LocalizationConfig) -> Candidates:
@@ -93,42 +127,92 @@ def _candidates(output: SnippetScores, config: LocalizationConfig) -> Candidates
     )
 
 
-def train_instance_stage(
-    config: TrainingConfig, data: DataSet, snippet: SnippetModel, report: Report
-) -> InstanceModel:
-    """Stage 2: instance-level action completeness learning; ``snippet`` stays as it is."""
-    stage = config.instance_stage
-    model = new_instance_model(config, snippet)
-    table = _proposal_table(config, data, snippet)
-    if table.negative.all():  # also where there is nothing at all
-        raise TrainingError(
-            "stage 1 gives no proposal on the training recordings: no score exceeds "
-            f"localization.peak_gate {config.localization.peak_gate:g}; "
-            "train longer (snippet_stage.steps) or lower the gate"
+class InstanceStage:
+    """Stage 2 while it is trained; the snippet model stays as it is."""
+
+    name = "instance"
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        data: DataSet,
+        snippet: SnippetModel,
+        device: torch.device,
+        scratch: Path | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.steps = config.instance_stage.steps
+        self._config = config
+        self._stage = config.instance_stage
+        self._device = device
+        table = _proposal_table(config, data, snippet.to(device), scratch, checkpoints)
+        self._table = table
+        if table.negative.all():  # also where there is nothing at all
+            raise TrainingError(
+                "stage 1 gives no proposal on the training recordings: no score exceeds "
+                f"localization.peak_gate {config.localization.peak_gate:g}; "
+                "train longer (snippet_stage.steps) or lower the gate"
+            )
+        self._positives = (~table.negative).nonzero()[:, 0]
+        self._negatives = table.negative.nonzero()[:, 0]
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._model = new_instance_model(config, snippet).to(device)
+        self._averaged = AveragedModel(self._model, self._stage.average_decay)
+        self._descent = Descent(self._model, self._stage)
+        self._run = as_run(self._model.heads, config)
+        self._model.train()
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Proposals -> regions -> completeness and borders -> losses -> weights."""
+        table, device = self._table, self._device
+        chosen = share(
+            _draw_proposals(self._positives, self._negatives, self._stage, self._generator)
         )
-    averaged = AveragedModel(model, stage.average_decay)
-    descent = Descent(model, stage)
-    generator = torch.Generator().manual_seed(config.seed)
-    positives, negatives = (~table.negative).nonzero()[:, 0], table.negative.nonzero()[:, 0]
-    for step in range(1, stage.steps + 1):
-        chosen = _draw_proposals(positives, negatives, stage, generator)
         borders = table.borders[chosen]
-        regions = model.pooling(
-            table.embedding, borders, table.lowest[chosen], table.highest[chosen]
+        pooling = self._model.pooling
+        regions = pooling(table.embedding, borders, table.lowest[chosen], table.highest[chosen])
+        with precision(self._config, device):
+            completeness, offset = self._run(Regions(*(each.to(device) for each in regions)))
+        refined = refined_borders(borders.to(device), offset, pooling.border(borders).to(device))
+        losses = self._losses(chosen, completeness, refined)
+        self._descent.step(losses["loss"])
+        self._averaged.update(number)
+        return over_processes(losses)
+
+    def _losses(self, chosen: Tensor, completeness: Tensor, refined: Tensor) -> dict[str, Tensor]:
+        target, reliable, own_iou = (
+            column[chosen].to(self._device)
+            for column in (self._table.completeness, self._table.reliable, self._table.own_iou)
         )
-        completeness, refined = model.heads(regions, borders)
-        score = score_loss(completeness, table.completeness[chosen], stage.score_loss)
-        matched = table.own_iou[chosen] >= stage.regression_floor
-        regression = regression_loss(refined, table.reliable[chosen], matched)
-        loss = score + stage.regression_weight * regression
-        descent.step(loss)
-        averaged.update(step)
-        with torch.no_grad():
-            gain = temporal_iou(refined, table.reliable[chosen]) - table.own_iou[chosen]
-            losses = {"loss": loss, "score": score, "regression": regression}
-            losses["iou_gain"] = gain[matched].mean() if matched.any() else torch.zeros(())
-        report("instance", step, {name: float(value.detach()) for name, value in losses.items()})
-    return averaged.result()
+        matched = own_iou >= self._stage.regression_floor
+        score = score_loss(completeness, target, self._stage.score_loss)
+        regression = regression_loss(refined, reliable, matched)
+        return {
+            "loss": instance_loss(score, regression, self._stage),
+            "score": score,
+            "regression": regression,
+            "iou_gain": mean_where(temporal_iou(refined, reliable) - own_iou, matched),
+        }
+
+    def result(self) -> InstanceModel:
+        """The averaged model, on the CPU and in evaluation mode."""
+        return self._averaged.result().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+        return {
+            "model": self._model.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "descent": self._descent.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self._model.load_state_dict(state["model"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._descent.load_state_dict(state["descent"])
+        self._generator.set_state(state["generator"])
 
 
 def _draw_proposals(

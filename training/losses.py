@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hrpro.training.config import InstanceStageConfig, SnippetStageConfig
+from hrpro.training.parallel import process_count, total
 from hrpro.training.pseudo_snippets import PseudoSnippets
 
 _PROBABILITY_FLOOR = 1e-6
@@ -47,12 +49,12 @@ def base_loss(
     """
     background = pseudo.background.to(scores.dtype)  # (B, T), weights
     background = torch.where(pseudo.confident_background, 1.0, lowest_weight * background)
-    count = pseudo.background.sum().clamp(min=1)
+    count = _count(pseudo.background)
     on_action = focal_loss(scores, pseudo.action.to(scores.dtype), gamma).sum(dim=-1)  # (B, T)
     on_background = focal_loss(attention, torch.zeros_like(attention), gamma)
     on_classes = focal_loss(scores, torch.zeros_like(scores), gamma).sum(dim=-1)
     return BaseLoss(
-        _mean_where(on_action, pseudo.action.any(dim=-1)),
+        mean_where(on_action, pseudo.action.any(dim=-1)),
         (on_background * background).sum() / count,
         (on_classes * background).sum() / count,
     )
@@ -74,7 +76,22 @@ def contrastive_loss(
     background = torch.where(pseudo.confident_background[..., None], similarity, -torch.inf)
     background = background.logsumexp(dim=1, keepdim=True)  # (B, 1, C): the recording's own
     against_background = similarity - torch.logaddexp(similarity, background)
-    return -_mean_where(among_classes + against_background, pseudo.action)
+    return -mean_where(among_classes + against_background, pseudo.action)
+
+
+def snippet_loss(base: BaseLoss, contrastive: Tensor, stage: SnippetStageConfig) -> Tensor:
+    """L_snippet, eq. 8: L_base + lambda_1 L_contra, with a weight for each term of L_base."""
+    return (
+        stage.action_weight * base.action
+        + stage.background_weight * base.background
+        + stage.background_class_weight * base.background_class
+        + stage.contrastive_weight * contrastive
+    )
+
+
+def instance_loss(score: Tensor, regression: Tensor, stage: InstanceStageConfig) -> Tensor:
+    """L_instance, eq. 14: L_score + lambda_2 L_reg."""
+    return stage.score_weight * score + stage.regression_weight * regression
 
 
 def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -102,9 +119,17 @@ def score_loss(completeness: Tensor, target: Tensor, kind: str) -> Tensor:
 def regression_loss(refined: Tensor, reliable: Tensor, matched: Tensor) -> Tensor:
     """L_reg, eq. 13: SmoothL1 of IoU(refined, reliable) towards 1 where ``matched`` (N,) holds."""
     iou = temporal_iou(refined, reliable)
-    return _mean_where(F.smooth_l1_loss(iou, torch.ones_like(iou), reduction="none"), matched)
+    return mean_where(F.smooth_l1_loss(iou, torch.ones_like(iou), reduction="none"), matched)
 
 
-def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+def mean_where(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values where the mask holds; 0 where it holds nowhere."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0.0).sum() / _count(mask)
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How often the mask holds, at least 1: for each process, on the mean over all processes.
+
+    Their gradients are averaged; so a sum over this is the mean over the global batch.
+    """
+    return total(mask.sum()).clamp(min=1) / process_count()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hrpro.training.parallel import total
+
 
 def class_means(rows: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     """Mean row of each class and whether the class occurs: (C, W), (C,) bool.
 
-    ``rows`` (M, W); ``action`` (M, C) bool says to which classes a row belongs.
+    ``rows`` (M, W); ``action`` (M, C) bool says to which classes a row belongs. Of several
+    processes each has its own rows, and the means are over all of them.
     """
     weights = action.to(rows.dtype)
-    count = weights.sum(dim=0)  # (C,)
-    return (weights.T @ rows) / count.clamp(min=1)[:, None], count > 0
+    count = total(weights.sum(dim=0))  # (C,)
+    return total(weights.T @ rows) / count.clamp(min=1)[:, None], count > 0
 
 
 def initial_prototypes(rows: Tensor, action: Tensor) -> Tensor:

@@ -1,20 +1,97 @@
-"""What both stages share: descent by AdamW with a one-cycle rate, and averaged weights."""
+"""What both stages share: the loop over steps, descent by AdamW with a one-cycle rate, averaged
+weights, and how a model is run (precision, compilation, several processes)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hrpro.engine.wire import HrproError
+from hrpro.training.checkpoint import Checkpoints
+from hrpro.training.config import TrainingConfig
+from hrpro.training.parallel import process_count, process_rank, total
 
 _GRADIENT_NORM = 1.0
+
+
+class TrainingError(HrproError):
+    """Training cannot go on; the message says why."""
+
 
 # Called after each optimiser step with the stage's name, the step (from 1), and its losses.
 Report = Callable[[str, int, dict[str, float]], None]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Stage(Protocol):
+    """One stage of training: what is done in a step, and what comes of it."""
+
+    name: str
+    steps: int
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Step ``number``, from 1; returns its losses by name, "loss" among them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        ...
+
+
+def run_stage(stage: Stage, report: Report, checkpoints: Checkpoints) -> None:
+    """All steps of a stage, from where the checkpoint left it."""
+    done = checkpoints.restore(stage)
+    if process_rank():  # weights start alike in all processes; what is dropped differs
+        torch.manual_seed(torch.initial_seed() + process_rank() + done)
+    for number in range(done + 1, stage.steps + 1):
+        losses = stage.step(number)
+        report(stage.name, number, {name: float(value) for name, value in losses.items()})
+        checkpoints.after_step(stage, number)
+
+
+def training_device(config: TrainingConfig) -> torch.device:
+    """Where to train: a GPU if there is one, unless the configuration says otherwise.
+
+    Raises TrainingError for a GPU that is not there.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("device: expected a GPU for cuda, torch finds none here")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def as_run(model: nn.Module, config: TrainingConfig) -> Callable[..., Any]:
+    """The forward pass of ``model`` across processes and compiled, as configured."""
+    run: nn.Module = model
+    if process_count() > 1:
+        # Buffers are the same everywhere: each process computes them from sums over all.
+        run = DistributedDataParallel(model, broadcast_buffers=False)
+    return torch.compile(run) if config.compile else run
+
+
+def precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Within, matrix products are computed in the configured precision; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def over_processes(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each loss over all processes, without a gradient."""
+    return {name: total(value.detach()) / process_count() for name, value in losses.items()}
 
 
 class Schedule(Protocol):
@@ -56,6 +133,15 @@ class Descent:
         self._optimiser.step()
         self._rate.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and rate."""
+        return {"optimiser": self._optimiser.state_dict(), "rate": self._rate.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._rate.load_state_dict(state["rate"])
+
 
 class AveragedModel(Generic[Model]):
     """Exponential moving average of a model's weights; buffers are the newest ones."""
@@ -73,6 +159,14 @@ class AveragedModel(Generic[Model]):
             self._averaged.parameters(), self._model.parameters(), strict=True
         ):
             averaged.lerp_(newest, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights."""
+        return self._averaged.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such weights."""
+        self._averaged.load_state_dict(state)
 
     def result(self) -> Model:
         """The averaged model in evaluation mode."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from hrpro.engine.soft_nms import temporal_iou
 
 Floats = NDArray[np.float64]
+ReliableRule = Literal["contrast", "between_points", "none"]
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,29 @@ class RankedProposals:
 
 
 def reliable_proposals(
-    candidates: Candidates, point_index: NDArray[np.int64], point_label: NDArray[np.int64]
+    candidates: Candidates,
+    point_index: NDArray[np.int64],
+    point_label: NDArray[np.int64],
+    rule: ReliableRule = "contrast",
 ) -> NDArray[np.int64]:
     """RP: for each point the candidate of its class that holds it with the highest p_OIC.
 
-    Returns indices of candidates; points that no candidate holds have none.
+    By the rule "between_points" that is chosen among those that hold no other point, if there
+    are any (as in the released code); by "none" all that hold the point are taken. Returns
+    indices of candidates; points that no candidate holds have none.
     """
     centre = point_index + 0.5
-    holds = (
-        (candidates.label_index[None] == point_label[:, None])
-        & (candidates.borders[None, :, 0] <= centre[:, None])
-        & (candidates.borders[None, :, 1] > centre[:, None])
+    inside = (candidates.borders[None, :, 0] <= centre[:, None]) & (
+        candidates.borders[None, :, 1] > centre[:, None]
     )  # (points, N)
+    holds = inside & (candidates.label_index[None] == point_label[:, None])
     if holds.size == 0:
         return np.zeros(0, dtype=np.int64)
+    if rule == "none":
+        return np.flatnonzero(holds.any(axis=0))
+    if rule == "between_points":
+        alone = holds & (inside.sum(axis=0) == 1)
+        holds = np.where(alone.any(axis=1, keepdims=True), alone, holds)
     best = np.where(holds, candidates.contrast, -np.inf).argmax(axis=1)
     return np.unique(best[holds.any(axis=1)])
 
@@ -66,9 +77,10 @@ def rank_proposals(
     attention: NDArray[np.float32],
     negative_thresholds: Sequence[float],
     class_count: int,
+    rule: ReliableRule = "contrast",
 ) -> RankedProposals:
     """Targets of a recording's proposals; ``attention`` is A, (T,)."""
-    reliable = reliable_proposals(candidates, point_index, point_label)
+    reliable = reliable_proposals(candidates, point_index, point_label, rule)
     negatives = _runs_below(attention, negative_thresholds)
     N, M = len(candidates.borders), len(negatives)
     completeness = np.zeros((N + M, class_count))

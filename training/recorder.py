@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,20 +15,35 @@ from torch.utils.tensorboard import SummaryWriter
 from hrpro.training.config import TrainingConfig
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 _EVERY_STEPS = 10
 _TITLES = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
 
 
 class Recorder:
-    """Called with the losses of each step, see `hrpro.training.optimisation.Report`."""
+    """Called with the losses of each step, see `hrpro.training.optimisation.Report`.
 
-    def __init__(self, folder: Path, config: TrainingConfig, console: Console) -> None:
+    ``resumed`` is the stage and step that training goes on from; what came later is dropped.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainingConfig,
+        console: Console,
+        resumed: tuple[str, int] | None = None,
+    ) -> None:
         self._steps = {
             "snippet": config.snippet_stage.steps,
             "instance": config.instance_stage.steps,
         }
-        self._metrics = (folder / METRICS).open("w")
-        self._scalars = SummaryWriter(str(folder / "tensorboard"))
+        if resumed is None:
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+            (folder / METRICS).unlink(missing_ok=True)
+        else:
+            _keep_until(folder / METRICS, *resumed)
+        self._metrics = (folder / METRICS).open("a")
+        self._scalars = SummaryWriter(str(folder / TENSORBOARD))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,6 +56,8 @@ class Recorder:
             stage: self._progress.add_task(_TITLES[stage], total=steps, loss=float("nan"))
             for stage, steps in self._steps.items()
         }
+        if resumed is not None and resumed[0] == "instance":
+            self._progress.update(self._tasks["snippet"], completed=self._steps["snippet"])
         self.last: dict[str, dict[str, float]] = {}
 
     def __call__(self, stage: str, step: int, losses: dict[str, float]) -> None:
@@ -66,3 +84,19 @@ class Recorder:
         self._progress.stop()
         self._scalars.close()
         self._metrics.close()
+
+
+def _keep_until(path: Path, stage: str, step: int) -> None:
+    """Drop the lines after a step: they come again. The last one may be torn."""
+    order = list(_TITLES)
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)

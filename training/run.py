@@ -2,8 +2,9 @@
 
 RUN/
   run.json         configuration, data set, classes, D
-  snippet.pt       checkpoint of stage 1, written when it is through (a state dict)
-  instance.pt      checkpoint of stage 2
+  snippet.pt       weights of stage 1, written when it is through (a state dict)
+  instance.pt      weights of stage 2
+  checkpoint.pt    while it is trained: the state to go on from
   metrics.jsonl    losses, one line every few steps
   tensorboard/     the same as scalars
   figures.json     what hrpro evaluate measured last; goes into the bundle
@@ -13,19 +14,30 @@ RunError    the folder is not a finished run
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from hrpro.engine.settings import Settings
 from hrpro.engine.wire import HrproError
+from hrpro.training.checkpoint import (
+    CHECKPOINT,
+    UNREADABLE,
+    read_checkpoint,
+    reason_of,
+    write_atomically,
+)
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.instance_stage import new_instance_model
+from hrpro.training.model import SnippetModel
 from hrpro.training.snippet_stage import new_snippet_model
 from hrpro.training.train import TrainedModel
 
@@ -64,21 +76,92 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
 def begin_run(folder: Path) -> None:
     """Make the folder of a run; one that was there counts as unfinished from here on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (DESCRIPTION, FIGURES, *CHECKPOINTS.values()):
+    for name in (DESCRIPTION, FIGURES, CHECKPOINT, *CHECKPOINTS.values()):
         (folder / name).unlink(missing_ok=True)
 
 
 def write_checkpoint(folder: Path, stage: str, model: nn.Module) -> None:
     """Write the weights of a stage that is through."""
-    path = folder / CHECKPOINTS[stage]
-    temporary = path.with_name(path.name + ".part")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)
+    write_atomically(folder / CHECKPOINTS[stage], model.state_dict())
 
 
 def finish_run(folder: Path, description: RunDescription) -> None:
     """Write the description: a folder that has one is a finished run."""
     _write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def made_by(config: TrainingConfig, data: DataSet) -> dict[str, Any]:
+    """What the state of a run belongs to: its settings and a digest of the training data."""
+    digest = hashlib.sha256()
+    for recording in data.recordings:
+        digest.update(f"{recording.name} {recording.features.shape}".encode())
+        digest.update(recording.point_index.tobytes() + recording.point_label.tobytes())
+        ends = recording.features[[0, len(recording) // 2, -1]]  # the whole may be terabytes
+        digest.update(np.ascontiguousarray(ends).tobytes())
+    return {
+        "config": config.model_dump(mode="json"),
+        "data_set": data.name,
+        "classes": list(data.classes),
+        "data": digest.hexdigest(),
+    }
+
+
+def read_state(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, made by the ``expected`` settings and data; None if there is none.
+
+    Raises RunError where it was made by others; what changes no weight may differ.
+    """
+    state = read_checkpoint(folder)
+    if state is None:
+        return None
+    path, was = folder / CHECKPOINT, state["made_by"]
+    changed = [
+        f"{name} was {_shown(old)}, is {_shown(new)}"
+        for name, old, new in _differences(was["config"], expected["config"])
+        if name not in _FREE_TO_CHANGE
+    ]
+    if changed:
+        raise RunError(f"{path}: made with other settings: {'; '.join(changed)}")
+    if was["classes"] != expected["classes"] or was["data"] != expected["data"]:
+        raise RunError(
+            f"{path}: made with other data: expected the recordings and points of the data set "
+            f"{was['data_set']!r} that the run was begun with, got {expected['data_set']!r}"
+        )
+    return state
+
+
+_FREE_TO_CHANGE = {"checkpoint_s", "threads", "device", "compile"}
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """Path, old and new value of each setting that differs."""
+    found = []
+    for name in sorted({*old, *new}):
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            found.append((f"{prefix}{name}", was, now))
+    return found
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in the folder came to its end."""
+    return (folder / DESCRIPTION).exists()
+
+
+def read_snippet_stage(folder: Path, config: TrainingConfig, data: DataSet) -> SnippetModel:
+    """Stage 1 of a run that was stopped in stage 2."""
+    model = new_snippet_model(config, data.feature_dim, len(data.classes))
+    _load_checkpoint(folder / CHECKPOINTS["snippet"], model)
+    return model.eval()
 
 
 def write_figures(folder: Path, figures: dict[str, float | str]) -> None:
@@ -129,6 +212,5 @@ def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
 def _load_checkpoint(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path}: expected the weights of this run: {reason}") from None
+    except UNREADABLE as error:
+        raise RunError(f"{path}: expected the weights of this run: {reason_of(error)}") from None

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from rich.console import Console
 from rich.table import Table
 
+from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
-from hrpro.training.data import read_test_split, read_training_split, read_truth
+from hrpro.training.data import DataSet, read_test_split, read_training_split, read_truth
 from hrpro.training.evaluate import evaluate
+from hrpro.training.model import SnippetModel
+from hrpro.training.optimisation import training_device
+from hrpro.training.parallel import process_group, process_rank
 from hrpro.training.recorder import Recorder
 from hrpro.training.run import (
     begin_run,
     describe_run,
     finish_run,
+    is_finished,
+    made_by,
     read_run,
+    read_snippet_stage,
+    read_state,
     write_checkpoint,
     write_figures,
 )
@@ -36,31 +45,93 @@ class EvaluationFigures(TypedDict):
 
 
 def train_run(
-    data_folder: Path, out: Path, config: TrainingConfig, console: Console
+    data_folder: Path,
+    out: Path,
+    config: TrainingConfig,
+    console: Console,
+    resume: bool = False,
 ) -> dict[str, object]:
-    """Train on a data folder and write the run; returns a summary."""
-    data = read_training_split(data_folder, config.data)
-    begin_run(out)
+    """Train on a data folder and write the run; returns a summary.
+
+    With ``resume`` training goes on where the run in ``out`` was stopped, from the start if
+    there is none; if it is finished there is nothing to do. Of several processes the first one
+    writes and reports. Raises DataError, RunError, TrainingError and TrainingStopped.
+    """
     started_s = time.monotonic()
-    with Recorder(out, config, console) as recorder:
-        train(config, data, recorder, partial(write_checkpoint, out))
-    description = describe_run(config, data)
-    finish_run(out, description)
+    with process_group(training_device(config)):
+        data = read_training_split(data_folder, config.data)
+        description = describe_run(config, data)
+        if resume and is_finished(out):
+            console.print(f"{out}: the run is finished", markup=False, soft_wrap=True)
+            last: dict[str, dict[str, float]] = {}
+        elif process_rank() == 0:
+            last = _train_and_write(data, out, config, console, resume)
+            finish_run(out, description)
+        else:
+            _train_beside(data, out, config, resume)
+            return {}
     summary: dict[str, object] = {
         "run": str(out),
         "data_set": data.name,
-        "recordings": len(data.recordings),
-        "classes": len(data.classes),
+        "recordings": description.recordings,
+        "classes": len(description.classes),
         "points": description.points,
         "seconds": round(time.monotonic() - started_s, 1),
-        "snippet_loss": recorder.last["snippet"]["loss"],
-        "instance_loss": recorder.last["instance"]["loss"],
+        **{f"{stage}_loss": losses["loss"] for stage, losses in last.items()},
     }
     table = Table("trained", "", show_header=False)
     for name, value in summary.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
     return summary
+
+
+def _train_and_write(
+    data: DataSet, out: Path, config: TrainingConfig, console: Console, resume: bool
+) -> dict[str, dict[str, float]]:
+    """Train, with all that is written on the way; the last losses of each stage."""
+    belongs_to = made_by(config, data)
+    state = read_state(out, belongs_to) if resume else None
+    if state is None:
+        begin_run(out)
+    else:
+        console.print(f"going on after step {state['step']} of stage {state['stage']}")
+    resumed = (state["stage"], state["step"]) if state else None
+    with (
+        Checkpoints(out, config.checkpoint_s, belongs_to, state) as checkpoints,
+        Recorder(out, config, console, resumed) as recorder,
+    ):
+        train(
+            config,
+            data,
+            recorder,
+            partial(write_checkpoint, out),
+            checkpoints,
+            _stage_before(out, config, data, state),
+            scratch=out,
+        )
+    return recorder.last
+
+
+def _train_beside(data: DataSet, out: Path, config: TrainingConfig, resume: bool) -> None:
+    """Train as one of several processes that is not the first."""
+    state = read_state(out, made_by(config, data)) if resume else None
+    train(
+        config,
+        data,
+        lambda *_: None,
+        checkpoints=Checkpoints(resumed=state),
+        snippet=_stage_before(out, config, data, state),
+    )
+
+
+def _stage_before(
+    out: Path, config: TrainingConfig, data: DataSet, state: Mapping[str, Any] | None
+) -> SnippetModel | None:
+    """Stage 1, where training goes on with stage 2."""
+    if state is None or state["stage"] == "snippet":
+        return None
+    return read_snippet_stage(out, config, data)
 
 
 def evaluate_run(run: Path, data_folder: Path) -> EvaluationFigures:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hrpro.engine.windows import in_pieces
-from hrpro.training.batches import CropSampler
+from hrpro.training.batches import CropSampler, feature_statistics, features_at_points
 from hrpro.training.config import SnippetStageConfig, TrainingConfig
 from hrpro.training.data import DataSet
-from hrpro.training.losses import base_loss, contrastive_loss
+from hrpro.training.losses import base_loss, contrastive_loss, snippet_loss
 from hrpro.training.memory import initial_prototypes, update_prototypes
 from hrpro.training.model import SnippetModel, SnippetOutput, band_reach
-from hrpro.training.optimisation import AveragedModel, Descent, Report
+from hrpro.training.optimisation import AveragedModel, Descent, as_run, over_processes, precision
+from hrpro.training.parallel import total
 from hrpro.training.pseudo_snippets import PseudoSnippets, mine_pseudo_snippets
 
 _SCALE_FLOOR = 1e-3  # a feature that hardly varies is not blown up
@@ -27,60 +30,102 @@ def new_snippet_model(config: TrainingConfig, feature_dim: int, class_count: int
     return SnippetModel(feature_dim, class_count, config.model)
 
 
-def train_snippet_stage(config: TrainingConfig, data: DataSet, report: Report) -> SnippetModel:
-    """Stage 1: snippet-level action discrimination learning."""
-    stage = config.snippet_stage
-    generator = torch.Generator().manual_seed(config.seed)
-    sampler = CropSampler(data, stage.crop_snippets, generator)
-    model = new_snippet_model(config, data.feature_dim, len(data.classes))
-    with torch.no_grad():
-        model.feature_mean.copy_(sampler.features.mean(dim=0))
-        model.feature_scale.copy_(1 / sampler.features.std(dim=0).clamp(min=_SCALE_FLOOR))
-        model.prototypes.copy_(initial_prototypes(sampler.features, sampler.points))
-    embedded = _embedded_points(model, data)
-    averaged = AveragedModel(model, stage.average_decay)
-    descent = Descent(model, stage)
-    for step in range(1, stage.steps + 1):
-        crops = sampler.draw(stage.batch_size)
-        output = model(crops.features, crops.valid)
-        pseudo = _mine(output, crops.points, crops.valid, stage)
-        loss, parts = _losses(output, pseudo, embedded, stage)
-        descent.step(loss)
+class SnippetStage:
+    """Stage 1 while it is trained; its state is that of the weights, the memory and the draws."""
+
+    name = "snippet"
+
+    def __init__(self, config: TrainingConfig, data: DataSet, device: torch.device) -> None:
+        self.steps = config.snippet_stage.steps
+        self._config = config
+        self._stage = config.snippet_stage
+        self._device = device
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._sampler = CropSampler(data, self._stage.crop_snippets, self._generator)
+        self._model = _initial_model(config, data).to(device)
+        self._embedded = _embedded_points(self._model, data)  # prototypes of the embedding (C, W)
+        self._averaged = AveragedModel(self._model, self._stage.average_decay)
+        self._descent = Descent(self._model, self._stage)
+        self._run = as_run(self._model, config)
+        self._model.train()
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Crops -> scores -> pseudo snippets -> losses -> weights, memory, averaged weights."""
+        crops = self._sampler.draw(self._stage.batch_size)
+        features, points, valid = (each.to(self._device, non_blocking=True) for each in crops)
+        with precision(self._config, self._device):
+            output = SnippetOutput(*self._run(features, valid))
+        pseudo = _mine(output, points, valid, self._stage)
+        losses = _losses(output, pseudo, self._embedded, self._stage)
+        self._descent.step(losses["loss"])
         with torch.no_grad():
-            action = pseudo.action.flatten(0, 1)
-            rows = crops.features.flatten(0, 1)
-            model.prototypes.copy_(
-                update_prototypes(model.prototypes, rows, action, stage.prototype_momentum)
-            )
-            rows = output.embedding.detach().flatten(0, 1)
-            embedded = update_prototypes(embedded, rows, action, stage.embedding_momentum)
-            averaged.update(step)
-        report("snippet", step, {name: float(each.detach()) for name, each in parts.items()})
-    return averaged.result()
+            self._update_memory(features, output.embedding.detach(), pseudo.action)
+            self._averaged.update(number)
+        counts = {
+            "pseudo_action": total(pseudo.action.sum()),
+            "pseudo_background": total(pseudo.background.sum()),
+        }
+        return {**over_processes(losses), **counts}
+
+    def _update_memory(self, features: Tensor, embedding: Tensor, action: Tensor) -> None:
+        """Eq. 3, for the prototypes that snippets attend to and for those they are compared to."""
+        action = action.flatten(0, 1)
+        model, stage = self._model, self._stage
+        rows = features.flatten(0, 1)
+        model.prototypes.copy_(
+            update_prototypes(model.prototypes, rows, action, stage.prototype_momentum)
+        )
+        rows = embedding.flatten(0, 1)
+        self._embedded = update_prototypes(self._embedded, rows, action, stage.embedding_momentum)
+
+    def result(self) -> SnippetModel:
+        """The averaged model, on the CPU and in evaluation mode."""
+        return self._averaged.result().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+        return {
+            "model": self._model.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "descent": self._descent.state_dict(),
+            "embedded": self._embedded,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self._model.load_state_dict(state["model"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._descent.load_state_dict(state["descent"])
+        self._embedded = state["embedded"].to(self._device)
+        self._generator.set_state(state["generator"])
+
+
+def _initial_model(config: TrainingConfig, data: DataSet) -> SnippetModel:
+    """Random weights, the statistics of the features, and the prototypes of eq. 2."""
+    model = new_snippet_model(config, data.feature_dim, len(data.classes))
+    mean, deviation = feature_statistics(data)
+    with torch.no_grad():
+        model.feature_mean.copy_(mean)
+        model.feature_scale.copy_(1 / deviation.clamp(min=_SCALE_FLOOR))
+        model.prototypes.copy_(initial_prototypes(*features_at_points(data)))
+    return model
 
 
 def _losses(
     output: SnippetOutput, pseudo: PseudoSnippets, embedded: Tensor, stage: SnippetStageConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_snippet (eq. 8), and its parts by name; ``embedded`` are the embedded prototypes (C, W)."""
+) -> dict[str, Tensor]:
+    """L_snippet and its parts by name; ``embedded`` are the embedded prototypes (C, W)."""
     base = base_loss(
         output.scores, output.attention, pseudo, stage.focal_gamma, stage.lowest_weight
     )
     contrast = contrastive_loss(output.embedding, embedded, pseudo, stage.temperature)
-    loss = (
-        stage.action_weight * base.action
-        + stage.background_weight * base.background
-        + stage.background_class_weight * base.background_class
-        + stage.contrastive_weight * contrast
-    )
-    return loss, {
-        "loss": loss,
+    return {
+        "loss": snippet_loss(base, contrast, stage),
         "action": base.action,
         "background": base.background,
         "background_class": base.background_class,
         "contrastive": contrast,
-        "pseudo_action": pseudo.action.sum(),
-        "pseudo_background": pseudo.background.sum(),
     }
 
 
@@ -100,13 +145,14 @@ def _mine(
 
 def _embedded_points(model: SnippetModel, data: DataSet) -> Tensor:
     """Eq. 2 on the embedding: the class means at the points, (C, W)."""
+    device = model.prototypes.device
     rows, action = [], []
     for recording in data.recordings:
         embedding = torch.from_numpy(snippet_scores(model, recording.features).embedding)
         rows.append(embedding[recording.point_index])
         labels = torch.from_numpy(recording.point_label)
         action.append(nn.functional.one_hot(labels, len(data.classes)).bool())
-    return initial_prototypes(torch.cat(rows), torch.cat(action))
+    return initial_prototypes(torch.cat(rows).to(device), torch.cat(action).to(device))
 
 
 @dataclass(frozen=True)
@@ -124,9 +170,11 @@ def snippet_scores(model: SnippetModel, features: NDArray[np.float32]) -> Snippe
 
     def score(piece: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         with torch.no_grad():
-            output = model(torch.from_numpy(piece)[None], torch.ones(1, len(piece)).bool())
-        return tuple(each[0].numpy() for each in output)
+            batch = torch.from_numpy(np.array(piece))[None].to(device)  # a map cannot be written
+            output = model(batch, torch.ones(1, len(piece), dtype=torch.bool, device=device))
+        return tuple(each[0].cpu().numpy() for each in output)
 
+    device = model.prototypes.device
     was_training = model.training
     model.eval()
     reach = band_reach(model.config)

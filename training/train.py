@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.instance import InstanceModel
-from hrpro.training.instance_stage import train_instance_stage
+from hrpro.training.instance_stage import InstanceStage
 from hrpro.training.model import SnippetModel
-from hrpro.training.optimisation import Report
-from hrpro.training.snippet_stage import train_snippet_stage
+from hrpro.training.optimisation import Report, TrainingError, run_stage, training_device
+from hrpro.training.parallel import process_count
+from hrpro.training.snippet_stage import SnippetStage
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,48 @@ def train(
     config: TrainingConfig,
     data: DataSet,
     report: Report,
-    checkpoint: Callable[[str, nn.Module], None] | None = None,
+    finished: Callable[[str, nn.Module], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    snippet: SnippetModel | None = None,
+    scratch: Path | None = None,
 ) -> TrainedModel:
     """Train both stages on the training split; deterministic under ``config.seed`` on a CPU.
 
-    ``checkpoint`` is called with the name and the model of each stage that is through.
+    ``finished`` is called with the name and the model of each stage that is through.
+    ``checkpoints`` may hold the state to go on from; if that is one of stage 2, ``snippet`` is
+    stage 1. ``scratch`` is a folder for a file as large as the features. Raises TrainingError and
+    TrainingStopped.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    device = training_device(config)
+    _check_batches(config)
+    checkpoints = checkpoints or Checkpoints()
     torch.manual_seed(config.seed)
-    snippet = train_snippet_stage(config, data, report)
-    if checkpoint is not None:
-        checkpoint("snippet", snippet)
-    instance = train_instance_stage(config, data, snippet, report)
-    if checkpoint is not None:
-        checkpoint("instance", instance)
-    return TrainedModel(snippet, instance)
+    if snippet is None:
+        stage = SnippetStage(config, data, device)
+        run_stage(stage, report, checkpoints)
+        snippet = stage.result()
+        if finished is not None:
+            finished("snippet", snippet)
+    torch.manual_seed(config.seed)  # stage 2 is the same after a stage 1 that was read
+    second = InstanceStage(config, data, snippet, device, scratch, checkpoints)
+    if checkpoints.resumed_stage != second.name:
+        checkpoints.save(second, 0)  # from here on stage 1 need not be trained again
+    run_stage(second, report, checkpoints)
+    instance = second.result()
+    if finished is not None:
+        finished("instance", instance)
+    return TrainedModel(snippet.cpu(), instance)
+
+
+def _check_batches(config: TrainingConfig) -> None:
+    for name, stage in (
+        ("snippet_stage", config.snippet_stage),
+        ("instance_stage", config.instance_stage),
+    ):
+        if stage.batch_size % process_count():
+            raise TrainingError(
+                f"{name}.batch_size: expected a multiple of {process_count()} processes, "
+                f"got {stage.batch_size}"
+            )

@@ -1,0 +1,52 @@
+"""Several processes that train on one global batch, started by torchrun; one is the usual case.
+
+Each process computes its share of a batch that all draw alike. Sums and counts that a loss is
+divided by run over all processes, so the gradient is that of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def process_count() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Number of this process, from 0; the first one writes and reports."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes where torchrun started this one; does nothing otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of ``x`` over all processes; no gradient flows through it."""
+    if not dist.is_initialized():
+        return x
+    summed = x.detach().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def share(x: Tensor) -> Tensor:
+    """The rows of a global batch, (B, ...), that this process computes."""
+    return x[process_rank() :: process_count()]
