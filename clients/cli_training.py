@@ -36,6 +36,8 @@ def train(
     except TrainingStopped as stopped:
         print(f"hrpro: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None
+    if not summary:  # not the first of several processes
+        return
     if as_json:
         print(json.dumps(summary))
     else:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from hrpro.engine.wire import HrproError
-from hrpro.training.parallel import process_rank
+from hrpro.training.parallel import process_count, process_rank, total
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -58,8 +58,8 @@ class Checkpoints:
     """Saves the state of a stage, with the random state, and stops training between two steps.
 
     ``made_by`` says what the state belongs to: configuration and data. SIGTERM and SIGINT are
-    taken while the object is entered; the second one has its usual effect. Without a folder
-    nothing is written (and signals are left alone): several processes have one writer.
+    taken while the object is entered; the second one has its usual effect. Of several processes
+    the first one writes, and all stop after the same step. Without a folder nothing is saved.
     """
 
     def __init__(
@@ -94,15 +94,16 @@ class Checkpoints:
 
     def after_step(self, stage: Stateful, step: int) -> None:
         """Save where it is time to, or where it was asked to stop; raises TrainingStopped then."""
-        due = time.monotonic() - self._saved_s >= self._every_s
-        if self._path is None or not (due or self._signal):
+        if self._path is None:
             return
-        self.save(stage, step)
+        self._agree_on_stopping()
+        if self._signal or time.monotonic() - self._saved_s >= self._every_s:
+            self.save(stage, step)
         self.check()
 
     def save(self, stage: Stateful, step: int) -> None:
         """Write the state after ``step`` in place of the one before."""
-        if self._path is None:
+        if self._path is None or process_rank():
             return
         content = {
             "made_by": self._made_by,
@@ -119,10 +120,15 @@ class Checkpoints:
         if self._signal and self._path is not None:
             raise TrainingStopped(self._signal, self._path)
 
+    def _agree_on_stopping(self) -> None:
+        """Processes get a signal at different steps; one that went on would wait for the others."""
+        if process_count() > 1:
+            votes = total(torch.tensor([self._signal or 0, int(self._signal is not None)]))
+            self._signal = int(votes[0] // votes[1]) if votes[1] else None
+
     def __enter__(self) -> Self:
-        if self._path is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(

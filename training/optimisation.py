@@ -79,8 +79,7 @@ def as_run(model: nn.Module, config: TrainingConfig) -> Callable[..., Any]:
     """The forward pass of ``model`` across processes and compiled, as configured."""
     run: nn.Module = model
     if process_count() > 1:
-        # Buffers are the same everywhere: each process computes them from sums over all.
-        run = DistributedDataParallel(model, broadcast_buffers=False)
+        run = DistributedDataParallel(model)
     return torch.compile(run) if config.compile else run
 
 

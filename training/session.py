@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -64,11 +65,11 @@ def train_run(
         if resume and is_finished(out):
             console.print(f"{out}: the run is finished", markup=False, soft_wrap=True)
             last: dict[str, dict[str, float]] = {}
-        elif process_rank() == 0:
-            last = _train_and_write(data, out, config, console, resume)
-            finish_run(out, description)
         else:
-            _train_beside(data, out, config, resume)
+            last = _train_and_write(data, out, config, console, resume)
+            if process_rank() == 0:
+                finish_run(out, description)
+        if process_rank():
             return {}
     summary: dict[str, object] = {
         "run": str(out),
@@ -90,39 +91,29 @@ def _train_and_write(
     data: DataSet, out: Path, config: TrainingConfig, console: Console, resume: bool
 ) -> dict[str, dict[str, float]]:
     """Train, with all that is written on the way; the last losses of each stage."""
+    first = process_rank() == 0
     belongs_to = made_by(config, data)
     state = read_state(out, belongs_to) if resume else None
-    if state is None:
+    if first and state is None:
         begin_run(out)
-    else:
+    elif first and state is not None:
         console.print(f"going on after step {state['step']} of stage {state['stage']}")
     resumed = (state["stage"], state["step"]) if state else None
+    recording = Recorder(out, config, console, resumed) if first else nullcontext()
     with (
         Checkpoints(out, config.checkpoint_s, belongs_to, state) as checkpoints,
-        Recorder(out, config, console, resumed) as recorder,
+        recording as recorder,
     ):
         train(
             config,
             data,
-            recorder,
-            partial(write_checkpoint, out),
+            recorder or (lambda *_: None),
+            partial(write_checkpoint, out) if first else None,
             checkpoints,
             _stage_before(out, config, data, state),
             scratch=out,
         )
-    return recorder.last
-
-
-def _train_beside(data: DataSet, out: Path, config: TrainingConfig, resume: bool) -> None:
-    """Train as one of several processes that is not the first."""
-    state = read_state(out, made_by(config, data)) if resume else None
-    train(
-        config,
-        data,
-        lambda *_: None,
-        checkpoints=Checkpoints(resumed=state),
-        snippet=_stage_before(out, config, data, state),
-    )
+    return recorder.last if recorder else {}
 
 
 def _stage_before(

@@ -1,0 +1,96 @@
+"""Attention within a band: by hand, in blocks against the whole matrix, and dropout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hrpro.training.attention import Band, Dropout, ReliabilityAwareBlock, reliability_attention
+
+
+def test_attention_by_hand() -> None:
+    # d = 4: weights are softmax(q k / 2). The query sees keys 0 and 2 of three.
+    query = torch.tensor([[2.0, 0, 0, 0]])
+    key = torch.tensor([[1.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    value = torch.tensor([[1.0, 0, 0, 0], [5.0, 5, 5, 5], [0, 2.0, 0, 0]])
+    mixed = reliability_attention(query, key, value, torch.tensor([[True, False, True]]))
+    first = math.e / (math.e + 1)  # exp(2 * 1 / 2) against exp(0)
+    assert mixed.tolist() == [pytest.approx([first, 2 * (1 - first), 0, 0])]
+
+
+def dense(
+    block: ReliabilityAwareBlock, x: Tensor, memory: Tensor, valid: Tensor, band: Band
+) -> Tensor:
+    """The block over the whole T x (T + C) matrix, written out."""
+    B, T, W = x.shape
+    index = torch.arange(T)
+    offset = index - index[:, None]
+    seen = (offset >= -band.past) & (offset <= band.future) & valid[:, None]
+    seen = torch.cat([seen, torch.ones(B, T, len(memory), dtype=torch.bool)], dim=-1)
+    keyed = block.key_value(torch.cat([x, memory.expand(B, -1, -1)], dim=1))
+    heads = (*keyed.shape[:2], 2 * block.heads, W // block.heads)
+    key, value = keyed.view(heads).transpose(1, 2).chunk(2, dim=1)
+    query = block.query(x).view(B, T, block.heads, -1).transpose(1, 2)
+    weight = (query @ key.transpose(-1, -2) / math.sqrt(W // block.heads)).masked_fill(
+        ~seen[:, None], -torch.inf
+    )
+    mixed = (weight.softmax(-1) @ value).transpose(1, 2).reshape(B, T, W)
+    x = block.attention_norm(x + block.output(mixed))
+    return block.feed_forward_norm(x + block.feed_forward(x))
+
+
+@pytest.mark.parametrize(
+    ("length", "past", "future", "blocks"),
+    [
+        (1, 8, 0, 1),
+        (32, 8, 0, 1),  # two blocks of 16 would save nothing
+        (33, 8, 0, 3),
+        (48, 16, 16, 3),  # no padding, the longest reach of a block
+        (50, 3, 2, 4),
+        (70, 0, 0, 5),  # nothing but the snippet itself
+        (97, 20, 1, 5),
+        (97, 2, 24, 5),
+    ],
+)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_blocks_give_what_the_whole_matrix_gives(
+    length: int, past: int, future: int, blocks: int, heads: int
+) -> None:
+    torch.manual_seed(0)
+    B, W, C = 3, 8, 2
+    block = ReliabilityAwareBlock(W, heads, 12, "relu", dropout=0.5).eval()
+    x, memory = torch.randn(B, length, W), torch.randn(C, W)
+    valid = torch.rand(B, length) > 0.2
+    band = Band(length, past, future)
+    assert band.blocks == blocks
+    with torch.no_grad():
+        got = block(band.padded(x), memory, band.visible(valid, C), band)[:, :length]
+        torch.testing.assert_close(got, dense(block, x, memory, valid, band), atol=1e-5, rtol=0)
+
+
+def test_without_a_band_the_length_is_one_block() -> None:
+    band = Band(500, None, 0)
+    assert (band.blocks, band.block) == (1, 500)
+    assert band.visible(torch.ones(1, 500, dtype=torch.bool), 3).all()
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(0.3)
+    x = torch.ones(1001, 997)
+    dropped = dropout(x)
+    share = 77 / 256  # 0.3 in bytes
+    assert (dropped == 0).double().mean().item() == pytest.approx(share, abs=2e-3)
+    assert dropped.double().mean().item() == pytest.approx(1, abs=3e-3)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / (1 - share)])
+    # Independent draws: neighbours are dropped together no more often than by chance.
+    both = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).double().mean().item()
+    assert both == pytest.approx(share**2, abs=2e-3)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+    # The same seed, the same draws.
+    torch.manual_seed(0)
+    assert torch.equal(dropout.train()(x), dropped)

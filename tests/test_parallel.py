@@ -1,0 +1,70 @@
+"""Two processes on one global batch learn what one process learns from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import environment, hrpro
+from tiny_data import write_tiny_data
+
+SETTINGS = (
+    "threads=1", "device=cpu", "model.blocks=1", "model.attention_past=8",
+    "model.instance_width=16", "snippet_stage.crop_snippets=40",
+    "snippet_stage.steps=20", "snippet_stage.batch_size=6",
+    "instance_stage.steps=20", "instance_stage.batch_size=32",
+    # What is dropped is drawn by each process for itself.
+    "model.dropout=0", "instance_stage.dropout=0",
+)  # fmt: skip
+SET = [part for setting in SETTINGS for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel") / "tiny"
+    write_tiny_data(folder)
+    return folder
+
+
+def by_two(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command under torchrun, as two processes that talk over loopback (gloo)."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command = [*torchrun, *rendezvous, "-m", "hrpro.clients.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=120, env=environment()
+    )
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    hrpro("train", data, "--out", one, *SET)
+    said = by_two("train", data, "--out", two, *SET, "--json")
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["recordings"] == 6  # the first process alone speaks
+    assert len(rows(one)) == len(rows(two)) == 4
+    for expected, got in zip(rows(one), rows(two), strict=True):
+        assert got.pop("stage") == expected.pop("stage")
+        # Sums over processes are added up in another order.
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name in ("snippet.pt", "instance.pt"):
+        expected, got = (torch.load(run / name, weights_only=True) for run in (one, two))
+        for key in expected:
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) -> None:
+    said = by_two(
+        "train", data, "--out", tmp_path / "run", *SET, "--set", "snippet_stage.batch_size=5"
+    )
+    assert said.returncode != 0
+    assert "snippet_stage.batch_size: expected a multiple of 2 processes, got 5" in said.stderr

@@ -1,0 +1,130 @@
+"""Stopping and going on: bit for bit, and only with the same settings and data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from commands import hrpro, refusal, running
+from tiny_data import write_tiny_data
+
+SETTINGS = (
+    "threads=1", "model.blocks=1", "model.attention_past=8", "model.instance_width=16",
+    "snippet_stage.steps=40", "snippet_stage.batch_size=4", "snippet_stage.crop_snippets=40",
+    "instance_stage.steps=40", "instance_stage.batch_size=32", "checkpoint_s=0",
+)  # fmt: skip
+SET = [part for setting in SETTINGS for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "tiny"
+    write_tiny_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Path:
+    """A run that was never stopped."""
+    run = data.parent / "whole"
+    hrpro("train", data, "--out", run, *SET)
+    return run
+
+
+def stopped(
+    data: Path, run: Path, stage: str, step: int, number: signal.Signals, *more: str
+) -> tuple[str, int]:
+    """Train until a step is recorded, then send a signal; what was said and the exit code."""
+    metrics = run / "metrics.jsonl"
+    wanted = f'{{"stage": "{stage}", "step": {step},'
+    with running("train", data, "--out", run, *SET, "--json", *more) as process:
+        while process.poll() is None:
+            if metrics.exists() and wanted in metrics.read_text():
+                process.send_signal(number)
+                break
+        _, said = process.communicate(timeout=60)
+        return said, process.returncode
+
+
+def same(run: Path, other: Path) -> None:
+    assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    for name in ("snippet.pt", "instance.pt"):
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (run, other))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    said, code = stopped(data, run, "snippet", 10, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped; the state is saved in" in said
+    assert not (run / "run.json").exists() and not (run / "snippet.pt").exists()
+    # kill -9 saves nothing: it goes on from the last state, here that of the step before.
+    said, code = stopped(data, run, "instance", 10, signal.SIGKILL, "--resume")
+    assert code == -signal.SIGKILL
+    said = hrpro("train", data, "--out", run, *SET, "--resume").stdout
+    assert "going on after step" in said and "of stage instance" in said
+    same(run, whole)
+    assert not (run / "checkpoint.pt").exists()
+
+
+def test_without_a_state_resume_begins(data: Path, whole: Path, tmp_path: Path) -> None:
+    hrpro("train", data, "--out", tmp_path / "run", *SET, "--resume")
+    same(tmp_path / "run", whole)
+
+
+def test_a_finished_run_is_left_alone(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = (run / "snippet.pt").stat().st_mtime_ns
+    assert "the run is finished" in hrpro("train", data, "--out", run, *SET, "--resume").stdout
+    assert (run / "snippet.pt").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def halfway(data: Path, tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    stopped(data, run, "snippet", 10, signal.SIGINT)
+    assert (run / "checkpoint.pt").exists()
+    return run
+
+
+def test_what_does_not_belong_together_is_refused(data: Path, halfway: Path) -> None:
+    said = refusal(
+        "train", data, "--out", halfway, *SET, "--resume",
+        "--set", "model.blocks=2", "--set", "threads=2",
+    )  # fmt: skip
+    assert "made with other settings: model.blocks was 1, is 2" in said and "threads" not in said
+
+    other = data.parent / "other"
+    if not other.exists():
+        shutil.copytree(data, other)
+        points = other / "point_labels" / "points.csv"
+        points.write_text(points.read_text().replace("hop", "spin", 1))
+    assert "made with other data" in refusal("train", other, "--out", halfway, *SET, "--resume")
+
+    checkpoint = halfway / "checkpoint.pt"
+    torn = checkpoint.read_bytes()[:-100]
+    checkpoint.write_bytes(torn)
+    assert "checkpoint.pt: expected the state of a run" in refusal(
+        "train", data, "--out", halfway, *SET, "--resume"
+    )
+    assert checkpoint.read_bytes() == torn  # it is for the user to remove
+
+
+def test_a_torn_line_of_the_record_is_dropped(data: Path, whole: Path, halfway: Path) -> None:
+    with (halfway / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "snippet", "st')
+    hrpro("train", data, "--out", halfway, *SET, "--resume")
+    same(halfway, whole)
+    steps = [
+        json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [10, 20, 30, 40] * 2
