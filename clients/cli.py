@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hrpro.clients import cli_training
+from hrpro.clients import cli_ablate, cli_training
 from hrpro.clients.cli_shared import Assignments, ConfigFile, DataFolder, JsonFlag, console, say
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
@@ -36,6 +36,7 @@ app.add_typer(feed_app, name="feed")
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
+app.command()(cli_ablate.ablate)
 app.command("config")(cli_training.show_config)
 
 
