@@ -87,16 +87,11 @@ class StreamLocalizer:
 
     def flush(self) -> list[Decision]:
         """The stream is over: everything open ends at its last snippet and is published."""
-        self.close()
-        return self._publish(self._detector.next_index)
-
-    def close(self) -> list[Proposal]:
-        """End everything open at the last snippet; returns what waits to be published."""
         self._closed += self._detector.flush()
         self._tracker.flush()
         ready, self._closed = self._closed, []
         self._refine(ready)
-        return [proposal for pool in self._pool for proposal in pool]
+        return self._publish(self._detector.next_index)
 
     def _ready(self) -> list[Run]:
         """Closed runs whose evidence is complete, or which have to be published now."""
@@ -170,13 +165,6 @@ def localize(
     localizer = StreamLocalizer(scores.shape[1], embedding.shape[1], config, scorer, wait=None)
     decisions = localizer.advance(scores, embedding) + localizer.flush()
     return [decision.proposal for decision in decisions if isinstance(decision, Final)]
-
-
-def candidates(scores: NDArray[np.float32], config: LocalizationConfig) -> list[Proposal]:
-    """All runs of a recording's P (T, C), scored by contrast, before any soft-NMS."""
-    localizer = StreamLocalizer(scores.shape[1], 0, config, scorer=None, wait=None)
-    localizer.advance(scores, np.zeros((len(scores), 0), dtype=np.float32))
-    return localizer.close()
 
 
 def _columns(proposals: list[Proposal]) -> tuple[Floats, Floats, Floats]:

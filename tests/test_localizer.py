@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.localizer import Decision, Final, StreamLocalizer, candidates, localize
+from hrpro.engine.localizer import Decision, Final, StreamLocalizer, localize
 from hrpro.engine.proposals import RunDetector
 from hrpro.engine.refine import Proposal
 from hrpro.engine.tracker import ActionChange
@@ -140,14 +140,6 @@ def test_what_soft_nms_leaves_at_the_floor_is_dropped() -> None:
     config = LocalizationConfig(thresholds=(0.25, 0.75), peak_gate=0.0, score_floor=0.5)
     got = localize(NESTED, NESTED, config, None)
     assert [(each.start, each.end) for each in got] == [(1.0, 4.0)]
-
-
-def test_candidates_are_all_runs_before_soft_nms() -> None:
-    got = sorted(candidates(NESTED, TWO), key=lambda each: each.start)
-    assert got == [
-        Proposal(0, 1.0, 4.0, pytest.approx(2 / 3), 4),
-        Proposal(0, 2.0, 3.0, pytest.approx(0.5), 3),
-    ]
 
 
 # --- properties ----------------------------------------------------------------------------------

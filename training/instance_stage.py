@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.localizer import candidates
+from hrpro.training.candidates import find_candidates
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import InstanceStageConfig, TrainingConfig
 from hrpro.training.data import DataSet, Recording
@@ -36,7 +35,7 @@ from hrpro.training.optimisation import (
     precision,
 )
 from hrpro.training.parallel import share
-from hrpro.training.ranking import Candidates, rank_proposals
+from hrpro.training.ranking import rank_proposals
 from hrpro.training.roi import RegionPooling, Regions
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 
@@ -97,7 +96,7 @@ def _ranked_columns(
     """The columns of `_ProposalTable` for one recording, whose first row of embedding is known."""
     stage = config.instance_stage
     ranked = rank_proposals(
-        _candidates(output, config.localization),
+        find_candidates(output.scores, config.localization),
         recording.point_index,
         recording.point_label,
         output.attention,
@@ -114,16 +113,6 @@ def _ranked_columns(
         ranked.reliable + first,
         ranked.own_iou,
         ranked.negative,
-    )
-
-
-def _candidates(output: SnippetScores, config: LocalizationConfig) -> Candidates:
-    """All runs of a recording before soft-NMS, scored by contrast alone."""
-    proposals = candidates(output.scores, config)
-    return Candidates(
-        borders=np.array([(p.start, p.end) for p in proposals]).reshape(-1, 2),
-        label_index=np.array([p.label_index for p in proposals], dtype=np.int64),
-        contrast=np.array([p.score for p in proposals]),
     )
 
 
