@@ -273,7 +273,10 @@ def _point_arrays(
     config: DataConfig,
     length: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Snippet index and class of each point of one recording, sorted by time."""
+    """Snippet index and class of each point of one recording, sorted by time.
+
+    Points of one class in the same snippet say the same and count once.
+    """
     rows = []
     for point in points:
         where = f"{_points_file(folder, config)}, line {point.line}: recording {name!r}"
@@ -287,7 +290,7 @@ def _point_arrays(
                 f"recording, which has the snippets 0 to {length - 1}"
             )
         rows.append((index, classes.index(point.label)))
-    table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 2)
+    table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
