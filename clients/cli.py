@@ -8,14 +8,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hrpro.clients import cli_ablate, cli_training
-from hrpro.clients.cli_shared import Assignments, ConfigFile, DataFolder, JsonFlag, console, say
+from hrpro.clients import cli_ablate, cli_data, cli_training
+from hrpro.clients.cli_shared import (
+    Assignments,
+    ConfigFile,
+    DataFolder,
+    JsonFlag,
+    console,
+    progress,
+    say,
+)
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
@@ -32,6 +40,7 @@ app = typer.Typer(
 )
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
+app.add_typer(cli_data.data_app, name="data")
 
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
@@ -109,7 +118,7 @@ def feed_features(
     factor = _speed(speed)
     sources = read_sources(paths)
     total = sum(len(source.features) for source in sources)
-    with _address_errors(to), _progress(total) as advance:
+    with _address_errors(to), progress(total, "snippets") as advance:
         ended = feed_sources(
             sources,
             to,
@@ -230,16 +239,6 @@ def _speed(text: str) -> float | None:
             f"expected a number above 0 or max, got {text!r}", param_hint="--speed"
         )
     return factor
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    out = console(quiet=True)
-    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
-        task = progress.add_task("snippets", total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,3 +35,14 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=quiet, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal; yields what advances it."""
+    from rich.progress import Progress
+
+    screen = console(quiet=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

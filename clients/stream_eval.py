@@ -26,7 +26,9 @@ from hrpro.engine.protocol import (
 from hrpro.engine.serve import Addresses
 from hrpro.engine.timebase import SnippetClock
 from hrpro.export.bundle import Bundle, BundleError
-from hrpro.training.data import DataConfig, DataSet, read_test_split, read_truth
+from hrpro.training.annotations import read_truth
+from hrpro.training.data import DataSet, read_test_split
+from hrpro.training.data_config import DataConfig
 from hrpro.training.metrics import Segments, mean_average_precision, to_segments
 
 _COLLECT_TIMEOUT_S = 120.0

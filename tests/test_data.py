@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 
 from hrpro.engine.timebase import SnippetClock
-from hrpro.training.data import (
-    DataConfig,
-    DataError,
-    read_test_split,
-    read_training_split,
-    read_truth,
-)
+from hrpro.training.annotations import read_truth
+from hrpro.training.data import read_test_split, read_training_split
+from hrpro.training.data_config import DataConfig, DataError
 
 POINTS = """class,extra,video_id,point
 jump,x,one,40
@@ -129,7 +125,10 @@ TRAINING: dict[str, tuple[Damage, str]] = {
         write("split_train.txt", "one\ntwo\none\n"),
         r"split_train\.txt: recordings named more than once: one$",
     ),
-    "no-features": (remove("features/train/two.npy"), r"train/two\.npy: feature file is missing"),
+    "no-features": (
+        remove("features/train/two.npy"),
+        r"1 of 2 .* are missing: two\.npy; expected one NAME",
+    ),
     "no-array": (write("features/train/two.npy", "text"), r"two\.npy: not a readable \.npy array"),
     "empty-file": (write("features/train/two.npy", ""), r"two\.npy: not a readable \.npy array"),
     "pickled": (features(["a", None]), r"two\.npy: not a readable \.npy array"),
@@ -138,7 +137,7 @@ TRAINING: dict[str, tuple[Damage, str]] = {
     "integers": (features([[1, 2]]), r"two\.npy: expected a float array .*got int64 \(1, 2\)"),
     "nan": (
         features([[0.0, 1.0], [2.0, np.nan], [np.inf, 0.0]]),
-        r"two\.npy: snippet 1 is not finite \(2 such rows\)",
+        r"two\.npy: snippet 1 is not finite",
     ),
     "beyond-float32": (features([[0.0, 1.0], [1e300, 1.0]]), r"two\.npy: snippet 1 is not finite"),
     "another-dimension": (
@@ -214,7 +213,10 @@ def test_one_of_several_point_files_can_be_named(folder: Path) -> None:
     ("damage", "message"),
     [
         (remove("split_test.txt"), r"split_test\.txt: file is missing"),
-        (remove("features/test/three.npy"), r"test/three\.npy: feature file is missing"),
+        (
+            remove("features/test/three.npy"),
+            r"1 of 1 feature files are missing: three\.npy",
+        ),
     ],
 )
 def test_a_test_split_that_does_not_hold_together(
@@ -233,7 +235,7 @@ def annotated(*rows: object) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(remove("gt_full.json"), "file is missing; evaluation needs", id="missing"),
+        pytest.param(remove("gt_full.json"), "file is missing; it has the full", id="missing"),
         pytest.param(
             write("gt_full.json", "{"), 'expected JSON with the key "database"', id="json"
         ),

@@ -12,6 +12,7 @@ from tiny_data import CLASSES, TEST, TRAIN, write_tiny_data
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
+from hrpro.training.annotations import read_truth
 from hrpro.training.batches import CropSampler
 from hrpro.training.config import (
     InstanceStageConfig,
@@ -19,7 +20,7 @@ from hrpro.training.config import (
     SnippetStageConfig,
     TrainingConfig,
 )
-from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split, read_truth
+from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split
 from hrpro.training.evaluate import Evaluation, evaluate
 from hrpro.training.run import (
     RunError,

@@ -9,13 +9,15 @@ import pytest
 import torch
 from tiny_data import CLASSES, TEST, write_tiny_data
 
+from hrpro.training.annotations import read_truth
 from hrpro.training.config import (
     InstanceStageConfig,
     ModelConfig,
     SnippetStageConfig,
     TrainingConfig,
 )
-from hrpro.training.data import DataError, read_test_split, read_training_split, read_truth
+from hrpro.training.data import read_test_split, read_training_split
+from hrpro.training.data_config import DataError
 from hrpro.training.evaluate import evaluate
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel, train

@@ -26,11 +26,12 @@ import numpy as np
 
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.wire import HrproError
+from hrpro.training.annotations import read_truth
 from hrpro.training.config import TrainingConfig
-from hrpro.training.data import DataSet, read_test_split, read_training_split, read_truth
+from hrpro.training.data import DataSet, read_test_split, read_training_split
+from hrpro.training.drawing import DISTRIBUTIONS, draw_points
 from hrpro.training.evaluate import evaluate
 from hrpro.training.metrics import Segments
-from hrpro.training.points import DISTRIBUTIONS, draw_points
 from hrpro.training.train import train
 
 RESULTS, MARKDOWN, CSV = "results.jsonl", "ablation.md", "ablation.csv"

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from hrpro.engine.config import LocalizationConfig, WindowConfig
 from hrpro.engine.settings import Settings
-from hrpro.training.data import DataConfig
+from hrpro.training.data_config import DataConfig
 from hrpro.training.ranking import ReliableRule
 
 

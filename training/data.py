@@ -7,51 +7,29 @@
       classes.txt                        one class a line (or else all labels, sorted)
       gt_full.json                       database: {NAME: {"annotations": [{"label", "segment"}]}}
 
-Training reads the training split's features and points and nothing else; ``gt_full.json`` is read
-for evaluation alone.
-
-    DataError
+Training reads the training split's features and points; of ``gt_full.json``, which is read for
+evaluation, it takes the frame rates of the points where the configuration says so, and no more.
+Features are memory maps: a data set may be larger than memory.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from hrpro.engine.settings import Settings
 from hrpro.engine.timebase import SnippetClock
-from hrpro.engine.wire import HrproError, ProtocolError, checked
+from hrpro.engine.wire import ProtocolError, checked
 from hrpro.engine.wire import label as wire_label
-from hrpro.training.metrics import Segments
+from hrpro.training.annotations import point_rates
+from hrpro.training.data_config import DataConfig, DataError, Split, read_text
+from hrpro.training.points import Point, point_arrays, read_points
 
-
-class DataError(HrproError, ValueError):
-    """A data set that does not hold together; the message names the file and what was expected."""
-
-
-class DataConfig(Settings):
-    """How a data set on disk is to be read."""
-
-    frames_per_s: float = Field(25.0, gt=0, description="frames per second of the point labels")
-    snippet_frames: int = Field(16, ge=1, description="frames in one snippet")
-    point_labels: str | None = Field(
-        None, description="file in point_labels/ to use (default: the only one there)"
-    )
-
-    @property
-    def clock(self) -> SnippetClock:
-        """The snippet clock of the data set."""
-        return SnippetClock(frames_per_s=self.frames_per_s, snippet_frames=self.snippet_frames)
+_ROWS_AT_ONCE = 4096  # when all values are looked at
 
 
 @dataclass(frozen=True)
@@ -89,13 +67,17 @@ class DataSet:
 def read_training_split(folder: Path, config: DataConfig | None = None) -> DataSet:
     """Features and points of the training recordings."""
     config = config or DataConfig()
-    names = _read_names(folder / "split_train.txt")
-    points = _read_points(folder, config)
-    classes = _read_classes(folder, points, names)
+    names = read_names(folder, "train", config)
+    points = read_points(folder, config)
+    classes = read_classes(folder, points, names, config)
+    rates = point_rates(folder, names, config)
+    check_features_are_there(folder, "train", names, config)
     recordings = []
     for name in names:
-        features = _read_features(folder / "features" / "train" / f"{name}.npy")
-        index, label = _point_arrays(folder, name, points[name], classes, config, len(features))
+        features = read_features(feature_path(folder, "train", name))
+        index, label = point_arrays(
+            folder, name, points[name], classes, config, len(features), rates[name]
+        )
         recordings.append(Recording(name, features, index, label))
     _check_dimensions(folder, recordings)
     _check_classes_have_points(folder, classes, recordings)
@@ -114,9 +96,11 @@ def read_test_split(
     """
     config = config or DataConfig()
     none = np.zeros(0, dtype=np.int64)
+    names = read_names(folder, "test", config)
+    check_features_are_there(folder, "test", names, config)
     recordings = [
-        Recording(name, _read_features(folder / "features" / "test" / f"{name}.npy"), none, none)
-        for name in _read_names(folder / "split_test.txt")
+        Recording(name, read_features(feature_path(folder, "test", name)), none, none)
+        for name in names
     ]
     _check_dimensions(folder, recordings)
     data = DataSet(folder.resolve().name, tuple(classes), config.clock, tuple(recordings))
@@ -128,64 +112,46 @@ def read_test_split(
     return data
 
 
-def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Segments]:
-    """Ground-truth instances of the named recordings, in seconds."""
-    path = folder / "gt_full.json"
-    try:
-        database = json.loads(path.read_text())["database"]
-    except FileNotFoundError:
-        raise DataError(f"{path}: file is missing; evaluation needs the full annotations") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f'{path}: expected JSON with the key "database", got {error!r}') from None
-    class_index = {label: index for index, label in enumerate(classes)}
-    truth = {}
-    for name in names:
-        if not isinstance(database, dict) or name not in database:
-            raise DataError(f"{path}: recording {name!r} of the split has no entry")
-        rows = []
-        for label, start_s, end_s in _annotations(path, name, database[name]):
-            if label not in class_index:
-                raise DataError(f"{path}: {name!r} has the label {label!r}, not one of the classes")
-            rows.append((start_s, end_s, class_index[label], 1.0))
-        truth[name] = Segments.from_rows(rows)
-    return truth
-
-
-def _annotations(path: Path, name: str, entry: Any) -> list[tuple[str, float, float]]:
-    """Label, start and end in seconds of each instance of one recording."""
-    rows = []
-    try:
-        for annotation in entry["annotations"]:
-            start_s, end_s = map(float, annotation["segment"])
-            if not 0 <= start_s <= end_s < math.inf:
-                raise ValueError(f"segment {annotation['segment']}")
-            rows.append((str(annotation["label"]), start_s, end_s))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f'{path}: {name!r}: expected annotations with "label" and "segment", two numbers, '
-            f"got {error!r}"
-        ) from None
-    return rows
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: expected text in UTF-8, came other bytes") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: file is missing; it lists one recording name a line") from None
+def read_names(folder: Path, split: Split, config: DataConfig) -> list[str]:
+    """The recordings of a split, without those that the preset blocks."""
+    path = folder / f"split_{split}.txt"
+    names = read_text(path, "one recording name a line").split()
     if not names:
         raise DataError(f"{path}: expected at least one recording name, the file is empty")
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise DataError(f"{path}: recordings named more than once: {', '.join(repeated)}")
-    return names
+    blocked = config.published.blocked if config.published else ()
+    return [name for name in names if name not in blocked]
 
 
-def _read_features(path: Path) -> NDArray[np.float32]:
+def feature_path(folder: Path, split: Split, name: str) -> Path:
+    """Where the features of a recording are."""
+    return folder / "features" / split / f"{name}.npy"
+
+
+def check_features_are_there(
+    folder: Path, split: Split, names: Sequence[str], config: DataConfig
+) -> None:
+    """Raise DataError that says how many feature files are missing, and what they should be."""
+    missing = [name for name in names if not feature_path(folder, split, name).exists()]
+    if not missing:
+        return
+    first = ", ".join(f"{name}.npy" for name in missing[:3]) + (", ..." if missing[3:] else "")
+    preset = config.published
+    kind = f"float32 (T, {preset.feature_dim}), {preset.features}" if preset else "float32 (T, D)"
+    raise DataError(
+        f"{folder / 'features' / split}: {len(missing)} of {len(names)} feature files are missing: "
+        f"{first}; expected one NAME.npy for each recording of split_{split}.txt, {kind}, "
+        f"one row for each {config.snippet_frames} frames at {config.frames_per_s:g} frames/s, "
+        "named as in HR-Pro's release"
+    )
+
+
+def read_features(path: Path) -> NDArray[np.float32]:
+    """Features (T, D): float32 is mapped into memory, other float types are converted."""
     try:
-        features = np.load(path, allow_pickle=False)
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: feature file is missing; expected float32 (T, D)") from None
     except (ValueError, EOFError, OSError) as error:
@@ -197,63 +163,32 @@ def _read_features(path: Path) -> NDArray[np.float32]:
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
         features = np.ascontiguousarray(features, dtype=np.float32)
-    bad_rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad_rows):
-        raise DataError(f"{path}: snippet {bad_rows[0]} is not finite ({len(bad_rows)} such rows)")
+    for first in range(0, len(features), _ROWS_AT_ONCE):
+        bad = ~np.isfinite(features[first : first + _ROWS_AT_ONCE]).all(axis=1)
+        if bad.any():
+            row = first + int(bad.argmax())
+            raise DataError(f"{path}: snippet {row} is not finite")
     return features
 
 
-@dataclass(frozen=True)
-class _Point:
-    label: str
-    frame: float
-    line: int
-
-
-def _points_file(folder: Path, config: DataConfig) -> Path:
-    if config.point_labels is not None:
-        return folder / "point_labels" / config.point_labels
-    files = sorted((folder / "point_labels").glob("*.csv"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise DataError(
-            f"{folder / 'point_labels'}: expected one .csv file, found {found}; "
-            "name one with data.point_labels"
-        )
-    return files[0]
-
-
-def _read_points(folder: Path, config: DataConfig) -> dict[str, list[_Point]]:
-    path = _points_file(folder, config)
-    points: dict[str, list[_Point]] = defaultdict(list)
-    try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
-            if missing:
-                raise DataError(f"{path}: columns are missing: {', '.join(sorted(missing))}")
-            for line, row in enumerate(rows, start=2):
-                try:
-                    frame = float(row["point"])
-                except (TypeError, ValueError):
-                    raise DataError(
-                        f"{path}, line {line}: expected a frame number in the column point, "
-                        f"got {row['point']!r}"
-                    ) from None
-                points[row["video_id"]].append(_Point(row["class"], frame, line))
-    except FileNotFoundError:
-        raise DataError(f"{path}: file is missing; it holds one point label a line") from None
-    return points
-
-
-def _read_classes(
-    folder: Path, points: dict[str, list[_Point]], names: Sequence[str]
+def read_classes(
+    folder: Path, points: dict[str, list[Point]], names: Sequence[str], config: DataConfig
 ) -> tuple[str, ...]:
+    """The classes: of classes.txt, else of the preset, else all labels of the points, sorted."""
     path = folder / "classes.txt"
+    known = config.published.classes if config.published else None
     if path.exists():
         classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
         if len(set(classes)) != len(classes) or not classes:
             raise DataError(f"{path}: expected distinct class names, one a line")
+        if known is not None and set(classes) != set(known):
+            odd = sorted(set(classes) ^ set(known))
+            raise DataError(
+                f"{path}: expected the {len(known)} classes of the preset {config.preset}, "
+                f"differing in {', '.join(odd[:5])}"
+            )
+    elif known is not None:
+        return known
     else:
         path = folder / "point_labels"
         classes = tuple(sorted({point.label for name in names for point in points[name]}))
@@ -263,35 +198,6 @@ def _read_classes(
         except ProtocolError as error:  # it would not fit into the topic of an event
             raise DataError(f"{path}: {error}") from None
     return classes
-
-
-def _point_arrays(
-    folder: Path,
-    name: str,
-    points: list[_Point],
-    classes: tuple[str, ...],
-    config: DataConfig,
-    length: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Snippet index and class of each point of one recording, sorted by time.
-
-    Points of one class in the same snippet say the same and count once.
-    """
-    rows = []
-    for point in points:
-        where = f"{_points_file(folder, config)}, line {point.line}: recording {name!r}"
-        if point.label not in classes:
-            raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
-        frame = point.frame if 0 <= point.frame < math.inf else -1.0
-        index = config.clock.index_of_frame(int(frame)) if frame >= 0 else -1
-        if not 0 <= index < length:
-            raise DataError(
-                f"{where}: the point at frame {point.frame:g} (snippet {index}) lies outside the "
-                f"recording, which has the snippets 0 to {length - 1}"
-            )
-        rows.append((index, classes.index(point.label)))
-    table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
 
 
 def _check_dimensions(folder: Path, recordings: Sequence[Recording]) -> None:

@@ -1,38 +1,101 @@
-"""Point labels drawn from full annotations: one point an instance (paper, Table A)."""
+"""Point labels: one time stamp an action, in frames of the original video."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import csv
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-Distribution = Literal["uniform", "centre", "gaussian"]
-DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
-
-# Of the Gaussian, as a share of the instance's length; six of them span it.
-_SIGMA = 1 / 6
+from hrpro.training.data_config import DataConfig, DataError
 
 
-def draw_points(
-    start_s: NDArray[np.float64],
-    end_s: NDArray[np.float64],
-    distribution: str,
-    random: np.random.Generator,
-) -> NDArray[np.float64]:
-    """A time in seconds within each instance ``start_s`` to ``end_s``, (N,) each.
+@dataclass(frozen=True)
+class Point:
+    """One row of a file of point labels."""
 
-    Uniform over the instance, its centre, or a Gaussian around the centre, drawn again where it
-    falls outside.
+    label: str
+    frame: float
+    line: int
+
+
+def points_file(folder: Path, config: DataConfig) -> Path:
+    """The file of point labels: the configured one, or the only one."""
+    if config.point_labels is not None:
+        return folder / "point_labels" / config.point_labels
+    files = sorted((folder / "point_labels").glob("*.csv"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise DataError(
+            f"{folder / 'point_labels'}: expected one .csv file, found {found}; "
+            "name one with data.point_labels"
+        )
+    return files[0]
+
+
+def read_points(folder: Path, config: DataConfig) -> dict[str, list[Point]]:
+    """The rows of the file of point labels by recording, whatever their class and frame."""
+    path = points_file(folder, config)
+    points: dict[str, list[Point]] = defaultdict(list)
+    try:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
+            if missing:
+                raise DataError(f"{path}: columns are missing: {', '.join(sorted(missing))}")
+            for line, row in enumerate(rows, start=2):
+                try:
+                    frame = float(row["point"])
+                except (TypeError, ValueError):
+                    raise DataError(
+                        f"{path}, line {line}: expected a frame number in the column point, "
+                        f"got {row['point']!r}"
+                    ) from None
+                points[row["video_id"]].append(Point(row["class"], frame, line))
+    except FileNotFoundError:
+        raise DataError(f"{path}: file is missing; it holds one point label a line") from None
+    return points
+
+
+def point_arrays(
+    folder: Path,
+    name: str,
+    points: list[Point],
+    classes: tuple[str, ...],
+    config: DataConfig,
+    length: int,
+    rate: float,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Snippet index and class of each point of one recording, sorted by time.
+
+    ``rate`` is the frame rate of its points. Raises DataError for a point outside.
+
+    Points of one class in the same snippet say the same and count once.
     """
-    N = len(start_s)
-    if distribution == "uniform":
-        share = random.random(N)
-    elif distribution == "centre":
-        share = np.full(N, 0.5)
-    else:
-        assert distribution == "gaussian", distribution
-        share = np.full(N, -1.0)
-        while (outside := (share < 0) | (share >= 1)).any():
-            share[outside] = random.normal(0.5, _SIGMA, int(outside.sum()))
-    return start_s + share * (end_s - start_s)
+    rows = []
+    for point in points:
+        where = f"{points_file(folder, config)}, line {point.line}: recording {name!r}"
+        if point.label not in classes:
+            raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
+        index = _snippet_of(point.frame, rate, config)
+        if not 0 <= index < length:
+            raise DataError(
+                f"{where}: the point at frame {point.frame:g} (snippet {index}) lies outside the "
+                f"recording, which has the snippets 0 to {length - 1}"
+            )
+        rows.append((index, classes.index(point.label)))
+    table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _snippet_of(frame: float, rate: float, config: DataConfig) -> int:
+    """The snippet of a frame that was counted at ``rate`` frames/s; -1 for one that is none."""
+    if not 0 <= frame < math.inf:
+        return -1
+    if rate == config.frames_per_s:
+        return config.clock.index_of_frame(int(frame))
+    return math.floor(frame * config.frames_per_s / (rate * config.snippet_frames))

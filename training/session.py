@@ -12,9 +12,10 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
+from hrpro.training.annotations import read_truth
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
-from hrpro.training.data import DataSet, read_test_split, read_training_split, read_truth
+from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.evaluate import evaluate
 from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import training_device
