@@ -45,28 +45,52 @@ def train(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: DataFolder,
+    run: Annotated[Path | None, typer.Argument(help="Folder of a finished run.")] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Evaluate this file, in ActivityNet's format, in place of a run."),
+    ] = None,
+    write_predictions: Annotated[
+        Path | None, typer.Option(help="Write what the run predicts to this file.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Data set of --predictions: thumos14, gtea, ...")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Mean average precision on the test split, whole recordings at once."""
-    from hrpro.training.session import evaluate_run
+    from hrpro.engine.settings import load_settings
+    from hrpro.training.data_config import DataConfig
+    from hrpro.training.session import evaluate_predictions, evaluate_run
 
-    figures = evaluate_run(run, data)
+    if run is not None and predictions is None and preset is None:
+        figures = evaluate_run(run, data, write_predictions)
+    elif run is None and predictions is not None and write_predictions is None:
+        config = load_settings(DataConfig, None, [f"preset={preset}"] if preset else [])
+        figures = evaluate_predictions(predictions, data, config)
+    else:
+        raise typer.BadParameter(
+            "expected a run, with or without --write-predictions, or --predictions, with or "
+            "without --preset"
+        )
     if as_json:
         print(json.dumps(figures))
         return
     from rich.table import Table
 
-    table = Table("", *figures["map"], "average", title=f"mAP at tIoU, {run} on {data}")
-    table.add_row(
-        "both stages",
-        *(f"{value:.3f}" for value in figures["map"].values()),
-        f"{figures['average_map']:.3f}",
+    table = Table(
+        "", *figures["map"], "average", title=f"mAP at tIoU, {run or predictions}, {data}"
     )
-    table.add_row("stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}")
+    row = (f"{value:.3f}" for value in figures["map"].values())
+    table.add_row("both stages" if run else "", *row, f"{figures['average_map']:.3f}")
+    if figures["stage1_average_map"] is not None:
+        table.add_row(
+            "stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}"
+        )
     console().print(table)
-    say(f"next: hrpro export {run} --out bundle")
+    if run is not None:
+        say(f"next: hrpro export {run} --out bundle")
 
 
 def export(

@@ -89,7 +89,7 @@ def test_a_missing_feature_file(refused: Refused, data: Path, tmp_path: Path) ->
         (data / "features" / subset / f"{name}.npy").unlink()
     missing = data / "features"
     said = refused("train", data, "--out", tmp_path / "run")
-    assert said.startswith(f"{missing / 'train' / 'seq2.npy'}: ")
+    assert said.startswith(f"{missing / 'train'}: 1 of 4 feature files are missing: seq2.npy; ")
     assert not (tmp_path / "run").exists()
     said = refused("feed", "features", data, "--to", ANY_PORT)
     assert said.startswith(f"{missing / 'test' / 'seq6.npy'}: ")

@@ -26,7 +26,7 @@ import numpy as np
 
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.wire import HrproError
-from hrpro.training.annotations import read_truth
+from hrpro.training.annotations import read_ambiguous, read_truth
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.drawing import DISTRIBUTIONS, draw_points
@@ -157,7 +157,11 @@ def _measure(
         instance = config.instance_stage.model_copy(update={"steps": 1})
         config = config.model_copy(update={"instance_stage": instance})
     model = train(config, fitted, lambda *_: None)
-    found = evaluate(model, evaluated, truth, config.localization)
+    names = [recording.name for recording in evaluated.recordings]
+    ambiguous = read_ambiguous(folder, names, config.data) if held_out is None else None
+    found = evaluate(
+        model, evaluated, truth, config.localization, config.data.tiou_thresholds, ambiguous
+    )
     figures = found.both_stages if row.stage == 2 else found.stage1
     return Trial(
         row=row.name,

@@ -171,25 +171,33 @@ def read_features(path: Path) -> NDArray[np.float32]:
     return features
 
 
+def known_classes(folder: Path, config: DataConfig) -> tuple[str, ...] | None:
+    """The classes that classes.txt lists, else those of the preset; None where neither is there.
+
+    Raises DataError where the two differ.
+    """
+    path = folder / "classes.txt"
+    preset = config.published.classes if config.published else None
+    if not path.exists():
+        return preset
+    classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if len(set(classes)) != len(classes) or not classes:
+        raise DataError(f"{path}: expected distinct class names, one a line")
+    if preset is not None and set(classes) != set(preset):
+        odd = sorted(set(classes) ^ set(preset))
+        raise DataError(
+            f"{path}: expected the {len(preset)} classes of the preset {config.preset}, "
+            f"differing in {', '.join(odd[:5])}"
+        )
+    return classes
+
+
 def read_classes(
     folder: Path, points: dict[str, list[Point]], names: Sequence[str], config: DataConfig
 ) -> tuple[str, ...]:
-    """The classes: of classes.txt, else of the preset, else all labels of the points, sorted."""
-    path = folder / "classes.txt"
-    known = config.published.classes if config.published else None
-    if path.exists():
-        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-        if len(set(classes)) != len(classes) or not classes:
-            raise DataError(f"{path}: expected distinct class names, one a line")
-        if known is not None and set(classes) != set(known):
-            odd = sorted(set(classes) ^ set(known))
-            raise DataError(
-                f"{path}: expected the {len(known)} classes of the preset {config.preset}, "
-                f"differing in {', '.join(odd[:5])}"
-            )
-    elif known is not None:
-        return known
-    else:
+    """The classes that are known, else all labels of the points, sorted."""
+    path, classes = folder / "classes.txt", known_classes(folder, config)
+    if classes is None:
         path = folder / "point_labels"
         classes = tuple(sorted({point.label for name in names for point in points[name]}))
     for label in classes:

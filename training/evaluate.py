@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from hrpro.engine.localizer import localize
 from hrpro.training.data import DataSet
 from hrpro.training.instance import InstanceModel
 from hrpro.training.metrics import (
+    THUMOS_TIOU_THRESHOLDS,
     MeanAveragePrecision,
     Segments,
     mean_average_precision,
@@ -40,11 +41,19 @@ class TorchScorer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """mAP with both stages, and of stage 1 alone (runs scored by contrast)."""
+    """mAP with both stages, and of stage 1 alone (runs scored by contrast).
+
+    ``predictions`` are those of both stages by recording.
+    """
 
     both_stages: MeanAveragePrecision
     stage1: MeanAveragePrecision
-    recordings: int
+    predictions: dict[str, Segments]
+
+    @property
+    def recordings(self) -> int:
+        """Recordings that were evaluated."""
+        return len(self.predictions)
 
 
 def evaluate(
@@ -52,8 +61,13 @@ def evaluate(
     data: DataSet,
     truth: Mapping[str, Segments],
     config: LocalizationConfig,
+    tiou_thresholds: Sequence[float] = THUMOS_TIOU_THRESHOLDS,
+    ambiguous: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Evaluation:
-    """Localize every recording of ``data`` and compare with ``truth``."""
+    """Localize every recording of ``data`` and compare with ``truth``.
+
+    ``ambiguous`` as `mean_average_precision` takes them.
+    """
     both: dict[str, Segments] = {}
     stage1: dict[str, Segments] = {}
     scorer = TorchScorer(model.instance)
@@ -62,9 +76,9 @@ def evaluate(
         for predictions, each in ((both, scorer), (stage1, None)):
             found = localize(output.scores, output.embedding, config, each)
             predictions[recording.name] = to_segments(found, data.clock)
-    classes = len(data.classes)
+    count = len(data.classes)
     return Evaluation(
-        mean_average_precision(truth, both, classes),
-        mean_average_precision(truth, stage1, classes),
-        len(data.recordings),
+        mean_average_precision(truth, both, count, tiou_thresholds, ambiguous),
+        mean_average_precision(truth, stage1, count, tiou_thresholds, ambiguous),
+        both,
     )

@@ -4,6 +4,11 @@ Predictions of one class over all recordings are visited by falling score; each 
 ground-truth instance of its recording with the highest tIoU if that reaches the threshold, and is
 a false positive otherwise. Average precision is the area under the interpolated precision-recall
 curve; the mean runs over the classes that have at least one instance.
+
+THUMOS14 has ambiguous stretches besides, where nobody could say: a prediction that overlaps one
+is no false positive. It counts if it is a hit, and is left out if it is none (TH14eventdetpr.m of
+the benchmark's evaluation; its matching by instances and its 11-point precision are not used, as
+nobody does).
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ from hrpro.engine.soft_nms import temporal_iou
 from hrpro.engine.timebase import SnippetClock
 
 THUMOS_TIOU_THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 8))
+
+
+_NO_STRETCHES = np.zeros((0, 2))
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,11 @@ def mean_average_precision(
     predictions: Mapping[str, Segments],
     class_count: int,
     tiou_thresholds: Sequence[float] = THUMOS_TIOU_THRESHOLDS,
+    ambiguous: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> MeanAveragePrecision:
     """mAP of ``predictions`` against ``truth``, both by recording name.
+
+    ``ambiguous`` are the stretches (K, 2) in seconds that are left out of account, of all classes.
 
     Recordings without an entry in ``predictions`` have none. Raises ``ValueError`` for
     predictions of a recording that has no truth entry: they would otherwise vanish silently.
@@ -86,7 +97,7 @@ def mean_average_precision(
         raise ValueError(f"predictions for recordings without ground truth: {', '.join(unknown)}")
     thresholds = np.asarray(tiou_thresholds, dtype=np.float64)
     per_class = [
-        _average_precision(truth, predictions, label_index, thresholds)
+        _average_precision(truth, predictions, label_index, thresholds, ambiguous or {})
         for label_index in range(class_count)
         if any((segments.label_index == label_index).any() for segments in truth.values())
     ]
@@ -104,9 +115,11 @@ def _average_precision(
     predictions: Mapping[str, Segments],
     label_index: int,
     thresholds: NDArray[np.float64],
+    ambiguous: Mapping[str, NDArray[np.float64]],
 ) -> NDArray[np.float64]:
     """Average precision of one class at each tIoU threshold, shape (K,)."""
     instance_count = 0
+    left_out: list[NDArray[np.bool_]] = []
     scores: list[NDArray[np.float64]] = []
     hits: list[NDArray[np.bool_]] = []
     for name, segments in truth.items():
@@ -124,16 +137,30 @@ def _average_precision(
         )
         scores.append(proposals.score[order])
         hits.append(_match(tiou, thresholds))
+        stretches = ambiguous.get(name, _NO_STRETCHES)
+        left_out.append(_overlaps(proposals.start_s[order], proposals.end_s[order], stretches))
     if not scores:
         return np.zeros(len(thresholds))
     # Matching needs the order inside a recording only; precision needs the order over all.
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    true_positive = np.concatenate(hits)[order].cumsum(axis=0)  # (N, K)
-    precision = true_positive / np.arange(1, len(order) + 1)[:, None]
+    hit = np.concatenate(hits)[order]  # (N, K)
+    miss = ~hit & ~np.concatenate(left_out)[order, None]
+    true_positive = hit.cumsum(axis=0)
+    precision = true_positive / np.maximum(true_positive + miss.cumsum(axis=0), 1)
     recall = true_positive / instance_count
     return np.array(
         [_interpolated_area(precision[:, k], recall[:, k]) for k in range(len(thresholds))]
     )
+
+
+def _overlaps(
+    start_s: NDArray[np.float64], end_s: NDArray[np.float64], stretches: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which of N segments share more than a moment with any of K stretches (K, 2); (N,)."""
+    shared = np.minimum(end_s[:, None], stretches[:, 1]) - np.maximum(
+        start_s[:, None], stretches[:, 0]
+    )
+    return np.asarray((shared > 0).any(axis=1))
 
 
 def _match(tiou: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -145,9 +172,8 @@ def _match(tiou: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArra
         return hits
     free = np.ones((K, M), dtype=bool)
     rows = np.arange(K)
-    for n in range(N):
-        if tiou[n].max() < thresholds.min():
-            continue
+    # Most proposals reach no instance at all.
+    for n in np.flatnonzero(tiou.max(axis=1) >= thresholds.min()):
         candidates = np.where(free, tiou[n], -1.0)  # (K, M)
         best = candidates.argmax(axis=1)
         hits[n] = candidates[rows, best] >= thresholds

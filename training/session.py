@@ -12,16 +12,26 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
-from hrpro.training.annotations import read_truth
+from hrpro.training.annotations import annotated_labels, read_ambiguous, read_truth
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
-from hrpro.training.data import DataSet, read_test_split, read_training_split
+from hrpro.training.data import (
+    DataSet,
+    known_classes,
+    read_names,
+    read_test_split,
+    read_training_split,
+)
+from hrpro.training.data_config import DataConfig
 from hrpro.training.evaluate import evaluate
+from hrpro.training.metrics import MeanAveragePrecision, mean_average_precision
 from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
+from hrpro.training.predictions import read_predictions, write_predictions
 from hrpro.training.recorder import Recorder
 from hrpro.training.run import (
+    RunError,
     begin_run,
     describe_run,
     finish_run,
@@ -37,11 +47,12 @@ from hrpro.training.train import train
 
 
 class EvaluationFigures(TypedDict):
-    """What `hrpro evaluate --json` prints; ``map`` is by tIoU threshold."""
+    """What `hrpro evaluate --json` prints; ``map`` is by tIoU threshold. Predictions from a file
+    have no stage 1."""
 
     average_map: float
     map: dict[str, float]
-    stage1_average_map: float
+    stage1_average_map: float | None
     recordings: int
     instances: int
 
@@ -126,22 +137,34 @@ def _stage_before(
     return read_snippet_stage(out, config, data)
 
 
-def evaluate_run(run: Path, data_folder: Path) -> EvaluationFigures:
-    """Offline mAP of a run on a data folder's test split; noted in the run for the export."""
+def evaluate_run(
+    run: Path, data_folder: Path, predictions: Path | None = None
+) -> EvaluationFigures:
+    """Offline mAP of a run on a data folder's test split; noted in the run for the export.
+
+    What was predicted is written to the file ``predictions``, if one is given.
+    """
     description, model = read_run(run)
-    config = description.config
-    data = read_test_split(data_folder, description.classes, config.data, description.feature_dim)
-    truth = read_truth(
-        data_folder, [recording.name for recording in data.recordings], description.classes
+    config, classes = description.config, description.classes
+    there = known_classes(data_folder, config.data)
+    if there is not None and set(there) != set(classes):
+        odd = ", ".join(sorted(set(there) ^ set(classes))[:5])
+        raise RunError(
+            f"{run}: was trained on {description.data_set!r} with {len(classes)} classes, "
+            f"but {data_folder} has {len(there)}; they differ in {odd}"
+        )
+    data = read_test_split(data_folder, classes, config.data, description.feature_dim)
+    names = [recording.name for recording in data.recordings]
+    found = evaluate(
+        model,
+        data,
+        read_truth(data_folder, names, classes),
+        config.localization,
+        config.data.tiou_thresholds,
+        read_ambiguous(data_folder, names, config.data),
     )
-    found = evaluate(model, data, truth, config.localization)
-    figures: EvaluationFigures = {
-        "average_map": found.both_stages.average,
-        "map": {f"{tiou:g}": value for tiou, value in found.both_stages.by_tiou.items()},
-        "stage1_average_map": found.stage1.average,
-        "recordings": found.recordings,
-        "instances": found.both_stages.instances,
-    }
+    if predictions is not None:
+        write_predictions(predictions, found.predictions, classes)
     write_figures(
         run,
         {
@@ -151,4 +174,31 @@ def evaluate_run(run: Path, data_folder: Path) -> EvaluationFigures:
             "stage1_average_map": found.stage1.average,
         },
     )
-    return figures
+    figures = _figures(found.both_stages, found.recordings)
+    return {**figures, "stage1_average_map": found.stage1.average}
+
+
+def evaluate_predictions(
+    predictions: Path, data_folder: Path, config: DataConfig
+) -> EvaluationFigures:
+    """mAP of a file of predictions in ActivityNet's format on a data folder's test split."""
+    names = read_names(data_folder, "test", config)
+    classes = known_classes(data_folder, config) or annotated_labels(data_folder, names)
+    found = mean_average_precision(
+        read_truth(data_folder, names, classes),
+        read_predictions(predictions, names, classes),
+        len(classes),
+        config.tiou_thresholds,
+        read_ambiguous(data_folder, names, config),
+    )
+    return _figures(found, len(names))
+
+
+def _figures(found: MeanAveragePrecision, recordings: int) -> EvaluationFigures:
+    return {
+        "average_map": found.average,
+        "map": {f"{tiou:g}": value for tiou, value in found.by_tiou.items()},
+        "stage1_average_map": None,
+        "recordings": recordings,
+        "instances": found.instances,
+    }

@@ -1,0 +1,168 @@
+"""Evaluation against a plain reference, ambiguous stretches, and files of predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plain_metrics
+import pytest
+from commands import Trained, hrpro, hrpro_json, refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_metrics import Row
+from tiny_data import CLASSES, write_tiny_data
+
+from hrpro.training.metrics import Segments, mean_average_precision
+from hrpro.training.predictions import PredictionsError, read_predictions, write_predictions
+
+pytest_plugins = ("cli_fixtures",)
+
+# Whole seconds, so that ties, touching and nested segments come up often.
+times = st.integers(0, 8)
+scores = st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.9])
+
+
+@st.composite
+def rows(draw: st.DrawFn, most: int) -> list[Row]:
+    found = []
+    for _ in range(draw(st.integers(0, most))):
+        start, length = draw(times), draw(st.integers(1, 5))
+        found.append((float(start), float(start + length), draw(st.integers(0, 1)), draw(scores)))
+    return found
+
+
+NAMES = ("a", "b")
+stretches = st.lists(st.tuples(times, st.integers(0, 3)), max_size=2).map(
+    lambda pairs: [(float(start), float(start + length)) for start, length in pairs]
+)
+
+
+@given(
+    st.fixed_dictionaries({name: rows(4) for name in NAMES}),
+    st.fixed_dictionaries({name: rows(8) for name in NAMES}),
+    st.fixed_dictionaries(dict.fromkeys(NAMES, stretches)),
+)
+@settings(max_examples=400)
+def test_it_is_what_the_plain_one_gives(
+    truth: dict[str, list[Row]],
+    predictions: dict[str, list[Row]],
+    ambiguous: dict[str, list[tuple[float, float]]],
+) -> None:
+    thresholds = [0.1, 0.25, 0.5, 0.7, 1.0]
+    expected = plain_metrics.mean_average_precision(truth, predictions, thresholds, ambiguous)
+    got = mean_average_precision(
+        {name: Segments.from_rows(each) for name, each in truth.items()},
+        {name: Segments.from_rows(each) for name, each in predictions.items()},
+        2,
+        thresholds,
+        {name: np.array(each).reshape(-1, 2) for name, each in ambiguous.items()},
+    )
+    assert got.by_tiou == pytest.approx(expected)
+    assert got.average == pytest.approx(sum(expected.values()) / 5)
+
+
+@pytest.mark.parametrize(
+    ("ambiguous", "expected"),
+    [
+        # Hit, miss at (20, 30), hit: precision 1, 1/2, 2/3, so 1/2 * 1 + 1/2 * 2/3.
+        ([], 5 / 6),
+        # The miss is left out: both hits come at precision 1.
+        ([(29.0, 40.0)], 1.0),
+        # Touching is not overlapping.
+        ([(30.0, 40.0)], 5 / 6),
+        # A hit stays one, and a second ambiguous stretch changes nothing.
+        ([(0.0, 10.0), (25.0, 26.0)], 1.0),
+        # An ambiguous stretch of no length has nothing to overlap.
+        ([(25.0, 25.0)], 5 / 6),
+    ],
+)
+def test_ambiguous_stretches_by_hand(ambiguous: list[tuple[float, float]], expected: float) -> None:
+    truth = {"a": Segments.from_rows([(0, 10, 0, 1), (50, 60, 0, 1)])}
+    found = {"a": Segments.from_rows([(0, 10, 0, 0.9), (20, 30, 0, 0.8), (50, 60, 0, 0.7)])}
+    stretches = {"a": np.array(ambiguous).reshape(-1, 2)}
+    got = mean_average_precision(truth, found, 1, [0.5], stretches)
+    assert got.average == pytest.approx(expected)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    found = {
+        "v_one": Segments.from_rows([(1.5, 2.0, 1, 0.25), (0.0, 3.0, 0, 0.75)]),
+        "two": Segments.from_rows([]),
+    }
+    write_predictions(path, found, ("hop", "spin"))
+    assert json.loads(path.read_text())["results"] == {
+        "v_one": [
+            {"label": "hop", "score": 0.75, "segment": [0.0, 3.0]},
+            {"label": "spin", "score": 0.25, "segment": [1.5, 2.0]},
+        ],
+        "two": [],
+    }
+    again = read_predictions(path, ["two", "v_one", "three"], ("spin", "hop"))
+    assert again["v_one"].label_index.tolist() == [1, 0]
+    assert again["v_one"].start_s.tolist() == [0.0, 1.5]
+    assert len(again["two"]) == len(again["three"]) == 0
+    # As ActivityNet names them.
+    path.write_text(path.read_text().replace("v_one", "one"))
+    assert len(read_predictions(path, ["two", "v_one"], ("spin", "hop"))["v_one"]) == 2
+
+
+GOOD = {"label": "hop", "score": 0.5, "segment": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", 'expected JSON with the key "results"'),
+        ([], 'expected JSON with the key "results"'),
+        ({"results": []}, "expected recordings by name"),
+        ({"results": {"five": []}}, "recording 'five' is not one of the test split"),
+        ({"results": {"one": {}}}, "'one': expected a list"),
+        ({"results": {"one": [GOOD, {}]}}, "'one', prediction 1: expected \"label\""),
+        ({"results": {"one": [{**GOOD, "label": "jog"}]}}, "the label 'jog' is not one"),
+        ({"results": {"one": [{**GOOD, "score": "NaN"}]}}, "expected a finite score, got nan"),
+        ({"results": {"one": [{**GOOD, "segment": [2, 1]}]}}, "from start to end"),
+        ({"results": {"one": [{**GOOD, "segment": [2]}]}}, "two numbers"),
+    ],
+)
+def test_what_is_no_file_of_predictions_is_refused(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(PredictionsError) as caught:
+        read_predictions(path, ["one"], ("hop",))
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+
+
+def test_a_run_is_evaluated_as_its_predictions_are(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    figures = hrpro_json(
+        "evaluate", trained.run, "--data", trained.data, "--write-predictions", path
+    )
+    again = hrpro_json("evaluate", "--predictions", path, "--data", trained.data)
+    assert again == {**figures, "stage1_average_map": None}
+    said = hrpro("evaluate", "--predictions", path, "--data", trained.data, "--preset", "mocap6")
+    assert f"{figures['average_map']:.3f}" in said.stdout
+
+
+def test_one_of_run_and_predictions(trained: Trained, tmp_path: Path) -> None:
+    said = hrpro("evaluate", "--data", trained.data, status=2)
+    assert "expected a run" in said.stderr
+    said = hrpro(
+        "evaluate", trained.run, "--data", trained.data, "--predictions", "p.json", status=2
+    )
+    assert "expected a run" in said.stderr
+
+
+def test_a_run_of_another_data_set(trained: Trained, tmp_path: Path) -> None:
+    write_tiny_data(tmp_path / "tiny")
+    (tmp_path / "tiny" / "classes.txt").write_text("\n".join(CLASSES))
+    said = refusal("evaluate", trained.run, "--data", tmp_path / "tiny")
+    assert "was trained on" in said and "has 2; they differ in" in said
