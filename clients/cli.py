@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hrpro.clients import cli_ablate, cli_data, cli_training
+from hrpro.clients import cli_ablate, cli_data, cli_plot, cli_training
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
@@ -46,6 +46,7 @@ app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
+app.command()(cli_plot.plot)
 app.command("config")(cli_training.show_config)
 
 

@@ -74,7 +74,7 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
             output.cas,
             output.attention,
             stream_eval.published_segments(streamed.finals(name), classes),
-            events,
+            events=events,
         )
         picture = out / f"timeline_{name}.png"
         plot_timeline(timeline, classes, bundle.manifest.clock, picture)

@@ -84,7 +84,7 @@ def _proposal_table(
             columns.append(_ranked_columns(config, recording, output, len(data.classes), first))
             first += len(recording)
         file.flush()
-        embedding = np.memmap(file, np.float32, "c", shape=(first, model.width))
+        embedding = np.memmap(file, np.float32, "r+", shape=(first, model.width))
     stacked = [torch.from_numpy(np.concatenate(each)) for each in zip(*columns, strict=True)]
     tensors = [each.float() if each.dtype == torch.float64 else each for each in stacked]
     return _ProposalTable(torch.from_numpy(embedding), *tensors)

@@ -1,0 +1,90 @@
+"""Pictures of a run: what they show, and that they are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from commands import Trained, hrpro, hrpro_json, refusal
+
+from hrpro.engine.wire import HrproError
+from hrpro.training.annotations import read_truth
+from hrpro.training.data import read_training_split
+from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves
+from hrpro.training.metrics import Segments
+from hrpro.training.run import read_run
+
+pytest_plugins = ("cli_fixtures",)
+
+
+def test_best_tiou_by_hand() -> None:
+    truth = Segments.from_rows([(0, 10, 0, 1), (20, 30, 1, 1)])
+    proposals = Segments.from_rows(
+        [
+            (0, 10, 0, 0.9),  # exactly the first
+            (0, 5, 0, 0.8),  # its half
+            (0, 10, 1, 0.7),  # of another class
+            (25, 35, 1, 0.6),  # 5 of 15
+        ]
+    )
+    assert best_tiou(proposals, truth).tolist() == pytest.approx([1, 0.5, 0, 1 / 3])
+    assert best_tiou(proposals, Segments.from_rows([])).tolist() == [0, 0, 0, 0]
+
+
+def test_rank_correlation() -> None:
+    rising = np.array([1.0, 2, 3, 4])
+    assert rank_correlation(rising, rising**3) == pytest.approx(1)
+    assert rank_correlation(rising, -rising) == pytest.approx(-1)
+    assert rank_correlation(rising, np.ones(4)) == rank_correlation(rising[:1], rising[:1]) == 0
+
+
+def test_curves_are_read_from_what_was_recorded(tmp_path: Path) -> None:
+    with pytest.raises(HrproError, match=r"metrics\.jsonl: cannot be read"):
+        read_curves(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    with pytest.raises(HrproError, match="expected the losses of a run"):
+        read_curves(tmp_path)
+    rows = [{"stage": "snippet", "step": 10 * n, "loss": 1 / n} for n in (1, 2)]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "inst')
+    curves = read_curves(tmp_path)
+    assert list(curves) == ["snippet"]
+    assert curves["snippet"]["step"].tolist() == [10, 20]
+    assert curves["snippet"]["loss"].tolist() == [1, 0.5]
+
+
+def test_what_is_seen_of_a_recording(trained: Trained) -> None:
+    description, model = read_run(trained.run)
+    recording = read_training_split(trained.data, description.config.data).recordings[0]
+    truth = read_truth(trained.data, [recording.name], description.classes)[recording.name]
+    looked = look_at(recording, truth, description, model)
+    points = looked.timeline.points
+    assert points is not None and len(points) == len(recording.point_index)
+    assert (points.start_s / 0.64).round().astype(int).tolist() == recording.point_index.tolist()
+    # Each point lies in an action of its class.
+    on_points = looked.snippet_label[recording.point_index]
+    assert on_points.tolist() == recording.point_label.tolist()
+    assert (looked.snippet_label == -1).any()
+    before, after = looked.scored
+    assert len(before) == len(after) > 0
+    assert not np.allclose(before.start_s, after.start_s)
+    assert ((after.score >= 0) & (after.score <= 1)).all()
+
+
+def test_the_command(trained: Trained, tmp_path: Path) -> None:
+    arguments = ("plot", trained.run, "--data", trained.data, "--out", tmp_path / "pictures")
+    pictures = [Path(path) for path in hrpro_json(*arguments)["pictures"]]
+    assert [path.name for path in pictures] == [
+        "timeline_seq5.png", "timeline_seq6.png", "reliability.png", "embedding.png",
+        "learning.png",
+    ]  # fmt: skip
+    for path in pictures:
+        pixels = matplotlib.image.imread(path)
+        assert min(pixels.shape[:2]) >= 400
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 30
+    said = hrpro(*arguments, "--recording", "seq1").stdout.splitlines()
+    assert Path(said[0]).name == "timeline_seq1.png" and len(said) == 4
+    assert "'seq9' is in neither split" in refusal(*arguments, "--recording", "seq9")

@@ -1,0 +1,278 @@
+"""Pictures of a run: timelines, reliability, embedding, learning curves (`hrpro plot`)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from sklearn.manifold import TSNE
+
+from hrpro.engine.localizer import localize
+from hrpro.engine.soft_nms import temporal_iou
+from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.wire import HrproError
+from hrpro.training.annotations import read_truth
+from hrpro.training.candidates import find_candidates
+from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split
+from hrpro.training.evaluate import TorchScorer
+from hrpro.training.metrics import Segments, to_segments
+from hrpro.training.plots import Timeline, class_colours, plot_timeline
+from hrpro.training.ranking import Candidates
+from hrpro.training.recorder import METRICS
+from hrpro.training.run import RunDescription, read_run
+from hrpro.training.snippet_stage import snippet_scores
+from hrpro.training.train import TrainedModel
+
+_EMBEDDED_SNIPPETS = 2000  # what t-SNE maps in seconds
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One recording seen by both stages.
+
+    ``scored`` are all proposals before soft-NMS, before and after stage 2; ``snippet_label`` (T,)
+    is -1 on background.
+    """
+
+    timeline: Timeline
+    scored: tuple[Segments, Segments]
+    embedding: NDArray[np.float32]
+    snippet_label: NDArray[np.int64]
+
+
+def plot_run(
+    run: Path, folder: Path, out: Path, recordings: int, named: Sequence[str]
+) -> list[Path]:
+    """Write the pictures of a run on a data folder; returns their paths.
+
+    Timelines are those of the ``named`` recordings of either split, else of the first ones of the
+    test split. Raises HrproError for a name that is in neither.
+    """
+    description, model = read_run(run)
+    test, chosen = _chosen(description, folder, recordings, named)
+    truth = read_truth(
+        folder, sorted({each.name for each in [*test.recordings, *chosen]}), description.classes
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for recording in chosen:
+        looked = look_at(recording, truth[recording.name], description, model)
+        path = out / f"timeline_{recording.name}.png"
+        plot_timeline(looked.timeline, description.classes, test.clock, path)
+        paths.append(path)
+    seen = [look_at(each, truth[each.name], description, model) for each in test.recordings]
+    paths.append(_plot_reliability(seen, out / "reliability.png"))
+    paths.append(_plot_embedding(seen, description.classes, out / "embedding.png"))
+    paths.append(_plot_learning(read_curves(run), out / "learning.png"))
+    return paths
+
+
+def _chosen(
+    description: RunDescription, folder: Path, count: int, named: Sequence[str]
+) -> tuple[DataSet, list[Recording]]:
+    """The test split, and the recordings whose timelines are drawn."""
+    config, classes = description.config.data, description.classes
+    test = read_test_split(folder, classes, config, description.feature_dim)
+    if not named:
+        return test, list(test.recordings[:count])
+    everything = [*test.recordings, *read_training_split(folder, config).recordings]
+    by_name = {recording.name: recording for recording in everything}
+    for name in named:
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise HrproError(f"--recording: {name!r} is in neither split of {folder}{hint}")
+    return test, [by_name[name] for name in named]
+
+
+def look_at(
+    recording: Recording, truth: Segments, description: RunDescription, model: TrainedModel
+) -> Looked:
+    """Run both stages over a recording."""
+    clock, config = description.config.data.clock, description.config.localization
+    output = snippet_scores(model.snippet, recording.features)
+    before, after = (
+        to_segments(localize(output.scores, output.embedding, config, scorer), clock)
+        for scorer in (None, TorchScorer(model.instance))
+    )
+    index = recording.point_index
+    points = Segments.from_rows(
+        [
+            (clock.seconds(t), clock.seconds(t + 1), label, 1.0)
+            for t, label in zip(index.tolist(), recording.point_label.tolist(), strict=True)
+        ]
+    )
+    label = np.full(len(recording), -1, dtype=np.int64)
+    centre_s = (np.arange(len(recording)) + 0.5) * clock.snippet_s
+    for n in range(len(truth)):
+        label[(centre_s >= truth.start_s[n]) & (centre_s < truth.end_s[n])] = truth.label_index[n]
+    timeline = Timeline(
+        recording.name,
+        truth,
+        output.cas,
+        output.attention,
+        after,
+        before=before,
+        points=points if len(points) else None,
+    )
+    scored = _scored(find_candidates(output.scores, config), output.embedding, clock, model)
+    return Looked(timeline, scored, output.embedding, label)
+
+
+def _scored(
+    candidates: Candidates,
+    embedding: NDArray[np.float32],
+    clock: SnippetClock,
+    model: TrainedModel,
+) -> tuple[Segments, Segments]:
+    """All candidates with p_OIC, and refined with the mean of p_OIC and their completeness."""
+    borders = candidates.borders.astype(np.float32)
+    _, refined, completeness = TorchScorer(model.instance).score_instances(embedding, borders)
+    rows, label = np.arange(len(borders)), candidates.label_index
+    after = (candidates.contrast + completeness[rows, label]) / 2
+    found = []
+    for positions, score in ((candidates.borders, candidates.contrast), (refined, after)):
+        start_s, end_s = clock.snippet_s * positions.astype(np.float64).T
+        found.append(Segments(start_s, end_s, label, score))
+    return found[0], found[1]
+
+
+# --- reliability, Figure 5 -----------------------------------------------------------------------
+
+
+def best_tiou(proposals: Segments, truth: Segments) -> NDArray[np.float64]:
+    """The best tIoU of each proposal with an instance of its class, (N,); 0 where there is none."""
+    tiou = temporal_iou(
+        proposals.start_s[:, None],
+        proposals.end_s[:, None],
+        truth.start_s[None],
+        truth.end_s[None],
+    )
+    same = proposals.label_index[:, None] == truth.label_index[None]
+    return np.where(same, tiou, 0.0).max(axis=1, initial=0.0)
+
+
+def rank_correlation(score: NDArray[np.float64], tiou: NDArray[np.float64]) -> float:
+    """Spearman's, in [-1, 1]; 0 where one of both does not vary."""
+    if len(score) < 2 or np.ptp(score) == 0 or np.ptp(tiou) == 0:
+        return 0.0
+    return float(spearmanr(score, tiou).statistic)
+
+
+def _plot_reliability(seen: Sequence[Looked], path: Path) -> Path:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for after, title in enumerate(("before stage 2", "after stage 2")):
+        score = np.concatenate([each.scored[after].score for each in seen])
+        tiou = [best_tiou(each.scored[after], each.timeline.truth) for each in seen]
+        _draw_reliability(axes[after], score, np.concatenate(tiou), title)
+    axes[0].set_ylabel("best tIoU with an instance of its class")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _draw_reliability(
+    axes: Axes, score: NDArray[np.float64], tiou: NDArray[np.float64], title: str
+) -> None:
+    """All proposals, and the mean tIoU of those with about the same score."""
+    axes.scatter(score, tiou, s=5, alpha=0.1, color="tab:blue", edgecolors="none")
+    bins = np.minimum((score * _BINS).astype(int), _BINS - 1)
+    filled = [n for n in range(_BINS) if (bins == n).any()]
+    centre = [float(score[bins == n].mean()) for n in filled]
+    axes.plot(
+        centre, [float(tiou[bins == n].mean()) for n in filled], "o-", color="tab:orange",
+        label="mean of a tenth of the range",
+    )  # fmt: skip
+    axes.set_title(f"{title}: rank correlation {rank_correlation(score, tiou):.2f}")
+    axes.set_xlabel("score of the proposal")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, loc="upper left")
+
+
+# --- embedding, Figure B -------------------------------------------------------------------------
+
+
+def _plot_embedding(seen: Sequence[Looked], classes: Sequence[str], path: Path) -> Path:
+    """The embedded snippets of the test split in the plane, by t-SNE as in the paper."""
+    embedding = np.concatenate([each.embedding for each in seen])
+    label = np.concatenate([each.snippet_label for each in seen])
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(label))[:_EMBEDDED_SNIPPETS]
+    embedding, label = embedding[chosen], label[chosen]
+    figure, axes = plt.subplots(figsize=(9.5, 7), layout="constrained")
+    if len(label) > 3:
+        perplexity = min(30.0, (len(label) - 1) / 3)
+        plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embedding)
+        colours = class_colours(len(classes))
+        for index in [-1, *range(len(classes))]:
+            shown = label == index
+            if shown.any():
+                colour = "0.8" if index < 0 else colours[index]
+                name = "background" if index < 0 else classes[index]
+                axes.scatter(plane[shown, 0], plane[shown, 1], s=9, color=colour, label=name)
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, markerscale=2
+        )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(f"embedding X^e of {len(label)} snippets of the test split (t-SNE)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+# --- learning curves -----------------------------------------------------------------------------
+
+Curves = dict[str, dict[str, NDArray[np.float64]]]
+
+
+def read_curves(run: Path) -> Curves:
+    """Values by stage and name, "step" among them, of metrics.jsonl; a torn line is left out.
+
+    Raises HrproError where there is none.
+    """
+    path = run / METRICS
+    rows: dict[str, list[Mapping[str, float]]] = {}
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise HrproError(f"{path}: cannot be read: {error.strerror}") from None
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            rows.setdefault(row.pop("stage"), []).append(row)
+        except (ValueError, KeyError, AttributeError):
+            continue
+    if not rows:
+        raise HrproError(f"{path}: expected the losses of a run, one line every few steps")
+    return {
+        stage: {name: np.array([row[name] for row in group], float) for name in group[0]}
+        for stage, group in rows.items()
+    }
+
+
+def _plot_learning(curves: Curves, path: Path) -> Path:
+    titles = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
+    figure, axes = plt.subplots(1, len(curves), figsize=(6.5 * len(curves), 4.5), squeeze=False)
+    for panel, (stage, values) in zip(axes[0], curves.items(), strict=True):
+        for name, series in values.items():
+            if name != "step" and not name.startswith("pseudo"):
+                panel.plot(values["step"], series, label=name.replace("_", " "))
+        panel.set_title(titles.get(stage, stage))
+        panel.set_xlabel("step")
+        panel.set_yscale("symlog", linthresh=1e-2)
+        panel.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
