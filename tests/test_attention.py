@@ -8,17 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrpro.training.attention import Band, Dropout, ReliabilityAwareBlock, reliability_attention
+from hrpro.training.attention import (
+    Attended,
+    Band,
+    Dropout,
+    ReliabilityAwareBlock,
+    reliability_attention,
+)
 
 
 def test_attention_by_hand() -> None:
-    # d = 4: weights are softmax(q k / 2). The query sees keys 0 and 2 of three.
-    query = torch.tensor([[2.0, 0, 0, 0]])
-    key = torch.tensor([[1.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 1.0, 0, 0]])
-    value = torch.tensor([[1.0, 0, 0, 0], [5.0, 5, 5, 5], [0, 2.0, 0, 0]])
-    mixed = reliability_attention(query, key, value, torch.tensor([[True, False, True]]))
+    # d = 4: weights are softmax(q k / 2). The first of two snippets sees itself and the prototype.
+    query = torch.tensor([[2.0, 0, 0, 0], [0.0, 0, 0, 0]])[None, None]
+    key = Attended(
+        torch.tensor([[1.0, 0, 0, 0], [9.0, 0, 0, 0]])[None, None],
+        torch.tensor([[[0, 1.0, 0, 0]]]),
+    )
+    value = Attended(
+        torch.tensor([[1.0, 0, 0, 0], [4.0, 5, 5, 5]])[None, None],
+        torch.tensor([[[0, 2.0, 0, 0]]]),
+    )
+    band = Band(2, 1, 0)
+    bias = band.bias(torch.ones(1, 2, dtype=torch.bool), 1)
+    assert bias.tolist() == [[[[0, -math.inf, 0], [0, 0, 0]]]]
+    mixed = reliability_attention(query, key, value, bias, band)[0, 0]
     first = math.e / (math.e + 1)  # exp(2 * 1 / 2) against exp(0)
-    assert mixed.tolist() == [pytest.approx([first, 2 * (1 - first), 0, 0])]
+    assert mixed[0].tolist() == pytest.approx([first, 2 * (1 - first), 0, 0])
+    # The second one sees all alike: the mean of the three.
+    assert mixed[1].tolist() == pytest.approx([5 / 3, 7 / 3, 5 / 3, 5 / 3])
 
 
 def dense(
@@ -67,14 +84,14 @@ def test_blocks_give_what_the_whole_matrix_gives(
     band = Band(length, past, future)
     assert band.blocks == blocks
     with torch.no_grad():
-        got = block(band.padded(x), memory, band.visible(valid, C), band)[:, :length]
+        got = block(band.padded(x), memory, band.bias(valid, C), band)[:, :length]
         torch.testing.assert_close(got, dense(block, x, memory, valid, band), atol=1e-5, rtol=0)
 
 
 def test_without_a_band_the_length_is_one_block() -> None:
     band = Band(500, None, 0)
     assert (band.blocks, band.block) == (1, 500)
-    assert band.visible(torch.ones(1, 500, dtype=torch.bool), 3).all()
+    assert not band.bias(torch.ones(1, 500, dtype=torch.bool), 3).any()
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:

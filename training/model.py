@@ -85,10 +85,10 @@ class SnippetModel(nn.Module):
         x = self._input(features)  # (B, T, W)
         memory = self._input(prototypes)  # (C, W)
         band = Band(x.shape[1], self.config.attention_past, self.config.attention_future)
-        visible = band.visible(valid, len(memory))
+        bias = band.bias(valid, len(memory))
         x = band.padded(x)
         for block in self.blocks:
-            x = block(x, memory, visible, band)
+            x = block(x, memory, bias, band)
         x = x[:, : band.length]
         # What is not there counts as zero, as the convolution's own padding does.
         x = torch.where(valid[..., None], x, 0.0)
