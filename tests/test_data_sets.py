@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import hrpro, hrpro_json, refusal
+from commands import environment, hrpro, hrpro_json, refusal
 from tiny_data import CLASSES, TRAIN, write_tiny_data
 
 from hrpro.engine.settings import SettingsError, load_settings
@@ -55,6 +57,9 @@ def test_each_preset_is_whole() -> None:
     assert read_preset("activitynet13").tiou_thresholds == tuple(
         pytest.approx(0.5 + 0.05 * step) for step in range(10)
     )
+    # The features of GTEA and BEOID are SF-Net's, at the rate of the videos.
+    rates = {name: read_preset(name).frames_per_s for name in PRESETS}
+    assert rates["gtea"] == 15 and rates["beoid"] == 30 and rates["thumos14"] == 25
     assert read_preset("thumos14").tiou_thresholds == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -160,6 +165,45 @@ def test_features_are_maps_that_cannot_be_written(folder: Path) -> None:
     again = read_training_split(folder).recordings[0].features
     assert again.dtype == np.float32 and again.flags.c_contiguous
     assert again.tolist() == expected
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from hrpro.training.batches import feature_statistics
+from hrpro.training.data import read_training_split
+data = read_training_split(Path(sys.argv[1]))
+feature_statistics(data)
+print(len(data.recordings), float(data.recordings[-1].features[0, 0]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_NOFILE")
+def test_more_recordings_than_file_descriptors(folder: Path) -> None:
+    features = folder / "features" / "train"
+    names = [f"more{number}" for number in range(200)]
+    for name in names:
+        shutil.copy(features / "train0.npy", features / f"{name}.npy")
+    with (folder / "split_train.txt").open("a") as file:
+        file.write("\n".join(names))
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS, str(folder)],
+        check=False, capture_output=True, text=True, timeout=300, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"206 {float(np.load(features / 'train0.npy')[0, 0])}\n"
+
+
+def test_features_that_change_underway_are_told(folder: Path) -> None:
+    recording = read_training_split(folder).recordings[0]
+    path = folder / "features" / "train" / "train0.npy"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"train0\.npy: has changed since it was read"):
+        _ = recording.features
+    path.unlink()
+    with pytest.raises(DataError, match=r"train0\.npy: has changed since it was read"):
+        _ = recording.features
 
 
 def test_ambiguous_stretches(folder: Path) -> None:

@@ -9,7 +9,8 @@
 
 Training reads the training split's features and points; of ``gt_full.json``, which is read for
 evaluation, it takes the frame rates of the points where the configuration says so, and no more.
-Features are memory maps: a data set may be larger than memory.
+Features are memory maps: a data set may be larger than memory. A map is opened when it is used:
+each holds a file descriptor (CPython's mmap duplicates it), of which there may be few.
 """
 
 from __future__ import annotations
@@ -33,20 +34,41 @@ _ROWS_AT_ONCE = 4096  # when all values are looked at
 
 
 @dataclass(frozen=True)
+class FeatureFile:
+    """Where features float32 (T, D) = ``shape`` lie in a file, from the byte ``offset`` on."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, int]
+
+    def map(self) -> NDArray[np.float32]:
+        """The features, read-only; what holds them holds a file descriptor."""
+        try:
+            return np.asarray(np.memmap(self.path, np.float32, "r", self.offset, self.shape))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: has changed since it was read: {error}") from None
+
+
+@dataclass(frozen=True)
 class Recording:
     """One recording: ``features`` float32 (T, D) and its points.
 
     ``point_index`` (N,) are snippet indices, ``point_label`` (N,) class indices; both int64,
-    sorted by time. Test recordings have none.
+    sorted by time. Test recordings have none. ``stored`` are the features or their file.
     """
 
     name: str
-    features: NDArray[np.float32]
+    stored: NDArray[np.float32] | FeatureFile
     point_index: NDArray[np.int64]
     point_label: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.features)
+        return self.stored.shape[0]
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """The features; a map that is opened here, which is not to be kept for all recordings."""
+        return self.stored.map() if isinstance(self.stored, FeatureFile) else self.stored
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,7 @@ class DataSet:
     @property
     def feature_dim(self) -> int:
         """D, the same in all recordings."""
-        return int(self.recordings[0].features.shape[1])
+        return self.recordings[0].stored.shape[1]
 
 
 def read_training_split(folder: Path, config: DataConfig | None = None) -> DataSet:
@@ -74,9 +96,9 @@ def read_training_split(folder: Path, config: DataConfig | None = None) -> DataS
     check_features_are_there(folder, "train", names, config)
     recordings = []
     for name in names:
-        features = read_features(feature_path(folder, "train", name))
+        features = _stored(feature_path(folder, "train", name))
         index, label = point_arrays(
-            folder, name, points[name], classes, config, len(features), rates[name]
+            folder, name, points[name], classes, config, features.shape[0], rates[name]
         )
         recordings.append(Recording(name, features, index, label))
     _check_dimensions(folder, recordings)
@@ -99,8 +121,7 @@ def read_test_split(
     names = read_names(folder, "test", config)
     check_features_are_there(folder, "test", names, config)
     recordings = [
-        Recording(name, read_features(feature_path(folder, "test", name)), none, none)
-        for name in names
+        Recording(name, _stored(feature_path(folder, "test", name)), none, none) for name in names
     ]
     _check_dimensions(folder, recordings)
     data = DataSet(folder.resolve().name, tuple(classes), config.clock, tuple(recordings))
@@ -171,6 +192,15 @@ def read_features(path: Path) -> NDArray[np.float32]:
     return features
 
 
+def _stored(path: Path) -> NDArray[np.float32] | FeatureFile:
+    """Checked features: their file where they can be mapped as they are, else themselves."""
+    features = read_features(path)
+    if not isinstance(features.base, np.memmap):
+        return features
+    T, D = features.shape
+    return FeatureFile(path.resolve(), features.base.offset, (T, D))
+
+
 def known_classes(folder: Path, config: DataConfig) -> tuple[str, ...] | None:
     """The classes that classes.txt lists, else those of the preset; None where neither is there.
 
@@ -209,11 +239,11 @@ def read_classes(
 
 
 def _check_dimensions(folder: Path, recordings: Sequence[Recording]) -> None:
-    feature_dim = recordings[0].features.shape[1]
+    feature_dim = recordings[0].stored.shape[1]
     for recording in recordings:
-        if recording.features.shape[1] != feature_dim:
+        if recording.stored.shape[1] != feature_dim:
             raise DataError(
-                f"{folder}: recording {recording.name!r} has D = {recording.features.shape[1]}, "
+                f"{folder}: recording {recording.name!r} has D = {recording.stored.shape[1]}, "
                 f"but {recordings[0].name!r} has D = {feature_dim}"
             )
 
