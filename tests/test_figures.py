@@ -13,7 +13,7 @@ from commands import Trained, hrpro, hrpro_json, refusal
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import read_truth
 from hrpro.training.data import read_training_split
-from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves
+from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves, timeline
 from hrpro.training.metrics import Segments
 from hrpro.training.run import read_run
 
@@ -61,7 +61,7 @@ def test_what_is_seen_of_a_recording(trained: Trained) -> None:
     recording = read_training_split(trained.data, description.config.data).recordings[0]
     truth = read_truth(trained.data, [recording.name], description.classes)[recording.name]
     looked = look_at(recording, truth, description, model)
-    points = looked.timeline.points
+    points = timeline(looked, description, model).points
     assert points is not None and len(points) == len(recording.point_index)
     assert (points.start_s / 0.64).round().astype(int).tolist() == recording.point_index.tolist()
     # Each point lies in an action of its class.

@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from commands import environment, hrpro
+from commands import assignments, environment, hrpro
 from tiny_data import write_tiny_data
 
-SETTINGS = (
-    "threads=1", "device=cpu", "model.blocks=1", "model.attention_past=8",
-    "model.instance_width=16", "snippet_stage.crop_snippets=40",
-    "snippet_stage.steps=20", "snippet_stage.batch_size=6",
-    "instance_stage.steps=20", "instance_stage.batch_size=32",
-    # What is dropped is drawn by each process for itself.
-    "model.dropout=0", "instance_stage.dropout=0",
-)  # fmt: skip
-SET = [part for setting in SETTINGS for part in ("--set", setting)]
+# What is dropped is drawn by each process for itself: nothing here.
+SET = assignments(
+    {
+        "threads": 1,
+        "device": "cpu",
+        "model": {"blocks": 1, "attention_past": 8, "instance_width": 16, "dropout": 0},
+        "snippet_stage": {"steps": 20, "batch_size": 6, "crop_snippets": 40},
+        "instance_stage": {"steps": 20, "batch_size": 32, "dropout": 0},
+    }
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import hrpro, refusal, running
+from commands import assignments, hrpro, refusal, running
 from tiny_data import write_tiny_data
 
-SETTINGS = (
-    "threads=1", "model.blocks=1", "model.attention_past=8", "model.instance_width=16",
-    "snippet_stage.steps=40", "snippet_stage.batch_size=4", "snippet_stage.crop_snippets=40",
-    "instance_stage.steps=40", "instance_stage.batch_size=32", "checkpoint_s=0",
-)  # fmt: skip
-SET = [part for setting in SETTINGS for part in ("--set", setting)]
+SET = assignments(
+    {
+        "threads": 1,
+        "checkpoint_s": 0,
+        "model": {"blocks": 1, "attention_past": 8, "instance_width": 16},
+        "snippet_stage": {"steps": 40, "batch_size": 4, "crop_snippets": 40},
+        "instance_stage": {"steps": 40, "batch_size": 32},
+    }
+)
 
 
 @pytest.fixture(scope="module")

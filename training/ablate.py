@@ -31,6 +31,7 @@ from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.drawing import DISTRIBUTIONS, draw_points
 from hrpro.training.evaluate import evaluate
+from hrpro.training.files import json_rows
 from hrpro.training.metrics import Segments
 from hrpro.training.train import train
 
@@ -281,10 +282,10 @@ def _append_line(path: Path, line: str) -> None:
 def _read_trials(path: Path) -> dict[tuple[str, int], Trial]:
     """What is there by row and seed, the newest of each; a torn line is left out."""
     trials = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for row in json_rows(path) if path.exists() else []:
         try:
-            trial = Trial(**json.loads(line))
-        except (ValueError, TypeError):
+            trial = Trial(**row)
+        except TypeError:  # of another version
             continue
         trials[trial.row, trial.seed] = trial
     return trials

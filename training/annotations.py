@@ -17,18 +17,20 @@ from hrpro.training.metrics import Segments
 
 def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Segments]:
     """Ground-truth instances of the named recordings, in seconds."""
-    path = folder / "gt_full.json"
     database = read_database(folder)
+    return {name: truth_of(folder, database, name, classes) for name in names}
+
+
+def truth_of(folder: Path, database: dict[str, Any], name: str, classes: Sequence[str]) -> Segments:
+    """Ground-truth instances of one recording, from what `read_database` gave."""
+    path = folder / "gt_full.json"
     class_index = {label: index for index, label in enumerate(classes)}
-    truth = {}
-    for name in names:
-        rows = []
-        for label, start_s, end_s in _annotations(path, name, _entry(path, database, name)):
-            if label not in class_index:
-                raise DataError(f"{path}: {name!r} has the label {label!r}, not one of the classes")
-            rows.append((start_s, end_s, class_index[label], 1.0))
-        truth[name] = Segments.from_rows(rows)
-    return truth
+    rows = []
+    for label, start_s, end_s in _annotations(path, name, _entry(path, database, name)):
+        if label not in class_index:
+            raise DataError(f"{path}: {name!r} has the label {label!r}, not one of the classes")
+        rows.append((start_s, end_s, class_index[label], 1.0))
+    return Segments.from_rows(rows)
 
 
 def read_ambiguous(

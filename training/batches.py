@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hrpro.training.data import DataSet
+from hrpro.training.data import DataSet, in_blocks
 from hrpro.training.parallel import share
 
 
@@ -66,8 +65,8 @@ def feature_statistics(data: DataSet) -> tuple[Tensor, Tensor]:
     mean = total / count
     squares = np.zeros(data.feature_dim)
     for recording in data.recordings:
-        for piece in _pieces(recording.features):
-            squares += ((piece - mean) ** 2).sum(axis=0)
+        for _, rows in in_blocks(recording.features):
+            squares += ((rows - mean) ** 2).sum(axis=0)
     deviation = np.sqrt(squares / max(1, count - 1))
     return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
 
@@ -75,10 +74,10 @@ def feature_statistics(data: DataSet) -> tuple[Tensor, Tensor]:
 def features_at_points(data: DataSet) -> tuple[Tensor, Tensor]:
     """The features at all points, (P, D), and their classes, (P, C) bool."""
     rows = np.concatenate([each.features[each.point_index] for each in data.recordings])
+    return torch.from_numpy(rows), classes_at_points(data)
+
+
+def classes_at_points(data: DataSet) -> Tensor:
+    """The classes of all points, recording by recording, (P, C) bool."""
     label = torch.from_numpy(np.concatenate([each.point_label for each in data.recordings]))
-    return torch.from_numpy(rows), torch.nn.functional.one_hot(label, len(data.classes)).bool()
-
-
-def _pieces(features: NDArray[np.float32], rows: int = 4096) -> list[NDArray[np.float32]]:
-    """A recording in pieces: as float64 a whole one could be too much for the memory."""
-    return [features[n : n + rows] for n in range(0, len(features), rows)]
+    return torch.nn.functional.one_hot(label, len(data.classes)).bool()

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from hrpro.engine.wire import HrproError
+from hrpro.training.files import replaced_file
 from hrpro.training.parallel import process_count, process_rank, total
 
 CHECKPOINT = "checkpoint.pt"
@@ -161,29 +162,19 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
             raise TypeError(f"keys {', '.join(map(str, content))}")
     except FileNotFoundError:
         return None
-    except (
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except UNREADABLE as error:
         raise HrproError(
-            f"{path}: expected the state of a run that was stopped: {reason}"
+            f"{path}: expected the state of a run that was stopped: {reason_of(error)}"
         ) from None
     return dict(content)
 
 
 def write_atomically(path: Path, content: object) -> None:
     """`torch.save` to ``path``: the whole file or none, also if the machine goes down."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
+    with replaced_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _random_state() -> dict[str, Any]:

@@ -16,7 +16,7 @@ each holds a file descriptor (CPython's mmap duplicates it), of which there may 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,12 +184,18 @@ def read_features(path: Path) -> NDArray[np.float32]:
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
         features = np.ascontiguousarray(features, dtype=np.float32)
-    for first in range(0, len(features), _ROWS_AT_ONCE):
-        bad = ~np.isfinite(features[first : first + _ROWS_AT_ONCE]).all(axis=1)
+    for first, rows in in_blocks(features):
+        bad = ~np.isfinite(rows).all(axis=1)
         if bad.any():
-            row = first + int(bad.argmax())
-            raise DataError(f"{path}: snippet {row} is not finite")
+            raise DataError(f"{path}: snippet {first + int(bad.argmax())} is not finite")
     return features
+
+
+def in_blocks(features: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Features in blocks of rows with the index of their first: what is computed of a whole
+    recording could be too much for the memory."""
+    for first in range(0, len(features), _ROWS_AT_ONCE):
+        yield first, features[first : first + _ROWS_AT_ONCE]
 
 
 def _stored(path: Path) -> NDArray[np.float32] | FeatureFile:

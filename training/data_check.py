@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hrpro.training.annotations import point_rates, read_ambiguous, read_database, read_truth
+from hrpro.training.annotations import point_rates, read_ambiguous, read_database, truth_of
 from hrpro.training.data import (
     check_features_are_there,
     feature_path,
@@ -128,10 +128,10 @@ def _check_annotations(
         for name, length in lengths[split].items():
             if split == "train" and name not in database:
                 continue
-            truth = _try(found, read_truth, folder, [name], found.classes)
+            truth = _try(found, truth_of, folder, database, name, found.classes)
             if truth is None:
                 continue
-            labels = np.array(found.classes)[truth[name].label_index]
+            labels = np.array(found.classes)[truth.label_index]
             found.instances[split].update(labels.tolist())
             _check_duration(found, name, length, database[name], config)
         found.summary[f"{split}_instances"] = sum(found.instances[split].values())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hrpro.training.annotations import annotated_labels, point_rates, read_truth
 from hrpro.training.data import read_names
 from hrpro.training.data_config import DataConfig
+from hrpro.training.files import replaced_file
 
 Distribution = Literal["uniform", "centre", "gaussian"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -73,10 +74,8 @@ def write_points(
             start, stop, point = (int(frame) for frame in frames)
             rows.append((classes[index], index, start, stop, name, point))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", newline="") as file:
+    with replaced_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("class", "class_index", "start_frame", "stop_frame", "video_id", "point"))
         writer.writerows(rows)
-    temporary.replace(path)
     return len(rows)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from hrpro.training.annotations import read_truth
 from hrpro.training.candidates import find_candidates
 from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split
 from hrpro.training.evaluate import TorchScorer
+from hrpro.training.files import json_rows
 from hrpro.training.metrics import Segments, to_segments
 from hrpro.training.plots import Timeline, class_colours, plot_timeline
 from hrpro.training.ranking import Candidates
-from hrpro.training.recorder import METRICS
+from hrpro.training.recorder import METRICS, STAGE_TITLES
 from hrpro.training.run import RunDescription, read_run
-from hrpro.training.snippet_stage import snippet_scores
+from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 from hrpro.training.train import TrainedModel
 
 _EMBEDDED_SNIPPETS = 2000  # what t-SNE maps in seconds
@@ -43,9 +43,10 @@ class Looked:
     is -1 on background.
     """
 
-    timeline: Timeline
+    recording: Recording
+    truth: Segments
+    output: SnippetScores
     scored: tuple[Segments, Segments]
-    embedding: NDArray[np.float32]
     snippet_label: NDArray[np.int64]
 
 
@@ -64,12 +65,15 @@ def plot_run(
     )
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    for recording in chosen:
-        looked = look_at(recording, truth[recording.name], description, model)
-        path = out / f"timeline_{recording.name}.png"
-        plot_timeline(looked.timeline, description.classes, test.clock, path)
-        paths.append(path)
     seen = [look_at(each, truth[each.name], description, model) for each in test.recordings]
+    by_name = {looked.recording.name: looked for looked in seen}
+    for recording in chosen:
+        looked = by_name.get(recording.name) or look_at(
+            recording, truth[recording.name], description, model
+        )
+        path = out / f"timeline_{recording.name}.png"
+        plot_timeline(timeline(looked, description, model), description.classes, test.clock, path)
+        paths.append(path)
     paths.append(_plot_reliability(seen, out / "reliability.png"))
     paths.append(_plot_embedding(seen, description.classes, out / "embedding.png"))
     paths.append(_plot_learning(read_curves(run), out / "learning.png"))
@@ -100,6 +104,18 @@ def look_at(
     """Run both stages over a recording."""
     clock, config = description.config.data.clock, description.config.localization
     output = snippet_scores(model.snippet, recording.features)
+    label = np.full(len(recording), -1, dtype=np.int64)
+    centre_s = (np.arange(len(recording)) + 0.5) * clock.snippet_s
+    for n in range(len(truth)):
+        label[(centre_s >= truth.start_s[n]) & (centre_s < truth.end_s[n])] = truth.label_index[n]
+    scored = _scored(find_candidates(output.scores, config), output.embedding, clock, model)
+    return Looked(recording, truth, output, scored, label)
+
+
+def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -> Timeline:
+    """What is drawn of a recording: with its points, and the proposals of either stage."""
+    clock, config = description.config.data.clock, description.config.localization
+    recording, output = looked.recording, looked.output
     before, after = (
         to_segments(localize(output.scores, output.embedding, config, scorer), clock)
         for scorer in (None, TorchScorer(model.instance))
@@ -111,21 +127,15 @@ def look_at(
             for t, label in zip(index.tolist(), recording.point_label.tolist(), strict=True)
         ]
     )
-    label = np.full(len(recording), -1, dtype=np.int64)
-    centre_s = (np.arange(len(recording)) + 0.5) * clock.snippet_s
-    for n in range(len(truth)):
-        label[(centre_s >= truth.start_s[n]) & (centre_s < truth.end_s[n])] = truth.label_index[n]
-    timeline = Timeline(
+    return Timeline(
         recording.name,
-        truth,
+        looked.truth,
         output.cas,
         output.attention,
         after,
         before=before,
         points=points if len(points) else None,
     )
-    scored = _scored(find_candidates(output.scores, config), output.embedding, clock, model)
-    return Looked(timeline, scored, output.embedding, label)
 
 
 def _scored(
@@ -172,7 +182,7 @@ def _plot_reliability(seen: Sequence[Looked], path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for after, title in enumerate(("before stage 2", "after stage 2")):
         score = np.concatenate([each.scored[after].score for each in seen])
-        tiou = [best_tiou(each.scored[after], each.timeline.truth) for each in seen]
+        tiou = [best_tiou(each.scored[after], each.truth) for each in seen]
         _draw_reliability(axes[after], score, np.concatenate(tiou), title)
     axes[0].set_ylabel("best tIoU with an instance of its class")
     figure.savefig(path, dpi=110)
@@ -204,7 +214,7 @@ def _draw_reliability(
 
 def _plot_embedding(seen: Sequence[Looked], classes: Sequence[str], path: Path) -> Path:
     """The embedded snippets of the test split in the plane, by t-SNE as in the paper."""
-    embedding = np.concatenate([each.embedding for each in seen])
+    embedding = np.concatenate([each.output.embedding for each in seen])
     label = np.concatenate([each.snippet_label for each in seen])
     random = np.random.default_rng(0)
     chosen = random.permutation(len(label))[:_EMBEDDED_SNIPPETS]
@@ -242,17 +252,14 @@ def read_curves(run: Path) -> Curves:
     Raises HrproError where there is none.
     """
     path = run / METRICS
-    rows: dict[str, list[Mapping[str, float]]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
     try:
-        text = path.read_text()
+        found = json_rows(path)
     except OSError as error:
         raise HrproError(f"{path}: cannot be read: {error.strerror}") from None
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
+    for row in found:
+        if "stage" in row:
             rows.setdefault(row.pop("stage"), []).append(row)
-        except (ValueError, KeyError, AttributeError):
-            continue
     if not rows:
         raise HrproError(f"{path}: expected the losses of a run, one line every few steps")
     return {
@@ -262,13 +269,12 @@ def read_curves(run: Path) -> Curves:
 
 
 def _plot_learning(curves: Curves, path: Path) -> Path:
-    titles = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
     figure, axes = plt.subplots(1, len(curves), figsize=(6.5 * len(curves), 4.5), squeeze=False)
     for panel, (stage, values) in zip(axes[0], curves.items(), strict=True):
         for name, series in values.items():
             if name != "step" and not name.startswith("pseudo"):
                 panel.plot(values["step"], series, label=name.replace("_", " "))
-        panel.set_title(titles.get(stage, stage))
+        panel.set_title(STAGE_TITLES.get(stage, stage))
         panel.set_xlabel("step")
         panel.set_yscale("symlog", linthresh=1e-2)
         panel.legend(frameon=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from hrpro.training.losses import (
 )
 from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import (
-    AveragedModel,
-    Descent,
+    Stage,
     TrainingError,
     as_run,
     over_processes,
@@ -116,7 +114,7 @@ def _ranked_columns(
     )
 
 
-class InstanceStage:
+class InstanceStage(Stage[InstanceModel]):
     """Stage 2 while it is trained; the snippet model stays as it is."""
 
     name = "instance"
@@ -130,12 +128,8 @@ class InstanceStage:
         scratch: Path | None,
         checkpoints: Checkpoints,
     ) -> None:
-        self.steps = config.instance_stage.steps
-        self._config = config
-        self._stage = config.instance_stage
-        self._device = device
+        stage = config.instance_stage
         table = _proposal_table(config, data, snippet.to(device), scratch, checkpoints)
-        self._table = table
         if table.negative.all():  # also where there is nothing at all
             raise TrainingError(
                 "stage 1 gives no proposal on the training recordings: no score exceeds "
@@ -144,12 +138,14 @@ class InstanceStage:
             )
         self._positives = (~table.negative).nonzero()[:, 0]
         self._negatives = table.negative.nonzero()[:, 0]
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._model = new_instance_model(config, snippet).to(device)
-        self._averaged = AveragedModel(self._model, self._stage.average_decay)
-        self._descent = Descent(self._model, self._stage)
-        self._run = as_run(self._model.heads, config)
-        self._model.train()
+        model = new_instance_model(config, snippet).to(device)
+        generator = torch.Generator().manual_seed(config.seed)
+        super().__init__(model, stage, stage.average_decay, generator)
+        self._config = config
+        self._stage = stage
+        self._device = device
+        self._table = table
+        self._run = as_run(model.heads, config)
 
     def step(self, number: int) -> dict[str, Tensor]:
         """Proposals -> regions -> completeness and borders -> losses -> weights."""
@@ -182,26 +178,6 @@ class InstanceStage:
             "regression": regression,
             "iou_gain": mean_where(temporal_iou(refined, reliable) - own_iou, matched),
         }
-
-    def result(self) -> InstanceModel:
-        """The averaged model, on the CPU and in evaluation mode."""
-        return self._averaged.result().cpu()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes from step to step."""
-        return {
-            "model": self._model.state_dict(),
-            "averaged": self._averaged.state_dict(),
-            "descent": self._descent.state_dict(),
-            "generator": self._generator.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from such a state."""
-        self._model.load_state_dict(state["model"])
-        self._averaged.load_state_dict(state["averaged"])
-        self._descent.load_state_dict(state["descent"])
-        self._generator.set_state(state["generator"])
 
 
 def _draw_proposals(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar
@@ -31,26 +32,7 @@ Report = Callable[[str, int, dict[str, float]], None]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Stage(Protocol):
-    """One stage of training: what is done in a step, and what comes of it."""
-
-    name: str
-    steps: int
-
-    def step(self, number: int) -> dict[str, Tensor]:
-        """Step ``number``, from 1; returns its losses by name, "loss" among them."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes from step to step."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from such a state."""
-        ...
-
-
-def run_stage(stage: Stage, report: Report, checkpoints: Checkpoints) -> None:
+def run_stage(stage: Stage[Any], report: Report, checkpoints: Checkpoints) -> None:
     """All steps of a stage, from where the checkpoint left it."""
     done = checkpoints.restore(stage)
     if process_rank():  # weights start alike in all processes; what is dropped differs
@@ -172,3 +154,43 @@ class AveragedModel(Generic[Model]):
         for averaged, newest in zip(self._averaged.buffers(), self._model.buffers(), strict=True):
             averaged.copy_(newest)
         return self._averaged.eval()
+
+
+class Stage(ABC, Generic[Model]):
+    """One stage of training: a model that descends, its averaged weights, and random draws."""
+
+    name: str
+
+    def __init__(
+        self, model: Model, schedule: Schedule, average_decay: float, generator: torch.Generator
+    ) -> None:
+        self.steps = schedule.steps
+        self._model = model
+        self._averaged = AveragedModel(model, average_decay)
+        self._descent = Descent(model, schedule)
+        self._generator = generator
+        model.train()
+
+    @abstractmethod
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Step ``number``, from 1; returns its losses by name, "loss" among them."""
+
+    def result(self) -> Model:
+        """The averaged model, on the CPU and in evaluation mode."""
+        return self._averaged.result().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+        return {
+            "model": self._model.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "descent": self._descent.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self._model.load_state_dict(state["model"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._descent.load_state_dict(state["descent"])
+        self._generator.set_state(state["generator"])

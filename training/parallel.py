@@ -6,6 +6,7 @@ divided by run over all processes, so the gradient is that of one process with t
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # What still holds the group, a model in a cycle of references say, would end its threads
+        # with the interpreter, which aborts.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -72,13 +72,13 @@ def point_arrays(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Snippet index and class of each point of one recording, sorted by time.
 
-    ``rate`` is the frame rate of its points. Raises DataError for a point outside.
-
-    Points of one class in the same snippet say the same and count once.
+    ``rate`` is the frame rate of its points. Points of one class in the same snippet say the same
+    and count once. Raises DataError for a point outside.
     """
     rows = []
+    path = points_file(folder, config) if points else None
     for point in points:
-        where = f"{points_file(folder, config)}, line {point.line}: recording {name!r}"
+        where = f"{path}, line {point.line}: recording {name!r}"
         if point.label not in classes:
             raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
         index = _snippet_of(point.frame, rate, config)

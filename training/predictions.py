@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hrpro.engine.wire import HrproError
+from hrpro.training.files import replaced_file
 from hrpro.training.metrics import Segments
 
 _PREFIX = "v_"
@@ -45,9 +46,8 @@ def write_predictions(
             for score, label, start_s, end_s in sorted(rows, key=lambda row: -row[0])
         ]
     content = {"version": "HR-Pro Stream", "results": results, "external_data": {}}
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
 
 
 def read_predictions(

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from hrpro.training.config import TrainingConfig
+from hrpro.training.files import json_rows, replaced_file
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _EVERY_STEPS = 10
-_TITLES = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
+STAGE_TITLES = {"snippet": "stage 1, snippets", "instance": "stage 2, proposals"}
 
 
 class Recorder:
@@ -53,7 +54,7 @@ class Recorder:
             console=console,
         )
         self._tasks = {
-            stage: self._progress.add_task(_TITLES[stage], total=steps, loss=float("nan"))
+            stage: self._progress.add_task(STAGE_TITLES[stage], total=steps, loss=float("nan"))
             for stage, steps in self._steps.items()
         }
         if resumed is not None and resumed[0] == "instance":
@@ -88,15 +89,10 @@ class Recorder:
 
 def _keep_until(path: Path, stage: str, step: int) -> None:
     """Drop the lines after a step: they come again. The last one may be torn."""
-    order = list(_TITLES)
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            if (order.index(row["stage"]), row["step"]) <= (order.index(stage), step):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    order = list(STAGE_TITLES)
+    rows = json_rows(path) if path.exists() else []
+    known = [row for row in rows if row.get("stage") in order and isinstance(row.get("step"), int)]
+    last = (order.index(stage), step)
+    kept = [row for row in known if (order.index(row["stage"]), row["step"]) <= last]
+    with replaced_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

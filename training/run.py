@@ -36,6 +36,7 @@ from hrpro.training.checkpoint import (
 )
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet
+from hrpro.training.files import replaced_file
 from hrpro.training.instance_stage import new_instance_model
 from hrpro.training.model import SnippetModel
 from hrpro.training.snippet_stage import new_snippet_model
@@ -95,9 +96,10 @@ def made_by(config: TrainingConfig, data: DataSet) -> dict[str, Any]:
     """What the state of a run belongs to: its settings and a digest of the training data."""
     digest = hashlib.sha256()
     for recording in data.recordings:
-        digest.update(f"{recording.name} {recording.features.shape}".encode())
+        features = recording.features
+        digest.update(f"{recording.name} {features.shape}".encode())
         digest.update(recording.point_index.tobytes() + recording.point_label.tobytes())
-        ends = recording.features[[0, len(recording) // 2, -1]]  # the whole may be terabytes
+        ends = features[[0, len(recording) // 2, -1]]  # the whole may be terabytes
         digest.update(np.ascontiguousarray(ends).tobytes())
     return {
         "config": config.model_dump(mode="json"),
@@ -117,7 +119,7 @@ def read_state(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | No
         return None
     path, was = folder / CHECKPOINT, state["made_by"]
     changed = [
-        f"{name} was {_shown(old)}, is {_shown(new)}"
+        f"{name} was {json.dumps(old)}, is {json.dumps(new)}"
         for name, old, new in _differences(was["config"], expected["config"])
         if name not in _FREE_TO_CHANGE
     ]
@@ -146,10 +148,6 @@ def _differences(
         elif was != now:
             found.append((f"{prefix}{name}", was, now))
     return found
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value)
 
 
 def is_finished(folder: Path) -> bool:
@@ -184,9 +182,8 @@ def read_figures(folder: Path) -> dict[str, float | str]:
 
 
 def _write_json(path: Path, content: object) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:

@@ -9,16 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from hrpro.engine.windows import in_pieces
-from hrpro.training.batches import CropSampler, feature_statistics, features_at_points
+from hrpro.training.batches import (
+    CropSampler,
+    classes_at_points,
+    feature_statistics,
+    features_at_points,
+)
 from hrpro.training.config import SnippetStageConfig, TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.losses import base_loss, contrastive_loss, snippet_loss
 from hrpro.training.memory import initial_prototypes, update_prototypes
 from hrpro.training.model import SnippetModel, SnippetOutput, band_reach
-from hrpro.training.optimisation import AveragedModel, Descent, as_run, over_processes, precision
+from hrpro.training.optimisation import Stage, as_run, over_processes, precision
 from hrpro.training.parallel import total
 from hrpro.training.pseudo_snippets import PseudoSnippets, mine_pseudo_snippets
 
@@ -30,24 +35,22 @@ def new_snippet_model(config: TrainingConfig, feature_dim: int, class_count: int
     return SnippetModel(feature_dim, class_count, config.model)
 
 
-class SnippetStage:
+class SnippetStage(Stage[SnippetModel]):
     """Stage 1 while it is trained; its state is that of the weights, the memory and the draws."""
 
     name = "snippet"
 
     def __init__(self, config: TrainingConfig, data: DataSet, device: torch.device) -> None:
-        self.steps = config.snippet_stage.steps
+        stage = config.snippet_stage
+        model = _initial_model(config, data).to(device)
+        generator = torch.Generator().manual_seed(config.seed)
+        super().__init__(model, stage, stage.average_decay, generator)
         self._config = config
-        self._stage = config.snippet_stage
+        self._stage = stage
         self._device = device
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._sampler = CropSampler(data, self._stage.crop_snippets, self._generator)
-        self._model = _initial_model(config, data).to(device)
-        self._embedded = _embedded_points(self._model, data)  # prototypes of the embedding (C, W)
-        self._averaged = AveragedModel(self._model, self._stage.average_decay)
-        self._descent = Descent(self._model, self._stage)
-        self._run = as_run(self._model, config)
-        self._model.train()
+        self._sampler = CropSampler(data, stage.crop_snippets, generator)
+        self._embedded = _embedded_points(model, data)  # prototypes of the embedding (C, W)
+        self._run = as_run(model, config)
 
     def step(self, number: int) -> dict[str, Tensor]:
         """Crops -> scores -> pseudo snippets -> losses -> weights, memory, averaged weights."""
@@ -78,27 +81,14 @@ class SnippetStage:
         rows = embedding.flatten(0, 1)
         self._embedded = update_prototypes(self._embedded, rows, action, stage.embedding_momentum)
 
-    def result(self) -> SnippetModel:
-        """The averaged model, on the CPU and in evaluation mode."""
-        return self._averaged.result().cpu()
-
     def state_dict(self) -> dict[str, Any]:
         """All that changes from step to step."""
-        return {
-            "model": self._model.state_dict(),
-            "averaged": self._averaged.state_dict(),
-            "descent": self._descent.state_dict(),
-            "embedded": self._embedded,
-            "generator": self._generator.get_state(),
-        }
+        return {**super().state_dict(), "embedded": self._embedded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
-        self._model.load_state_dict(state["model"])
-        self._averaged.load_state_dict(state["averaged"])
-        self._descent.load_state_dict(state["descent"])
+        super().load_state_dict(state)
         self._embedded = state["embedded"].to(self._device)
-        self._generator.set_state(state["generator"])
 
 
 def _initial_model(config: TrainingConfig, data: DataSet) -> SnippetModel:
@@ -146,13 +136,11 @@ def _mine(
 def _embedded_points(model: SnippetModel, data: DataSet) -> Tensor:
     """Eq. 2 on the embedding: the class means at the points, (C, W)."""
     device = model.prototypes.device
-    rows, action = [], []
-    for recording in data.recordings:
-        embedding = torch.from_numpy(snippet_scores(model, recording.features).embedding)
-        rows.append(embedding[recording.point_index])
-        labels = torch.from_numpy(recording.point_label)
-        action.append(nn.functional.one_hot(labels, len(data.classes)).bool())
-    return initial_prototypes(torch.cat(rows).to(device), torch.cat(action).to(device))
+    rows = [
+        snippet_scores(model, each.features).embedding[each.point_index] for each in data.recordings
+    ]
+    embedded = torch.from_numpy(np.concatenate(rows))
+    return initial_prototypes(embedded.to(device), classes_at_points(data).to(device))
 
 
 @dataclass(frozen=True)
