@@ -66,11 +66,11 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
     for recording in data.recordings:
         name = recording.name
         events = stream_eval.published_segments(streamed.events(name), classes)
-        console.print(_comparison(name, truth[name], events, classes))
+        console.print(_comparison(name, truth.segments[name], events, classes))
         output = snippet_scores(model.snippet, recording.features)
         timeline = Timeline(
             name,
-            truth[name],
+            truth.segments[name],
             output.cas,
             output.attention,
             stream_eval.published_segments(streamed.finals(name), classes),

@@ -26,10 +26,10 @@ from hrpro.engine.protocol import (
 from hrpro.engine.serve import Addresses
 from hrpro.engine.timebase import SnippetClock
 from hrpro.export.bundle import Bundle, BundleError
-from hrpro.training.annotations import read_truth
+from hrpro.training.annotations import read_ground_truth
 from hrpro.training.data import DataSet, read_test_split
 from hrpro.training.data_config import DataConfig
-from hrpro.training.metrics import Segments, mean_average_precision, to_segments
+from hrpro.training.metrics import GroundTruth, Segments, to_segments
 
 _COLLECT_TIMEOUT_S = 120.0
 _CHUNK_SNIPPETS = 8
@@ -67,14 +67,14 @@ def evaluate_streaming(
     bundle: Bundle,
     config: EngineConfig,
     data: DataSet,
-    truth: Mapping[str, Segments],
+    truth: GroundTruth,
     run: StreamingRun,
 ) -> dict[str, object]:
     """The figures of a run; `hrpro stream-eval --json` prints them."""
     classes = bundle.manifest.classes
-    offline = mean_average_precision(truth, offline_segments(bundle, config, data), len(classes))
-    published = {name: published_segments(run.finals(name), classes) for name in truth}
-    streaming = mean_average_precision(truth, published, len(classes))
+    offline = truth.compare(offline_segments(bundle, config, data))
+    published = {name: published_segments(run.finals(name), classes) for name in truth.segments}
+    streaming = truth.compare(published)
     finals = run.finals()
     delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
     processed = int(run.counters["snippets_processed"])
@@ -137,7 +137,7 @@ def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dic
     }
 
 
-def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, dict[str, Segments]]:
+def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, GroundTruth]:
     """The test split as the bundle's training read its data, and its ground truth."""
     try:
         config = DataConfig.model_validate(bundle.manifest.training["data"])
@@ -148,7 +148,7 @@ def read_evaluation_data(folder: Path, bundle: Bundle) -> tuple[DataSet, dict[st
     manifest = bundle.manifest
     data = read_test_split(folder, manifest.classes, config, manifest.feature_dim)
     names = [recording.name for recording in data.recordings]
-    return data, read_truth(folder, names, manifest.classes)
+    return data, read_ground_truth(folder, names, manifest.classes, config)
 
 
 def stream_recordings(

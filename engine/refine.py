@@ -67,7 +67,8 @@ def refine_runs(
     borders = np.array([(run.start_position, run.stop_position) for run in runs])  # (N, 2)
     if scorer is None:
         return _proposals(runs, borders, contrast)
-    first = math.floor(borders[:, 0].min()) - config.border_limit - 1
+    # A border moves by up to the width of an outer region, and has one of its own from there on.
+    first = math.floor(borders[:, 0].min()) - 2 * config.border_limit - 1
     first = max(first, history.oldest)
     stretch = history.read(first, history.next_index)  # (T, W)
     relative = (borders - first).astype(np.float32)  # (N, 2)

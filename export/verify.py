@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 
 from hrpro.engine.wire import HrproError
-from hrpro.training.evaluate import TorchScorer
 from hrpro.training.train import TrainedModel
 
 # Largest absolute difference. P, S, A and completeness are in [0, 1], borders in snippets.
@@ -113,6 +112,15 @@ def _torch_scorer(model: TrainedModel) -> Scorer:
     return score
 
 
+def torch_instances(
+    model: TrainedModel, embedding: Floats, proposals: Floats
+) -> tuple[Floats, ...]:
+    """What stage 2 says in torch of proposals (N, 2) in a stretch of embedding (T, W)."""
+    with torch.no_grad():
+        outputs = model.instance(torch.from_numpy(embedding), torch.from_numpy(proposals))
+    return tuple(each.numpy() for each in outputs)
+
+
 def _run_windows(
     score: Scorer,
     features: Floats,
@@ -144,12 +152,11 @@ def _compare_instances(
     embedding: Floats,
     random: np.random.Generator,
 ) -> None:
-    scorer = TorchScorer(model.instance)
     for count in _PROPOSAL_COUNTS:
         start = random.uniform(0, len(embedding), count)
         length = random.uniform(0.5, 40, count)
         proposals = np.stack([start, start + length], axis=1).astype(np.float32)
-        expected = scorer.score_instances(embedding, proposals)
+        expected = torch_instances(model, embedding, proposals)
         got = session.run(
             ["completeness", "refined", "refined_completeness"],
             {"features": embedding, "proposals": proposals},

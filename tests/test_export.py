@@ -30,9 +30,14 @@ from tiny_model import (
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.export import export, verify
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, replaced_folder
-from hrpro.export.verify import TOLERANCES, Exactness, ExportError, verify_graphs
+from hrpro.export.verify import (
+    TOLERANCES,
+    Exactness,
+    ExportError,
+    torch_instances,
+    verify_graphs,
+)
 from hrpro.training.config import ModelConfig
-from hrpro.training.evaluate import TorchScorer
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel
 
@@ -90,7 +95,7 @@ def test_the_graphs_compute_what_the_model_does(bundle: Bundle, model: TrainedMo
     for proposals in (np.zeros((0, 2)), [[-2.0, 3.5]], [[4.0, 9.0], [30.0, 40.0], [1.0, 1.5]]):
         table = np.asarray(proposals, np.float32)
         got = backend.score_instances(embedding[0], table)
-        wanted = TorchScorer(model.instance).score_instances(expected.embedding, table)
+        wanted = torch_instances(model, expected.embedding, table)
         for one, other in zip(got, wanted, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
 

@@ -223,6 +223,7 @@ FOUND = Candidates(
     borders=np.array([[0.0, 4], [1, 3], [2, 6], [5, 9]]),
     label_index=np.array([0, 0, 0, 1]),
     contrast=np.array([0.5, 0.8, 0.9, 0.4]),
+    evidence_stop=np.array([6, 5, 8, 11]),
 )
 
 
@@ -272,6 +273,6 @@ def test_without_reliable_proposals_nothing_is_complete() -> None:
     ranked = rank_proposals(FOUND, none, none, ATTENTION, (), 2)
     assert ranked.completeness.tolist() == [[0, 0]] * 4
     assert ranked.own_iou.tolist() == [0] * 4
-    empty = Candidates(np.zeros((0, 2)), none, np.zeros(0))
+    empty = Candidates(np.zeros((0, 2)), none, np.zeros(0), none)
     ranked = rank_proposals(empty, np.array([1]), np.array([0]), ATTENTION, (0.02,), 2)
     assert ranked.borders.tolist() == [[0, 2], [5, 6]]

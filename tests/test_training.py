@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import CLASSES, TEST, TRAIN, write_tiny_data
+from tiny_data import CLASSES, TRAIN, tiny_truth, write_tiny_data
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
-from hrpro.training.annotations import read_truth
 from hrpro.training.batches import CropSampler
 from hrpro.training.config import (
     InstanceStageConfig,
@@ -122,7 +121,12 @@ def test_a_crop_is_no_longer_than_the_longest_recording() -> None:
 
 def evaluated(model: TrainedModel, folder: Path) -> Evaluation:
     data = read_test_split(folder, CLASSES)
-    return evaluate(model, data, read_truth(folder, TEST, CLASSES), QUICK.localization)
+    return evaluate(
+        model,
+        data,
+        tiny_truth(folder),
+        QUICK.localization,
+    )
 
 
 def test_what_can_be_told_apart_is_found(

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import CLASSES, TEST, write_tiny_data
+from tiny_data import CLASSES, tiny_truth, write_tiny_data
 
-from hrpro.training.annotations import read_truth
 from hrpro.training.config import (
     InstanceStageConfig,
     ModelConfig,
@@ -70,7 +69,12 @@ def test_a_recording_shorter_than_the_kernel(folder: Path, length: int) -> None:
     output = snippet_scores(model.snippet, data.recordings[0].features)
     assert output.scores.shape == (length, 2) and np.isfinite(output.scores).all()
     # Its ground truth lies behind its end and stays: those instances are missed.
-    found = evaluate(model, data, read_truth(folder, TEST, CLASSES), QUICK.localization)
+    found = evaluate(
+        model,
+        data,
+        tiny_truth(folder),
+        QUICK.localization,
+    )
     assert found.both_stages.instances == 12
 
 
@@ -143,5 +147,10 @@ def test_a_model_learns_in_either_precision(folder: Path, precision: str) -> Non
     model = trained(folder, config)
     assert all(each.dtype == torch.float32 for each in model.snippet.parameters())
     data = read_test_split(folder, CLASSES)
-    found = evaluate(model, data, read_truth(folder, TEST, CLASSES), config.localization)
+    found = evaluate(
+        model,
+        data,
+        tiny_truth(folder),
+        config.localization,
+    )
     assert found.both_stages.average > 0.85

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hrpro.training.annotations import read_truth
+from hrpro.training.metrics import GroundTruth
+
 CLASSES = ("hop", "spin")
 DIM = 6
 SNIPPET_FRAMES = 16
@@ -42,3 +45,8 @@ def write_tiny_data(folder: Path) -> None:
     (folder / "point_labels").mkdir()
     with (folder / "point_labels" / "points.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("class", "video_id", "point"), *points])
+
+
+def tiny_truth(folder: Path) -> GroundTruth:
+    """What the test split is evaluated against."""
+    return GroundTruth(read_truth(folder, TEST, CLASSES), len(CLASSES))

@@ -17,7 +17,7 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ import numpy as np
 
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.wire import HrproError
-from hrpro.training.annotations import read_ambiguous, read_truth
+from hrpro.training.annotations import read_ground_truth, read_truth
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.drawing import DISTRIBUTIONS, draw_points
 from hrpro.training.evaluate import evaluate
 from hrpro.training.files import json_rows
-from hrpro.training.metrics import Segments
+from hrpro.training.metrics import GroundTruth
 from hrpro.training.train import train
 
 RESULTS, MARKDOWN, CSV = "results.jsonl", "ablation.md", "ablation.csv"
@@ -158,11 +158,7 @@ def _measure(
         instance = config.instance_stage.model_copy(update={"steps": 1})
         config = config.model_copy(update={"instance_stage": instance})
     model = train(config, fitted, lambda *_: None)
-    names = [recording.name for recording in evaluated.recordings]
-    ambiguous = read_ambiguous(folder, names, config.data) if held_out is None else None
-    found = evaluate(
-        model, evaluated, truth, config.localization, config.data.tiou_thresholds, ambiguous
-    )
+    found = evaluate(model, evaluated, truth, config.localization)
     figures = found.both_stages if row.stage == 2 else found.stage1
     return Trial(
         row=row.name,
@@ -176,7 +172,7 @@ def _measure(
 
 def _splits(
     folder: Path, config: TrainingConfig, row: Row, held_out: int | None
-) -> tuple[DataSet, DataSet, Mapping[str, Segments]]:
+) -> tuple[DataSet, DataSet, GroundTruth]:
     """Recordings to train on, recordings to evaluate, and their ground truth."""
     fitted = read_training_split(folder, config.data)
     if row.points is not None:
@@ -186,7 +182,12 @@ def _splits(
     else:
         fitted, evaluated = split(fitted, held_out)
     names = [recording.name for recording in evaluated.recordings]
-    return fitted, evaluated, read_truth(folder, names, fitted.classes)
+    if held_out is None:
+        truth = read_ground_truth(folder, names, fitted.classes, config.data)
+    else:  # the ambiguous stretches are of the test split
+        segments = read_truth(folder, names, fitted.classes)
+        truth = GroundTruth(segments, len(fitted.classes), config.data.tiou_thresholds)
+    return fitted, evaluated, truth
 
 
 def _with_points(data: DataSet, folder: Path, distribution: str, seed: int) -> DataSet:

@@ -12,13 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.training.data_config import DataConfig, DataError, read_text
-from hrpro.training.metrics import Segments
+from hrpro.training.metrics import GroundTruth, Segments
 
 
 def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Segments]:
     """Ground-truth instances of the named recordings, in seconds."""
     database = read_database(folder)
     return {name: truth_of(folder, database, name, classes) for name in names}
+
+
+def read_ground_truth(
+    folder: Path, names: Sequence[str], classes: Sequence[str], config: DataConfig
+) -> GroundTruth:
+    """All that evaluation on these recordings needs."""
+    return GroundTruth(
+        read_truth(folder, names, classes),
+        len(classes),
+        config.tiou_thresholds,
+        read_ambiguous(folder, names, config),
+    )
 
 
 def truth_of(folder: Path, database: dict[str, Any], name: str, classes: Sequence[str]) -> Segments:

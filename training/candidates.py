@@ -30,10 +30,13 @@ def find_candidates(scores: NDArray[np.float32], config: LocalizationConfig) -> 
     label, level, start, stop = (each[kept] for each in (label, level, start, stop))
     first = np.where(start > 0, _crossing(P, label, start, threshold[level]), 0.0)
     last = np.where(stop < T, _crossing(P, label, stop, threshold[level]), float(T))
+    border = np.ceil(config.border_ratio * (stop - start)).astype(np.intp)
+    border = np.minimum(border, config.border_limit)
     return Candidates(
         borders=np.stack([first, last], axis=1),
         label_index=label.astype(np.int64),
-        contrast=np.maximum(_contrast(P, label, start, stop, config), 0.0),
+        contrast=np.maximum(_contrast(P, label, start, stop, border), 0.0),
+        evidence_stop=np.minimum(stop + border + 1, T).astype(np.int64),
     )
 
 
@@ -61,13 +64,11 @@ def _crossing(scores: Floats, label: Indices, t: Indices, threshold: Floats) -> 
 
 
 def _contrast(
-    scores: Floats, label: Indices, start: Indices, stop: Indices, config: LocalizationConfig
+    scores: Floats, label: Indices, start: Indices, stop: Indices, border: Indices
 ) -> Floats:
     """p_OIC: mean of P inside minus mean of P in both outer regions, (N,)."""
     C, T = scores.shape
     total = np.concatenate([np.zeros((C, 1)), scores.cumsum(axis=1)], axis=1)  # below t, (C, T + 1)
-    border = np.ceil(config.border_ratio * (stop - start)).astype(np.intp)
-    border = np.minimum(border, config.border_limit)
     left, right = np.maximum(start - border, 0), np.minimum(stop + border, T)
     inner = (total[label, stop] - total[label, start]) / (stop - start)
     outer = total[label, start] - total[label, left] + total[label, right] - total[label, stop]

@@ -14,18 +14,14 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.manifold import TSNE
 
-from hrpro.engine.localizer import localize
 from hrpro.engine.soft_nms import temporal_iou
-from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import read_truth
-from hrpro.training.candidates import find_candidates
 from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split
-from hrpro.training.evaluate import TorchScorer
 from hrpro.training.files import json_rows
-from hrpro.training.metrics import Segments, to_segments
+from hrpro.training.localize import all_proposals, localize_recording
+from hrpro.training.metrics import Segments
 from hrpro.training.plots import Timeline, class_colours, plot_timeline
-from hrpro.training.ranking import Candidates
 from hrpro.training.recorder import METRICS, STAGE_TITLES
 from hrpro.training.run import RunDescription, read_run
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
@@ -108,8 +104,8 @@ def look_at(
     centre_s = (np.arange(len(recording)) + 0.5) * clock.snippet_s
     for n in range(len(truth)):
         label[(centre_s >= truth.start_s[n]) & (centre_s < truth.end_s[n])] = truth.label_index[n]
-    scored = _scored(find_candidates(output.scores, config), output.embedding, clock, model)
-    return Looked(recording, truth, output, scored, label)
+    before, after = (all_proposals(output, config, clock, each) for each in (None, model.instance))
+    return Looked(recording, truth, output, (before, after), label)
 
 
 def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -> Timeline:
@@ -117,8 +113,7 @@ def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -
     clock, config = description.config.data.clock, description.config.localization
     recording, output = looked.recording, looked.output
     before, after = (
-        to_segments(localize(output.scores, output.embedding, config, scorer), clock)
-        for scorer in (None, TorchScorer(model.instance))
+        localize_recording(output, config, clock, each) for each in (None, model.instance)
     )
     index = recording.point_index
     points = Segments.from_rows(
@@ -136,24 +131,6 @@ def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -
         before=before,
         points=points if len(points) else None,
     )
-
-
-def _scored(
-    candidates: Candidates,
-    embedding: NDArray[np.float32],
-    clock: SnippetClock,
-    model: TrainedModel,
-) -> tuple[Segments, Segments]:
-    """All candidates with p_OIC, and refined with the mean of p_OIC and their completeness."""
-    borders = candidates.borders.astype(np.float32)
-    _, refined, completeness = TorchScorer(model.instance).score_instances(embedding, borders)
-    rows, label = np.arange(len(borders)), candidates.label_index
-    after = (candidates.contrast + completeness[rows, label]) / 2
-    found = []
-    for positions, score in ((candidates.borders, candidates.contrast), (refined, after)):
-        start_s, end_s = clock.snippet_s * positions.astype(np.float64).T
-        found.append(Segments(start_s, end_s, label, score))
-    return found[0], found[1]
 
 
 # --- reliability, Figure 5 -----------------------------------------------------------------------

@@ -83,7 +83,12 @@ class InstanceModel(nn.Module):
     def forward(self, embedding: Tensor, proposals: Tensor) -> InstanceOutput:
         """Score the proposals, refine them, and score what became of them."""
         lowest = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
-        highest = lowest + (embedding.shape[0] - 1)
+        return self.score(embedding, proposals, lowest, lowest + (embedding.shape[0] - 1))
+
+    def score(
+        self, embedding: Tensor, proposals: Tensor, lowest: Tensor, highest: Tensor
+    ) -> InstanceOutput:
+        """The same where a proposal may see the snippets ``lowest`` to ``highest``, (N, 1)."""
         completeness, offset = self.heads(self.pooling(embedding, proposals, lowest, highest))
         unit = self._offset_factor * self.pooling.border(proposals)
         refined = refined_borders(proposals, offset, unit)

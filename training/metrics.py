@@ -14,7 +14,7 @@ nobody does).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,10 @@ class Segments:
 
     def of_class(self, label_index: int) -> Segments:
         """The segments with this label, in the order they stand."""
-        chosen = self.label_index == label_index
+        return self.rows(self.label_index == label_index)
+
+    def rows(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Segments:
+        """The segments of a mask, or at these indices."""
         return Segments(
             self.start_s[chosen],
             self.end_s[chosen],
@@ -76,6 +79,23 @@ class MeanAveragePrecision:
     average: float
     by_tiou: dict[float, float]
     instances: int
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What predictions are held against: ``segments`` and ``ambiguous`` stretches by recording,
+    and the thresholds of the data set's benchmark."""
+
+    segments: Mapping[str, Segments]
+    class_count: int
+    tiou_thresholds: Sequence[float] = THUMOS_TIOU_THRESHOLDS
+    ambiguous: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def compare(self, predictions: Mapping[str, Segments]) -> MeanAveragePrecision:
+        """See `mean_average_precision`."""
+        return mean_average_precision(
+            self.segments, predictions, self.class_count, self.tiou_thresholds, self.ambiguous
+        )
 
 
 def mean_average_precision(

@@ -18,11 +18,15 @@ ReliableRule = Literal["contrast", "between_points", "none"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Proposals of a recording: ``borders`` (N, 2) in snippets, ``label_index`` and p_OIC (N,)."""
+    """Proposals of a recording: ``borders`` (N, 2) in snippets, ``label_index`` and p_OIC (N,).
+
+    The snippets below ``evidence_stop`` (N,) say all there is to know of a proposal.
+    """
 
     borders: Floats
     label_index: NDArray[np.int64]
     contrast: Floats
+    evidence_stop: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
-from hrpro.training.annotations import annotated_labels, read_ambiguous, read_truth
+from hrpro.training.annotations import annotated_labels, read_ground_truth
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import (
@@ -24,7 +24,7 @@ from hrpro.training.data import (
 )
 from hrpro.training.data_config import DataConfig
 from hrpro.training.evaluate import evaluate
-from hrpro.training.metrics import MeanAveragePrecision, mean_average_precision
+from hrpro.training.metrics import MeanAveragePrecision
 from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
@@ -155,14 +155,8 @@ def evaluate_run(
         )
     data = read_test_split(data_folder, classes, config.data, description.feature_dim)
     names = [recording.name for recording in data.recordings]
-    found = evaluate(
-        model,
-        data,
-        read_truth(data_folder, names, classes),
-        config.localization,
-        config.data.tiou_thresholds,
-        read_ambiguous(data_folder, names, config.data),
-    )
+    truth = read_ground_truth(data_folder, names, classes, config.data)
+    found = evaluate(model, data, truth, config.localization)
     if predictions is not None:
         write_predictions(predictions, found.predictions, classes)
     write_figures(
@@ -184,13 +178,8 @@ def evaluate_predictions(
     """mAP of a file of predictions in ActivityNet's format on a data folder's test split."""
     names = read_names(data_folder, "test", config)
     classes = known_classes(data_folder, config) or annotated_labels(data_folder, names)
-    found = mean_average_precision(
-        read_truth(data_folder, names, classes),
-        read_predictions(predictions, names, classes),
-        len(classes),
-        config.tiou_thresholds,
-        read_ambiguous(data_folder, names, config),
-    )
+    truth = read_ground_truth(data_folder, names, classes, config)
+    found = truth.compare(read_predictions(predictions, names, classes))
     return _figures(found, len(names))
 
 

@@ -1,0 +1,84 @@
+"""A whole recording at once gives the proposals that the engine finds snippet by snippet."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tiny_model import CLASSES, DIM, tiny_config, tiny_model, tiny_recording
+
+from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.localizer import localize
+from hrpro.engine.timebase import SnippetClock
+from hrpro.export.verify import torch_instances
+from hrpro.training.localize import localize_recording
+from hrpro.training.metrics import Segments, to_segments
+from hrpro.training.snippet_stage import SnippetScores
+from hrpro.training.train import TrainedModel
+
+CLOCK = SnippetClock(25, 16)
+Floats = NDArray[np.float32]
+
+
+class Scorer:
+    """Stage 2 as the engine asks for it."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+
+    def score_instances(self, embedding: Floats, proposals: Floats) -> tuple[Floats, ...]:
+        return torch_instances(self.model, embedding, proposals)
+
+
+@pytest.fixture(scope="module")
+def model() -> TrainedModel:
+    return tiny_model(tiny_config())
+
+
+def output_of(length: int, seed: int) -> SnippetScores:
+    """Scores that go up and down slowly, and an embedding."""
+    scores = tiny_recording(length, seed)[:, : len(CLASSES)]
+    embedding = np.abs(tiny_recording(length, seed + 1)[:, :DIM])
+    scores = (1 / (1 + np.exp(2 - 3 * scores))).astype(np.float32)
+    return SnippetScores(scores, scores, scores.max(axis=1), embedding)
+
+
+def table(segments: Segments) -> NDArray[np.float64]:
+    """Rows (label, start, end, score) in an order of their own."""
+    columns = (segments.label_index, segments.start_s, segments.end_s, segments.score)
+    rows = np.stack(columns, axis=1)
+    return rows[np.lexsort(np.round(rows.T, 4))]
+
+
+# The outer regions are as wide as the model was made for.
+configs = st.builds(
+    LocalizationConfig,
+    thresholds=st.sampled_from([(0.3,), (0.1, 0.2, 0.4, 0.6)]),
+    peak_gate=st.sampled_from([0.0, 0.3]),
+    keep_unrefined=st.booleans(),
+    # Shorter than some of the runs: what lies further back is forgotten, here as there.
+    history_snippets=st.sampled_from([32, 512]),
+)
+
+
+@given(st.integers(0, 150), st.integers(0, 10_000), configs, st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_they_are_the_proposals_of_the_engine(
+    model: TrainedModel, length: int, seed: int, config: LocalizationConfig, refined: bool
+) -> None:
+    output = output_of(length, seed)
+    scorer, instance = (Scorer(model), model.instance) if refined else (None, None)
+    expected = to_segments(localize(output.scores, output.embedding, config, scorer), CLOCK)
+    got = localize_recording(output, config, CLOCK, instance)
+    assert len(got) == len(expected)
+    np.testing.assert_allclose(table(got), table(expected), atol=2e-4)
+
+
+def test_the_best_of_a_class_comes_first(model: TrainedModel) -> None:
+    found = localize_recording(output_of(150, 3), LocalizationConfig(), CLOCK, model.instance)
+    assert len(found) > 20
+    assert (np.diff(found.label_index) >= 0).all()
+    for label in range(len(CLASSES)):
+        assert (np.diff(found.of_class(label).score) <= 0).all()
