@@ -29,8 +29,8 @@ def ablate(
         int | None,
         typer.Option(
             metavar="N",
-            help="Evaluate the last 1/N of the training recordings, not trained on, in place of "
-            "the test split: for choosing settings.",
+            help="Evaluate every N-th of the training recordings, by name, not trained on, in "
+            "place of the test split: for choosing settings.",
             min=2,
         ),
     ] = None,

@@ -27,6 +27,13 @@ class LocalizationConfig(Settings):
         description="outer regions are never wider than this, so that they can be waited for",
     )
     soft_nms_sigma: float = Field(0.3, gt=0, description="width of the Gaussian of soft-NMS")
+    completeness_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of completeness in the score of a proposal, the rest is its contrast; "
+        "a bundle has less where the model was trained on few points",
+    )
     keep_unrefined: bool = Field(
         False, description="publish proposals with their unrefined borders too (the paper does)"
     )

@@ -56,14 +56,15 @@ def refine_runs(
 ) -> list[Proposal]:
     """Score closed runs by contrast and completeness, and move their borders.
 
-    ``history`` holds the embedding of the newest snippets. The score is the mean of p_OIC and the
-    completeness of the refined borders in the run's class (half of the paper's sum, which ranks
-    the same). With ``keep_unrefined`` the unrefined borders are given too, as in the paper.
-    Without a scorer, stage 1 alone: the run's own borders, scored by p_OIC.
+    ``history`` holds the embedding of the newest snippets. The score is the weighted mean of p_OIC
+    and the completeness of the refined borders in the run's class (with equal weights half of the
+    paper's sum, which ranks the same). With ``keep_unrefined`` the unrefined borders are given
+    too, as in the paper. Without a scorer, stage 1 alone: the run's own borders, scored by p_OIC.
     """
     if not runs:
         return []
-    contrast = [max(0.0, detector.outer_inner_contrast(run)) for run in runs]
+    contrast = np.array([max(0.0, detector.outer_inner_contrast(run)) for run in runs])
+    weight = config.completeness_weight
     borders = np.array([(run.start_position, run.stop_position) for run in runs])  # (N, 2)
     if scorer is None:
         return _proposals(runs, borders, contrast)
@@ -81,18 +82,23 @@ def refine_runs(
     labels = [run.label_index for run in runs]
     rows = np.arange(len(runs))
     refined = np.clip(refined.astype(np.float64) + first, detector.first_index, detector.next_index)
-    proposals = _proposals(
-        runs, refined, (contrast + refined_completeness[rows, labels].astype(np.float64)) / 2
-    )
+    score = fuse(contrast, refined_completeness[rows, labels], weight)
+    proposals = _proposals(runs, refined, score)
     if config.keep_unrefined:
-        proposals += _proposals(
-            runs, borders, (contrast + completeness[rows, labels].astype(np.float64)) / 2
-        )
+        score = fuse(contrast, completeness[rows, labels], weight)
+        proposals += _proposals(runs, borders, score)
     return proposals
 
 
+def fuse(
+    contrast: NDArray[np.float64], completeness: NDArray[np.float32], weight: float
+) -> NDArray[np.float64]:
+    """The scores of proposals, (N,), from p_OIC and completeness with its ``weight`` in [0, 1]."""
+    return (1 - weight) * contrast + weight * completeness.astype(np.float64)
+
+
 def _proposals(
-    runs: Sequence[Run], borders: NDArray[np.float64], scores: Sequence[float] | NDArray[np.float64]
+    runs: Sequence[Run], borders: NDArray[np.float64], scores: NDArray[np.float64]
 ) -> list[Proposal]:
     return [
         Proposal(run.label_index, float(start), float(end), float(score), run.stop)

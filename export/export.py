@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.windows import window_length
 from hrpro.export.bundle import (
     INSTANCE_GRAPH,
@@ -18,7 +19,7 @@ from hrpro.export.bundle import (
 )
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph
 from hrpro.export.verify import Exactness, verify_graphs
-from hrpro.training.config import ModelConfig
+from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.model import band_reach
 from hrpro.training.run import RunDescription
 from hrpro.training.train import TrainedModel
@@ -63,7 +64,7 @@ def export_bundle(
                 "window_length": window_length(
                     config.window, exactness.context, exactness.lookahead
                 ),
-                "localization": config.localization.model_dump(),
+                "localization": _localization(config, model).model_dump(),
                 "training": config.model_dump(mode="json"),
                 "figures": dict(figures),
                 "verified": verified,
@@ -75,6 +76,12 @@ def export_bundle(
             },
         )
     return read_bundle(target)
+
+
+def _localization(config: TrainingConfig, model: TrainedModel) -> LocalizationConfig:
+    """The settings of the run, with the weight that stage 2 has earned."""
+    weight = config.localization.completeness_weight * float(model.instance.trust)
+    return config.localization.model_copy(update={"completeness_weight": weight})
 
 
 def exact_positions(config: ModelConfig) -> Exactness:

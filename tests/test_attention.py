@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrpro.training.attention import (
     Attended,
@@ -36,6 +36,41 @@ def test_attention_by_hand() -> None:
     assert mixed[0].tolist() == pytest.approx([first, 2 * (1 - first), 0, 0])
     # The second one sees all alike: the mean of the three.
     assert mixed[1].tolist() == pytest.approx([5 / 3, 7 / 3, 5 / 3, 5 / 3])
+
+
+def set_weights(layer: nn.Module, weight: list[list[float]]) -> None:
+    assert isinstance(layer, nn.Linear)
+    layer.weight.copy_(torch.tensor(weight))
+    layer.bias.zero_()
+
+
+def test_a_block_by_hand() -> None:
+    """Eq. 4 to 6: queries are of the snippets, keys and values of snippets and prototypes."""
+    block = ReliabilityAwareBlock(2, 1, 1, "relu", dropout=0.5).eval()
+    block.attention_norm = block.feed_forward_norm = nn.Identity()  # type: ignore[assignment]
+    unit = math.log(2) * math.sqrt(2)  # sqrt(d) goes out: logits are multiples of ln 2
+    with torch.no_grad():
+        set_weights(block.query, [[unit, 0], [0, unit]])
+        # f_k(a, b) = (a, 2 b), f_v(a, b) = (3 b, a)
+        set_weights(block.key_value, [[1, 0], [0, 2], [0, 3], [1, 0]])
+        set_weights(block.output, [[1, 0], [0, 2]])
+        set_weights(block.feed_forward[0], [[1, -1]])
+        set_weights(block.feed_forward[3], [[0], [0.5]])
+    snippets, prototype = torch.tensor([[[1.0, 0], [0, 1.0]]]), torch.tensor([[1.0, 1.0]])
+    band = Band(2, None, 0)
+    bias = band.bias(torch.ones(1, 2, dtype=torch.bool), 1)
+    # Keys (1, 0), (0, 2) and (1, 2); values (0, 1), (3, 0) and (3, 1).
+    # Snippet (1, 0): logits 1, 0, 1 times ln 2, weights (2, 1, 2) / 5:
+    #   mixed (2 (0, 1) + (3, 0) + 2 (3, 1)) / 5 = (9, 4) / 5, out (1.8, 1.6), with x (2.8, 1.6)
+    #   feed-forward 0.5 * relu(2.8 - 1.6) = 0.6 to the second: (2.8, 2.2)
+    # Snippet (0, 1): logits 0, 2, 2 times ln 2, weights (1, 4, 4) / 9:
+    #   mixed ((0, 1) + 4 (3, 0) + 4 (3, 1)) / 9 = (24, 5) / 9, out (24, 10) / 9,
+    #   with x (24, 19) / 9
+    #   feed-forward 0.5 * relu(5 / 9) = 2.5 / 9: (24, 21.5) / 9
+    with torch.no_grad():
+        got = block(snippets, prototype, bias, band)[0]
+    assert got[0].tolist() == pytest.approx([2.8, 2.2])
+    assert got[1].tolist() == pytest.approx([24 / 9, 21.5 / 9])
 
 
 def dense(
@@ -92,6 +127,16 @@ def test_without_a_band_the_length_is_one_block() -> None:
     band = Band(500, None, 0)
     assert (band.blocks, band.block) == (1, 500)
     assert not band.bias(torch.ones(1, 500, dtype=torch.bool), 3).any()
+
+
+@pytest.mark.parametrize("share", [0.9979, 0.9981, 0.9999])
+def test_dropout_always_keeps_something(share: float) -> None:
+    # 256 * 0.9979 = 255.46 rounds to 255, 256 * 0.9981 = 255.51 to 256, which would leave nothing.
+    torch.manual_seed(0)
+    dropped = Dropout(share)(torch.ones(100_000))
+    assert dropped.unique().tolist() == [0.0, 256.0]
+    # One in 256: 390 +- 20 of 100000
+    assert 300 < int((dropped > 0).sum()) < 480
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:

@@ -75,9 +75,9 @@ def test_a_run_has_metrics_and_the_same_as_tensorboard_scalars(trained: Trained)
     assert [lines[7]["loss"], lines[11]["loss"]] == [
         trained.summary["snippet_loss"], trained.summary["instance_loss"]
     ]  # fmt: skip
-    (events,) = (trained.run / "tensorboard").iterdir()
     scalars = {
         (value.tag, event.step): value.tensor.float_val[0]
+        for events in (trained.run / "tensorboard").glob("*/*")
         for event in EventFileLoader(str(events)).Load()
         for value in event.summary.value
     }

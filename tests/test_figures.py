@@ -16,6 +16,7 @@ from hrpro.training.data import read_training_split
 from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves, timeline
 from hrpro.training.metrics import Segments
 from hrpro.training.run import read_run
+from hrpro.training.snippet_stage import snippet_scores
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -60,14 +61,16 @@ def test_what_is_seen_of_a_recording(trained: Trained) -> None:
     description, model = read_run(trained.run)
     recording = read_training_split(trained.data, description.config.data).recordings[0]
     truth = read_truth(trained.data, [recording.name], description.classes)[recording.name]
-    looked = look_at(recording, truth, description, model)
-    points = timeline(looked, description, model).points
+    output = snippet_scores(model.snippet, recording.features)
+    looked = look_at(output, truth, np.arange(len(recording)), description, model)
+    points = timeline(recording, truth, description, model).points
     assert points is not None and len(points) == len(recording.point_index)
     assert (points.start_s / 0.64).round().astype(int).tolist() == recording.point_index.tolist()
     # Each point lies in an action of its class.
-    on_points = looked.snippet_label[recording.point_index]
+    on_points = looked.label[recording.point_index]
     assert on_points.tolist() == recording.point_label.tolist()
-    assert (looked.snippet_label == -1).any()
+    assert (looked.label == -1).any()
+    np.testing.assert_array_equal(looked.embedding, output.embedding)
     before, after = looked.scored
     assert len(before) == len(after) > 0
     assert not np.allclose(before.start_s, after.start_s)

@@ -1,25 +1,41 @@
-"""The losses by hand on tiny tensors, and the memory of prototypes."""
+"""The losses by hand on tiny tensors, mining, the memory of prototypes, and descent."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from hrpro.engine import soft_nms
+from hrpro.engine.timebase import SnippetClock
+from hrpro.training.config import (
+    InstanceStageConfig,
+    ModelConfig,
+    SnippetStageConfig,
+    TrainingConfig,
+)
+from hrpro.training.data import DataSet, Recording
 from hrpro.training.losses import (
+    BaseLoss,
     base_loss,
     contrastive_loss,
     focal_loss,
+    instance_loss,
     regression_loss,
     score_loss,
+    snippet_loss,
     temporal_iou,
 )
 from hrpro.training.memory import class_means, initial_prototypes, update_prototypes
+from hrpro.training.model import SnippetOutput
+from hrpro.training.optimisation import AveragedModel, Descent
 from hrpro.training.pseudo_snippets import PseudoSnippets
+from hrpro.training.snippet_stage import SnippetStage, _mine
 
 LN_2 = math.log(2)
 
@@ -144,6 +160,62 @@ def test_without_background_the_gradient_is_finite() -> None:
     assert embedding.grad[0, 0].abs().sum() > 0
 
 
+# --- eq. 8 and 14 --------------------------------------------------------------------------------
+
+
+def test_snippet_loss_weighs_each_term() -> None:
+    stage = SnippetStageConfig(
+        action_weight=2, background_weight=3, background_class_weight=4, contrastive_weight=5
+    )
+    base = BaseLoss(torch.tensor(1.0), torch.tensor(10.0), torch.tensor(100.0))
+    # 2 * 1 + 3 * 10 + 4 * 100 + 5 * 1000
+    assert snippet_loss(base, torch.tensor(1000.0), stage).item() == 5432
+
+
+def test_instance_loss_weighs_both_terms() -> None:
+    stage = InstanceStageConfig(score_weight=2, regression_weight=3)
+    # 2 * 1 + 3 * 10
+    assert instance_loss(torch.tensor(1.0), torch.tensor(10.0), stage).item() == 32
+
+
+# --- mining --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mining", "first", "second", "background"),
+    [
+        # From 1 the walk stops at 3, where A is low, and from 5 it stops there as well.
+        ("attention", [0, 1, 2], [4, 5, 6], [3]),
+        # P of the point's own class: that of class 0 is low at 2, that of class 1 at 4 and at the
+        # point itself, which stays one. Background is still where A is lowest between the points.
+        ("class", [0, 1], [5, 6], [3]),
+        # Nothing but the points; A is lowest at 0 before them and at 6 behind.
+        ("points", [1], [5], [0, 3, 6]),
+    ],
+)
+def test_mining(mining: str, first: list[int], second: list[int], background: list[int]) -> None:
+    high, low = 0.99, 0.5
+    attention = torch.tensor([[high, high, high, low, high, high, high]])
+    scores = torch.tensor(
+        [
+            [high, high, low, high, high, high, high],
+            [high, high, high, high, low, low, high],
+        ]
+    ).T[None]
+    points = torch.zeros(1, 7, 2, dtype=torch.bool)
+    points[0, 1, 0] = points[0, 5, 1] = True
+    found = _mine(
+        SnippetOutput(scores, scores, attention, scores),
+        points,
+        torch.ones(1, 7, dtype=torch.bool),
+        torch.ones(1, 2, dtype=torch.bool),
+        SnippetStageConfig.model_validate({"mining": mining}),
+    )
+    assert found.action[0, :, 0].nonzero()[:, 0].tolist() == first
+    assert found.action[0, :, 1].nonzero()[:, 0].tolist() == second
+    assert found.background[0].nonzero()[:, 0].tolist() == background
+
+
 # --- eq. 10 and 13 -------------------------------------------------------------------------------
 
 
@@ -201,3 +273,66 @@ def test_prototypes_move_by_one_minus_momentum() -> None:
     got = update_prototypes(prototypes, ROWS, ACTION, momentum=0.75)
     # 0.25 * (2, 3); 0.75 + 0.25 * (3, 4); class 2 does not occur
     assert got.tolist() == [[0.5, 0.75], [1.5, 1.75], [9.0, 9.0]]
+
+
+def test_a_step_moves_both_memories() -> None:
+    """Eq. 3 for what snippets attend to and, on the embedding, for what they are compared to."""
+    rows = np.array([[1, 0], [3, 4], [5, 2], [7, 6]], np.float32)
+    at = np.array([0], np.int64)
+    data = DataSet("one", ("hop",), SnippetClock(), (Recording("x", rows, at, at),))
+    config = TrainingConfig(
+        model=ModelConfig(blocks=0, dropout=0),
+        snippet_stage=SnippetStageConfig(
+            steps=2,
+            batch_size=2,
+            action_threshold=0,  # the walk from the point goes over all four rows
+            prototype_momentum=0.75,
+            embedding_momentum=0.5,
+        ),
+    )
+    stage = SnippetStage(config, data, torch.device("cpu"))
+    assert stage._model.prototypes.tolist() == [[1, 0]]  # eq. 2
+    with torch.no_grad():  # the embedding is the features
+        stage._model.feature_mean.zero_()
+        stage._model.feature_scale.fill_(1)
+        stage._model.embed.weight.zero_()
+        stage._model.embed.weight[:, :, 1] = torch.eye(2)
+        stage._model.embed.bias.zero_()  # type: ignore[union-attr]
+    stage._embedded = torch.tensor([[0.0, 1.0]])
+    stage.step(1)
+    # The mean row is (4, 3): 0.75 * (1, 0) + 0.25 * (4, 3), and 0.5 * (0, 1) + 0.5 * (4, 3)
+    assert stage.result().prototypes.tolist() == [[1.75, 0.75]]
+    assert stage.state_dict()["embedded"].tolist() == [[2.0, 2.0]]
+
+
+# --- descent -------------------------------------------------------------------------------------
+
+
+def test_gradients_are_clipped_to_a_norm_of_one() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    descent = Descent(model, SnippetStageConfig(steps=3))
+    # The gradient is the input: (3, 4) has the norm 5, (0.3, 0.4) that of 0.5 and stays.
+    for x, expected in (([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])):
+        descent.step(model(torch.tensor(x)).sum())
+        assert model.weight.grad is not None
+        assert model.weight.grad[0].tolist() == pytest.approx(expected)
+
+
+def test_weights_are_averaged_and_buffers_are_the_newest() -> None:
+    model = nn.BatchNorm1d(1)
+    averaged = AveragedModel(model, decay=0.75)
+    with torch.no_grad():
+        for step, weight, expected in (
+            (1, 11.0, 10.0),  # from 1; decay 1 / (1 + 9): 0.1 * 1 + 0.9 * 11
+            (6, 20.0, 16.0),  # 6 / (6 + 9): 0.4 * 10 + 0.6 * 20
+            (91, 32.0, 20.0),  # not 91 / 100 but 0.75: 0.75 * 16 + 0.25 * 32
+        ):
+            model.weight.fill_(weight)
+            averaged.update(step)
+            assert averaged.state_dict()["weight"].tolist() == pytest.approx([expected])
+        assert model.running_mean is not None
+        model.running_mean.fill_(7.0)
+    result = averaged.result()
+    assert result.weight.tolist() == pytest.approx([20.0])
+    assert result.running_mean is not None and result.running_mean.tolist() == [7.0]
+    assert not result.training and model.training

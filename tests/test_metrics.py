@@ -1,10 +1,8 @@
-"""Average precision: golden cases by hand, and against a plain slow implementation."""
+"""Average precision: golden cases by hand; test_predictions.py has it against a plain one."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hrpro.training.metrics import THUMOS_TIOU_THRESHOLDS, Segments, mean_average_precision
 
@@ -117,61 +115,3 @@ def test_segments_of_a_class() -> None:
     chosen = segments.of_class(1)
     assert chosen.start_s.tolist() == [0, 4] and chosen.end_s.tolist() == [1, 5]
     assert chosen.score.tolist() == [0.5, 0.75] and chosen.label_index.tolist() == [1, 1]
-
-
-def plain_tiou(a: Row, b: Row) -> float:
-    shared = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-    return shared / (a[1] - a[0] + b[1] - b[0] - shared)
-
-
-def plain_average_precision(truth: Rows, predictions: Rows, label: int, tiou: float) -> float:
-    """Visit predictions by falling score; then add up the steps of recall."""
-    total = sum(row[2] == label for rows in truth.values() for row in rows)
-    ranked = [(name, row) for name in truth for row in predictions.get(name, []) if row[2] == label]
-    ranked.sort(key=lambda each: -each[1][3])
-    taken: set[tuple[str, int]] = set()
-    hits = 0
-    curve = []
-    for position, (name, row) in enumerate(ranked, start=1):
-        overlaps = [
-            (plain_tiou(row, instance), -number)
-            for number, instance in enumerate(truth[name])
-            if instance[2] == label and (name, number) not in taken
-        ]
-        best, number = max(overlaps, default=(0.0, 0))
-        if best >= tiou:
-            taken.add((name, -number))
-            hits += 1
-        curve.append((hits / total, hits / position))
-    area, reached = 0.0, 0.0
-    for position, (recall, _) in enumerate(curve):
-        area += (recall - reached) * max(precision for _, precision in curve[position:])
-        reached = recall
-    return area
-
-
-segment = st.tuples(st.integers(0, 12), st.integers(1, 8), st.integers(0, 1))
-instances = st.lists(
-    segment.map(lambda s: (float(s[0]), float(s[0] + s[1]), s[2], 1.0)), max_size=4
-)
-scored = st.lists(
-    st.tuples(segment, st.integers(1, 6)).map(
-        lambda s: (float(s[0][0]), float(s[0][0] + s[0][1]), s[0][2], s[1] / 8)
-    ),
-    max_size=7,
-)
-
-
-@given(instances, instances, scored, scored)
-def test_mean_average_precision_is_the_plain_one(
-    first: list[Row], second: list[Row], found: list[Row], also: list[Row]
-) -> None:
-    truth, predictions = {"x": first, "y": second}, {"x": found, "y": also}
-    labels = sorted({row[2] for row in first + second})
-    thresholds = (0.3, 0.5, 0.7)
-    expected = [
-        sum(plain_average_precision(truth, predictions, label, tiou) for label in labels)
-        / max(len(labels), 1)
-        for tiou in thresholds
-    ]
-    assert average(truth, predictions, thresholds, classes=2) == pytest.approx(expected, abs=1e-9)

@@ -11,9 +11,14 @@ from tiny_model import BLOCKS, CONTEXT, DIM, FUTURE, LOOKAHEAD, PAST, tiny_confi
 from torch import Tensor, nn
 
 from hrpro.training.config import ModelConfig
-from hrpro.training.instance import InstanceHeads, InstanceModel, refined_borders
+from hrpro.training.instance import (
+    InstanceHeads,
+    InstanceModel,
+    border_features,
+    refined_borders,
+)
 from hrpro.training.model import SnippetModel, SnippetOutput
-from hrpro.training.ranking import Candidates, rank_proposals, reliable_proposals
+from hrpro.training.ranking import Candidates, ReliableRule, rank_proposals, reliable_proposals
 from hrpro.training.roi import RegionPooling, Regions
 
 T = 40
@@ -186,6 +191,34 @@ def test_heads_by_hand() -> None:
     assert offset.tolist() == [pytest.approx([math.tanh(0.5), math.tanh(-1.0)])]
 
 
+AROUND = Regions(  # of one proposal, one number a bin
+    torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]),
+    torch.full((1, 16, 1), 99.0),
+    torch.tensor([[[5.0], [6.0], [7.0], [8.0]]]),
+)
+
+
+def test_border_features_are_the_start_and_the_end_region() -> None:
+    assert border_features(AROUND).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    wide = Regions(*(torch.cat([region, -region], dim=2) for region in AROUND))
+    expected = [1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8]
+    assert border_features(wide).tolist() == [expected]
+
+
+def test_the_regression_head_by_hand() -> None:
+    heads = InstanceHeads(1, 1, 2, dropout=0.5).eval()
+    with torch.no_grad():
+        for layer in (heads.regress[0], heads.regress[3]):
+            layer.bias.zero_()
+        heads.regress[0].weight.copy_(
+            torch.tensor([[0.1, 0, 0, 0.2, 0, 0, 0, 0], [0, 0, 0, 0, 0.3, 0, 0, 0.05]])
+        )
+        heads.regress[3].weight.copy_(torch.tensor([[0.5, 0.0], [0.0, -0.25]]))
+        _, offset = heads(AROUND)
+    # Start: 0.1 * 1 + 0.2 * 4 = 0.9, by 0.5; end: 0.3 * 5 + 0.05 * 8 = 1.9, by -0.25
+    assert offset.tolist() == [pytest.approx([math.tanh(0.45), math.tanh(-0.475)])]
+
+
 def test_refined_borders() -> None:
     # s - ds w = 2 - 0.5 * 3, e - de w = 6 + 1 * 3
     refined = refined_borders(
@@ -243,6 +276,32 @@ FOUND = Candidates(
 def test_reliable_proposals(points: list[tuple[int, int]], expected: list[int]) -> None:
     table = np.array(points, np.int64).reshape(-1, 2)
     assert reliable_proposals(FOUND, table[:, 0], table[:, 1]).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "points", "expected"),
+    [
+        # Centre 2.5: 0, 1 and 2 hold it, 2 with the highest contrast; it holds 5.5 too.
+        ("contrast", [(2, 0), (5, 0)], [2]),
+        # 0 and 1 hold 2.5 alone, 1 with the higher contrast. Nothing holds 5.5 alone: 2 again.
+        ("between_points", [(2, 0), (5, 0)], [1, 2]),
+        # A point of another class is one as well; 5.5 is held by 3 of its own class.
+        ("contrast", [(2, 0), (5, 1)], [2, 3]),
+        ("between_points", [(2, 0), (5, 1)], [1, 3]),
+        ("between_points", [(2, 0)], [2]),  # alone are all three
+        ("none", [(2, 0)], [0, 1, 2]),
+        ("none", [(1, 0), (8, 1)], [0, 1, 3]),
+        ("none", [(7, 0)], []),
+    ],
+)
+def test_rules_of_reliable_proposals(
+    rule: ReliableRule, points: list[tuple[int, int]], expected: list[int]
+) -> None:
+    table = np.array(points, np.int64)
+    assert reliable_proposals(FOUND, table[:, 0], table[:, 1], rule).tolist() == expected
+    # What is reliable has itself to regress to.
+    ranked = rank_proposals(FOUND, table[:, 0], table[:, 1], ATTENTION, (), 2, rule)
+    assert np.flatnonzero(ranked.own_iou == 1).tolist() == expected
 
 
 ATTENTION = np.array([0.01, 0.01, 0.9, 0.05, 0.9, 0.01], np.float32)

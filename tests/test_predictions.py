@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from plain_metrics import Row
 from tiny_data import CLASSES, write_tiny_data
 
+from hrpro.training.annotations import point_rates, read_truth
+from hrpro.training.data_config import DataConfig, DataError
 from hrpro.training.metrics import Segments, mean_average_precision
 from hrpro.training.predictions import PredictionsError, read_predictions, write_predictions
 
@@ -126,6 +128,9 @@ GOOD = {"label": "hop", "score": 0.5, "segment": [1, 2]}
         ({"results": {"one": {}}}, "'one': expected a list"),
         ({"results": {"one": [GOOD, {}]}}, "'one', prediction 1: expected \"label\""),
         ({"results": {"one": [{**GOOD, "label": "jog"}]}}, "the label 'jog' is not one"),
+        ({"results": {"one": [{**GOOD, "label": ["hop"]}]}}, "the label ['hop'] is not one"),
+        ({"results": {"one": [{**GOOD, "score": 10**400}]}}, "OverflowError"),
+        ({"results": {"one": [{**GOOD, "segment": [0, 10**400]}]}}, "OverflowError"),
         ({"results": {"one": [{**GOOD, "score": "NaN"}]}}, "expected a finite score, got nan"),
         ({"results": {"one": [{**GOOD, "segment": [2, 1]}]}}, "from start to end"),
         ({"results": {"one": [{**GOOD, "segment": [2]}]}}, "two numbers"),
@@ -139,6 +144,22 @@ def test_what_is_no_file_of_predictions_is_refused(
     with pytest.raises(PredictionsError) as caught:
         read_predictions(path, ["one"], ("hop",))
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+
+
+def test_annotations_that_no_number_can_hold_are_refused(tmp_path: Path) -> None:
+    segment = {"label": "hop", "segment": [0, 10**400]}
+    path = tmp_path / "gt_full.json"
+    path.write_text(json.dumps({"database": {"one": {"annotations": [segment], "fps": 10**400}}}))
+    with pytest.raises(DataError, match=r"'one': expected annotations .* OverflowError"):
+        read_truth(tmp_path, ["one"], ("hop",))
+    config = DataConfig(point_frames_per_s="annotations")
+    with pytest.raises(DataError, match=r"'one': expected its frame rate .* OverflowError"):
+        point_rates(tmp_path, ["one"], config)
+    # More digits than Python reads, and more levels
+    for content in ("1" * 5000, "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(DataError, match='expected JSON with the key "database"'):
+            read_truth(tmp_path, ["one"], ("hop",))
 
 
 def test_a_run_is_evaluated_as_its_predictions_are(trained: Trained, tmp_path: Path) -> None:

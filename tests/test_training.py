@@ -28,8 +28,8 @@ from hrpro.training.run import (
     finish_run,
     read_figures,
     read_run,
-    write_checkpoint,
     write_figures,
+    write_weights,
 )
 from hrpro.training.train import TrainedModel, train
 
@@ -96,11 +96,12 @@ def test_crops_are_stretches_of_recordings_with_their_points() -> None:
         crops = sampler.draw(8)
         assert crops.features.shape == (8, 6, 2)
         assert crops.points.shape == (8, 6, 2) and crops.valid.shape == (8, 6)
-        for features, marked, valid in zip(*crops, strict=True):
+        for features, marked, valid, edges in zip(*crops, strict=True):
             number, start = (int(value) for value in features[0])
             n = int(valid.sum())
             assert valid.tolist() == [True] * n + [False] * (6 - n)
             assert n == min(6, lengths[number])
+            assert edges.tolist() == [start == 0, start + n == lengths[number]]
             expected = data.recordings[number].features[start : start + n]
             assert features[:n].tolist() == expected.tolist()
             assert not features[n:].any()
@@ -199,8 +200,8 @@ def test_without_any_proposal_stage_2_has_nothing_to_learn_from(data: DataSet) -
 
 def write(folder: Path, data: DataSet, model: TrainedModel) -> None:
     begin_run(folder)
-    write_checkpoint(folder, "snippet", model.snippet)
-    write_checkpoint(folder, "instance", model.instance)
+    write_weights(folder, "snippet", model.snippet)
+    write_weights(folder, "instance", model.instance)
     finish_run(folder, describe_run(QUICK, data))
 
 
@@ -250,7 +251,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, data: DataSet, trained: Train
         (tmp_path / name).write_bytes(b"no weights")
         with pytest.raises(RunError, match=rf"{name}: expected the weights of this run"):
             read_run(tmp_path)
-    write_checkpoint(tmp_path, "snippet", trained.instance)  # weights, but others
+    write_weights(tmp_path, "snippet", trained.instance)  # weights, but others
     with pytest.raises(RunError, match=r"snippet\.pt: expected the weights of this run"):
         read_run(tmp_path)
     (tmp_path / "figures.json").write_text("[]")

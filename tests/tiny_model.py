@@ -36,7 +36,13 @@ def tiny_config() -> TrainingConfig:
 
 def tiny_description(config: TrainingConfig) -> RunDescription:
     return RunDescription(
-        config=config, data_set="tiny", classes=CLASSES, feature_dim=DIM, recordings=1, points=3
+        config=config,
+        data_set="tiny",
+        classes=CLASSES,
+        feature_dim=DIM,
+        recordings=1,
+        points=3,
+        data_digest="",
     )
 
 

@@ -81,7 +81,7 @@ def read_database(folder: Path) -> dict[str, Any]:
         database = json.loads(path.read_text())["database"]
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing; it has the full annotations") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{path}: expected JSON with the key "database", got {error!r}') from None
     if not isinstance(database, dict):
         raise DataError(f'{path}: expected entries by recording in "database"')
@@ -118,7 +118,7 @@ def point_rates(folder: Path, names: Sequence[str], config: DataConfig) -> dict[
             rates[name] = float(entry["fps"])
             if not 0 < rates[name] < math.inf:
                 raise ValueError(rates[name])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{path}: {name!r}: expected its frame rate as fps, for "
                 f"data.point_frames_per_s annotations, got {error!r}"
@@ -135,7 +135,7 @@ def _annotations(path: Path, name: str, entry: Any) -> list[tuple[str, float, fl
             if not 0 <= start_s <= end_s < math.inf:
                 raise ValueError(f"segment {annotation['segment']}")
             rows.append((str(annotation["label"]), start_s, end_s))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f'{path}: {name!r}: expected annotations with "label" and "segment", two numbers, '
             f"got {error!r}"

@@ -28,13 +28,13 @@ Activation = Literal["gelu", "relu"]
 class Dropout(nn.Module):
     """Dropout by one random byte a number: `nn.Dropout` draws one after the other on a CPU.
 
-    There it took a quarter of a training step. The share is rounded to 1/256, and what is kept is
-    scaled by just that share.
+    There it took a quarter of a training step. The share is rounded to 1/256, at most 255 of them,
+    and what is kept is scaled by just that share.
     """
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        self.dropped = round(256 * share)
+        self.dropped = min(round(256 * share), 255)  # something is always kept
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape; nothing is dropped in evaluation."""

@@ -6,10 +6,11 @@ HrproError
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,13 +24,30 @@ from hrpro.training.parallel import process_count, process_rank, total
 
 CHECKPOINT = "checkpoint.pt"
 
-# What torch.load raises for a file that it did not write.
-UNREADABLE = (OSError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+# What reading a file raises that torch did not write, or that is damaged.
+UNREADABLE = (
+    OSError, RuntimeError, TypeError, ValueError, LookupError, EOFError, pickle.UnpicklingError,
+    zipfile.BadZipFile, zlib.error, NotImplementedError,
+)  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an error says; torch's go on over many."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU; raises one of UNREADABLE.
+
+    torch.load does not look at the checksums: of a file with a wrong bit it gives wrong weights.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class TrainingStopped(HrproError):
@@ -45,6 +63,7 @@ class Stateful(Protocol):
     """A stage of training, as far as its checkpoint is concerned."""
 
     name: str
+    steps: int
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes from step to step."""
@@ -78,31 +97,27 @@ class Checkpoints:
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
-    @property
-    def resumed_stage(self) -> str | None:
-        """The stage that the state read at the start is of."""
-        return self._resumed["stage"] if self._resumed else None
-
     def restore(self, stage: Stateful) -> int:
         """Give ``stage`` the state that was read, if it is one of this stage; its step, or 0."""
         if self._resumed is None or self._resumed["stage"] != stage.name:
             return 0
         stage.load_state_dict(self._resumed["state"])
         step = int(self._resumed["step"])
-        if process_rank() == 0:  # the others must not drop what the first one drops
-            _set_random_state(self._resumed["random"])
+        _set_random_state(self._resumed["random"])
         return step
 
     def after_step(self, stage: Stateful, step: int) -> None:
-        """Save where it is time to, or where it was asked to stop; raises TrainingStopped then."""
+        """Save where it is time to, at the end of a stage, and where it was asked to stop; raises
+        TrainingStopped then."""
         if self._path is None:
             return
         self._agree_on_stopping()
-        if self._signal or time.monotonic() - self._saved_s >= self._every_s:
-            self.save(stage, step)
+        is_due = time.monotonic() - self._saved_s >= self._every_s
+        if self._signal or is_due or step == stage.steps:
+            self._save(stage, step)
         self.check()
 
-    def save(self, stage: Stateful, step: int) -> None:
+    def _save(self, stage: Stateful, step: int) -> None:
         """Write the state after ``step`` in place of the one before."""
         if self._path is None or process_rank():
             return
@@ -124,11 +139,12 @@ class Checkpoints:
     def _agree_on_stopping(self) -> None:
         """Processes get a signal at different steps; one that went on would wait for the others."""
         if process_count() > 1:
-            votes = total(torch.tensor([self._signal or 0, int(self._signal is not None)]))
-            self._signal = int(votes[0] // votes[1]) if votes[1] else None
+            votes = total(torch.tensor([self._signal == number for number in _STOPPING]).int())
+            asked = [number for number, vote in zip(_STOPPING, votes, strict=True) if vote]
+            self._signal = asked[0] if asked else None
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOPPING:
             self._handlers[number] = signal.signal(number, self._stop)
         return self
 
@@ -157,7 +173,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / CHECKPOINT
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
         if set(content) != {"made_by", "stage", "step", "state", "random"}:
             raise TypeError(f"keys {', '.join(map(str, content))}")
     except FileNotFoundError:
@@ -170,11 +186,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, content: object) -> None:
-    """`torch.save` to ``path``: the whole file or none, also if the machine goes down."""
-    with replaced_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """`torch.save` to ``path``: the whole file or none."""
+    with replaced_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Configuration of training: the model and its two stages.
 
-Where a default differs from the paper's value, the description says so; the README has the
+Where a default differs from the paper's value, the description says so; docs/TRAINING.md has the
 measurements behind it.
 """
 
@@ -106,6 +106,12 @@ class InstanceStageConfig(Settings):
         gt=0,
         le=1,
         description="a proposal regresses from this IoU with its reliable proposal on",
+    )
+    trust_points: float = Field(
+        20.0,
+        ge=0,
+        description="points a class at which stage 2 moves borders and weighs in scores by half of "
+        "what it learnt, more with more points (0: always in full, as in the paper)",
     )
     negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
     negative_thresholds: tuple[float, ...] = Field(

@@ -35,15 +35,14 @@ _BINS = 10
 class Looked:
     """One recording seen by both stages.
 
-    ``scored`` are all proposals before soft-NMS, before and after stage 2; ``snippet_label`` (T,)
-    is -1 on background.
+    ``scored`` are all proposals before soft-NMS, before and after stage 2; ``embedding`` (N, W)
+    that of the snippets to be drawn, and ``label`` (N,) their classes, -1 on background.
     """
 
-    recording: Recording
     truth: Segments
-    output: SnippetScores
     scored: tuple[Segments, Segments]
-    snippet_label: NDArray[np.int64]
+    embedding: NDArray[np.float32]
+    label: NDArray[np.int64]
 
 
 def plot_run(
@@ -60,20 +59,31 @@ def plot_run(
         folder, sorted({each.name for each in [*test.recordings, *chosen]}), description.classes
     )
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    seen = [look_at(each, truth[each.name], description, model) for each in test.recordings]
-    by_name = {looked.recording.name: looked for looked in seen}
+    paths, seen = [], []
+    drawn = _drawn_snippets(test)
+    for recording, snippets in zip(test.recordings, drawn, strict=True):
+        output = snippet_scores(model.snippet, recording.features)
+        seen.append(look_at(output, truth[recording.name], snippets, description, model))
     for recording in chosen:
-        looked = by_name.get(recording.name) or look_at(
-            recording, truth[recording.name], description, model
-        )
         path = out / f"timeline_{recording.name}.png"
-        plot_timeline(timeline(looked, description, model), description.classes, test.clock, path)
+        shown = timeline(recording, truth[recording.name], description, model)
+        plot_timeline(shown, description.classes, test.clock, path)
         paths.append(path)
     paths.append(_plot_reliability(seen, out / "reliability.png"))
     paths.append(_plot_embedding(seen, description.classes, out / "embedding.png"))
     paths.append(_plot_learning(read_curves(run), out / "learning.png"))
     return paths
+
+
+def _drawn_snippets(data: DataSet) -> list[NDArray[np.int64]]:
+    """Which snippets of each recording are drawn in the map of the embedding."""
+    ends = np.cumsum([len(recording) for recording in data.recordings])
+    chosen = np.random.default_rng(0).permutation(int(ends[-1]))[:_EMBEDDED_SNIPPETS]
+    owner = np.searchsorted(ends, chosen, side="right")
+    return [
+        np.sort(chosen[owner == n]) - end + len(recording)
+        for n, (recording, end) in enumerate(zip(data.recordings, ends, strict=True))
+    ]
 
 
 def _chosen(
@@ -95,23 +105,28 @@ def _chosen(
 
 
 def look_at(
-    recording: Recording, truth: Segments, description: RunDescription, model: TrainedModel
+    output: SnippetScores,
+    truth: Segments,
+    snippets: NDArray[np.int64],
+    description: RunDescription,
+    model: TrainedModel,
 ) -> Looked:
-    """Run both stages over a recording."""
+    """Run stage 2 over a recording; ``snippets`` (N,) are to be drawn."""
     clock, config = description.config.data.clock, description.config.localization
-    output = snippet_scores(model.snippet, recording.features)
-    label = np.full(len(recording), -1, dtype=np.int64)
-    centre_s = (np.arange(len(recording)) + 0.5) * clock.snippet_s
+    label = np.full(len(snippets), -1, dtype=np.int64)
+    centre_s = (snippets + 0.5) * clock.snippet_s
     for n in range(len(truth)):
         label[(centre_s >= truth.start_s[n]) & (centre_s < truth.end_s[n])] = truth.label_index[n]
     before, after = (all_proposals(output, config, clock, each) for each in (None, model.instance))
-    return Looked(recording, truth, output, (before, after), label)
+    return Looked(truth, (before, after), output.embedding[snippets], label)
 
 
-def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -> Timeline:
+def timeline(
+    recording: Recording, truth: Segments, description: RunDescription, model: TrainedModel
+) -> Timeline:
     """What is drawn of a recording: with its points, and the proposals of either stage."""
     clock, config = description.config.data.clock, description.config.localization
-    recording, output = looked.recording, looked.output
+    output = snippet_scores(model.snippet, recording.features)
     before, after = (
         localize_recording(output, config, clock, each) for each in (None, model.instance)
     )
@@ -124,7 +139,7 @@ def timeline(looked: Looked, description: RunDescription, model: TrainedModel) -
     )
     return Timeline(
         recording.name,
-        looked.truth,
+        truth,
         output.cas,
         output.attention,
         after,
@@ -191,11 +206,8 @@ def _draw_reliability(
 
 def _plot_embedding(seen: Sequence[Looked], classes: Sequence[str], path: Path) -> Path:
     """The embedded snippets of the test split in the plane, by t-SNE as in the paper."""
-    embedding = np.concatenate([each.output.embedding for each in seen])
-    label = np.concatenate([each.snippet_label for each in seen])
-    random = np.random.default_rng(0)
-    chosen = random.permutation(len(label))[:_EMBEDDED_SNIPPETS]
-    embedding, label = embedding[chosen], label[chosen]
+    embedding = np.concatenate([each.embedding for each in seen])
+    label = np.concatenate([each.label for each in seen])
     figure, axes = plt.subplots(figsize=(9.5, 7), layout="constrained")
     if len(label) > 3:
         perplexity = min(30.0, (len(label) - 1) / 3)

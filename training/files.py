@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,25 @@ from typing import Any
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of ``path`` if nothing was raised."""
+    """A temporary path to write to, which takes the place of ``path`` if nothing was raised.
+
+    The whole file or none is there, also if the machine goes down.
+    """
     temporary = path.with_name(path.name + ".part")
     yield temporary
+    _to_disk(temporary)
     temporary.replace(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Have what was written to a file, or which files a folder has, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def json_rows(path: Path) -> list[dict[str, Any]]:

@@ -68,15 +68,24 @@ class InstanceModel(nn.Module):
     """Embedding of a stretch (T, W) and proposals (N, 2) in it -> `InstanceOutput`.
 
     Without ``scores`` completeness is 0, without ``moves`` borders stay: heads that were not
-    trained do not speak.
+    trained do not speak. Those that were trained on few points do not say much: borders move by the
+    share ``trust`` in [0, 1], and completeness has that share of its weight in the score.
     """
 
+    trust: Tensor
+
     def __init__(
-        self, heads: InstanceHeads, pooling: RegionPooling, scores: bool = True, moves: bool = True
+        self,
+        heads: InstanceHeads,
+        pooling: RegionPooling,
+        scores: bool = True,
+        moves: bool = True,
+        trust: float = 1.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
         self.heads = heads
+        self.register_buffer("trust", torch.tensor(trust))
         self._completeness_factor = float(scores)
         self._offset_factor = float(moves)
 
@@ -90,7 +99,7 @@ class InstanceModel(nn.Module):
     ) -> InstanceOutput:
         """The same where a proposal may see the snippets ``lowest`` to ``highest``, (N, 1)."""
         completeness, offset = self.heads(self.pooling(embedding, proposals, lowest, highest))
-        unit = self._offset_factor * self.pooling.border(proposals)
+        unit = self._offset_factor * self.trust * self.pooling.border(proposals)
         refined = refined_borders(proposals, offset, unit)
         again, _ = self.heads(self.pooling(embedding, refined, lowest, highest))
         factor = self._completeness_factor

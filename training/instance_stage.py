@@ -38,8 +38,11 @@ from hrpro.training.roi import RegionPooling, Regions
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 
 
-def new_instance_model(config: TrainingConfig, snippet: SnippetModel) -> InstanceModel:
-    """An untrained stage 2 for the embedding of ``snippet``."""
+def new_instance_model(
+    config: TrainingConfig, snippet: SnippetModel, points: int | None = None
+) -> InstanceModel:
+    """An untrained stage 2 for the embedding of ``snippet``, to be trained on so many ``points``
+    (None: its trust is going to be read)."""
     localization, stage = config.localization, config.instance_stage
     heads = InstanceHeads(
         width=snippet.width,
@@ -48,17 +51,20 @@ def new_instance_model(config: TrainingConfig, snippet: SnippetModel) -> Instanc
         dropout=stage.dropout,
     )
     pooling = RegionPooling(localization.border_ratio, float(localization.border_limit))
-    return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0)
+    trust = 1.0
+    if points is not None:  # shrinkage: as if trust_points more a class had said nothing
+        trust = points / (points + snippet.class_count * stage.trust_points)
+    return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0, trust)
 
 
 @dataclass(frozen=True)
 class _ProposalTable:
-    """The ranked proposals of all recordings; borders count from the first row of ``embedding``."""
+    """The ranked proposals of all recordings; borders are in snippets of their own recording."""
 
     embedding: Tensor  # (M, W), all recordings one after the other
     borders: Tensor  # (N, 2)
-    lowest: Tensor  # (N, 1) first row of the proposal's recording
-    highest: Tensor  # (N, 1) last row of it
+    row: Tensor  # (N, 1) row of snippet 0 of the proposal's recording
+    highest: Tensor  # (N, 1) last snippet of it
     completeness: Tensor  # (N, C)
     reliable: Tensor  # (N, 2)
     own_iou: Tensor  # (N,)
@@ -89,9 +95,9 @@ def _proposal_table(
 
 
 def _ranked_columns(
-    config: TrainingConfig, recording: Recording, output: SnippetScores, classes: int, first: int
+    config: TrainingConfig, recording: Recording, output: SnippetScores, classes: int, row: int
 ) -> tuple[NDArray[Any], ...]:
-    """The columns of `_ProposalTable` for one recording, whose first row of embedding is known."""
+    """The columns of `_ProposalTable` for one recording, whose embedding begins at a row."""
     stage = config.instance_stage
     ranked = rank_proposals(
         find_candidates(output.scores, config.localization),
@@ -104,11 +110,11 @@ def _ranked_columns(
     )
     N = len(ranked.borders)
     return (
-        ranked.borders + first,
-        np.full((N, 1), first),
-        np.full((N, 1), first + len(recording) - 1),
+        ranked.borders,
+        np.full((N, 1), row),
+        np.full((N, 1), len(recording) - 1),
         ranked.completeness,
-        ranked.reliable + first,
+        ranked.reliable,
         ranked.own_iou,
         ranked.negative,
     )
@@ -138,9 +144,9 @@ class InstanceStage(Stage[InstanceModel]):
             )
         self._positives = (~table.negative).nonzero()[:, 0]
         self._negatives = table.negative.nonzero()[:, 0]
-        model = new_instance_model(config, snippet).to(device)
-        generator = torch.Generator().manual_seed(config.seed)
-        super().__init__(model, stage, stage.average_decay, generator)
+        points = sum(len(recording.point_index) for recording in data.recordings)
+        model = new_instance_model(config, snippet, points).to(device)
+        super().__init__(model, stage, stage.average_decay, config.seed)
         self._config = config
         self._stage = stage
         self._device = device
@@ -155,7 +161,8 @@ class InstanceStage(Stage[InstanceModel]):
         )
         borders = table.borders[chosen]
         pooling = self._model.pooling
-        regions = pooling(table.embedding, borders, table.lowest[chosen], table.highest[chosen])
+        highest, row = table.highest[chosen], table.row[chosen]
+        regions = pooling(table.embedding, borders, torch.zeros_like(row), highest, row)
         with precision(self._config, device):
             completeness, offset = self._run(Regions(*(each.to(device) for each in regions)))
         refined = refined_borders(borders.to(device), offset, pooling.border(borders).to(device))

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.refine import fuse
 from hrpro.engine.soft_nms import soft_nms
 from hrpro.engine.timebase import SnippetClock
 from hrpro.training.candidates import find_candidates
@@ -55,9 +56,10 @@ def all_proposals(
             found, output.embedding, config, instance
         )
         rows = np.arange(len(borders))
-        score = (found.contrast + refined_completeness[rows, label]) / 2
+        weight = config.completeness_weight * float(instance.trust)
+        score = fuse(found.contrast, refined_completeness[rows, label], weight)
         if config.keep_unrefined:
-            unrefined = (found.contrast + completeness[rows, label]) / 2
+            unrefined = fuse(found.contrast, completeness[rows, label], weight)
             borders = np.concatenate([borders, found.borders])
             label, score = np.tile(label, 2), np.concatenate([score, unrefined])
     borders = borders.clip(0, len(output.scores))
@@ -70,7 +72,7 @@ def _score(
     embedding: NDArray[np.float32],
     config: LocalizationConfig,
     instance: InstanceModel,
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[NDArray[np.float32], Floats, NDArray[np.float32]]:
     """Stage 2 on all candidates, see `InstanceOutput`. Each sees what a stream has kept by the
     time when it is refined."""
     highest = torch.from_numpy(found.evidence_stop - 1)[:, None]
@@ -84,7 +86,5 @@ def _score(
                 *(x.split(_PROPOSALS_AT_ONCE) for x in (borders, lowest, highest)), strict=True
             )
         ]
-    completeness, refined, again = (
-        torch.cat(each).double().numpy() for each in zip(*outputs, strict=True)
-    )
-    return completeness, refined, again
+    completeness, refined, again = (torch.cat(each).numpy() for each in zip(*outputs, strict=True))
+    return completeness, refined.astype(np.float64), again

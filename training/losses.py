@@ -66,8 +66,12 @@ def contrastive_loss(
     """L_contra, eq. 7: pseudo-action snippets against other prototypes and against background.
 
     ``embedding`` (B, T, W), ``prototypes`` (C, W). The similarity is
-    ``exp(cosine / temperature)``; the mean runs over the pseudo-action snippets, so that the
-    weight does not depend on how many were mined. Background is what attention is sure of.
+    ``exp(cosine / temperature)``. Background is what attention is sure of.
+
+    With a the share of a snippet's own prototype among the classes and b its share against
+    background, eq. 7 as printed is -1/C sum_c sum_i log(a + b). Here it is -log a - log b, so that
+    each has its own gradient: in the sum, the one that is high hides the other. And the mean runs
+    over the pseudo-action snippets, so that the weight does not depend on how many were mined.
     """
     x = F.normalize(embedding, dim=-1)
     m = F.normalize(prototypes, dim=-1)
@@ -106,7 +110,9 @@ def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
 def score_loss(completeness: Tensor, target: Tensor, kind: str) -> Tensor:
     """L_score, eq. 10, over all classes: (N, C) completeness against IoU with reliable proposals.
 
-    ``kind`` is "smooth_l1" (the paper's) or "cross_entropy".
+    ``kind`` is "smooth_l1", the paper's kind of loss, or "cross_entropy". The paper has one score a
+    proposal and names no beta: the sum over classes and the beta of 0.1 (differences of more than
+    that count linearly) are choices made here.
     """
     if kind == "smooth_l1":
         loss = F.smooth_l1_loss(completeness, target, reduction="none", beta=0.1)

@@ -4,6 +4,7 @@ weights, and how a model is run (precision, compilation, several processes)."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -33,13 +34,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def run_stage(stage: Stage[Any], report: Report, checkpoints: Checkpoints) -> None:
-    """All steps of a stage, from where the checkpoint left it."""
-    done = checkpoints.restore(stage)
-    if process_rank():  # weights start alike in all processes; what is dropped differs
-        torch.manual_seed(torch.initial_seed() + process_rank() + done)
-    for number in range(done + 1, stage.steps + 1):
-        losses = stage.step(number)
-        report(stage.name, number, {name: float(value) for name, value in losses.items()})
+    """All steps of a stage, from where the checkpoint left it.
+
+    Raises TrainingError where the loss is no number any more, before that state is saved.
+    """
+    for number in range(checkpoints.restore(stage) + 1, stage.steps + 1):
+        if process_count() > 1:  # what one drops the others need not
+            torch.manual_seed(
+                (stage.seed * stage.steps + number) * process_count() + process_rank()
+            )
+        losses = {name: float(value) for name, value in stage.step(number).items()}
+        if not math.isfinite(losses["loss"]):
+            raise TrainingError(
+                f"step {number} of stage {stage.name}: the loss is {losses['loss']}; expected a "
+                f"finite number, lower {stage.name}_stage.learning_rate"
+            )
+        report(stage.name, number, losses)
         checkpoints.after_step(stage, number)
 
 
@@ -161,14 +171,13 @@ class Stage(ABC, Generic[Model]):
 
     name: str
 
-    def __init__(
-        self, model: Model, schedule: Schedule, average_decay: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, model: Model, schedule: Schedule, average_decay: float, seed: int) -> None:
         self.steps = schedule.steps
+        self.seed = seed
         self._model = model
         self._averaged = AveragedModel(model, average_decay)
         self._descent = Descent(model, schedule)
-        self._generator = generator
+        self._generator = torch.Generator().manual_seed(seed)
         model.train()
 
     @abstractmethod

@@ -84,11 +84,11 @@ def _row(where: str, row: Any, index: Mapping[str, int]) -> tuple[float, float, 
     try:
         label, score, (start_s, end_s) = row["label"], float(row["score"]), row["segment"]
         segment = float(start_s), float(end_s)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PredictionsError(
             f'{where}: expected "label", "score" and "segment", two numbers, got {error!r}'
         ) from None
-    if label not in index:
+    if not isinstance(label, str) or label not in index:
         raise PredictionsError(f"{where}: the label {label!r} is not one of the classes")
     if not math.isfinite(score):
         raise PredictionsError(f"{where}: expected a finite score, got {score}")

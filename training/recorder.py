@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,8 @@ class Recorder:
     """Called with the losses of each step, see `hrpro.training.optimisation.Report`.
 
     ``resumed`` is the stage and step that training goes on from; what came later is dropped.
+    Scalars of each stage are in a folder of their own: TensorBoard drops by step alone, and both
+    stages count from 1.
     """
 
     def __init__(
@@ -38,13 +41,19 @@ class Recorder:
             "snippet": config.snippet_stage.steps,
             "instance": config.instance_stage.steps,
         }
-        if resumed is None:
+        kept = _last_kept(self._steps, resumed) if resumed else None
+        if kept is None:
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
             (folder / METRICS).unlink(missing_ok=True)
         else:
-            _keep_until(folder / METRICS, *resumed)
+            _keep_until(folder / METRICS, kept)
         self._metrics = (folder / METRICS).open("a")
-        self._scalars = SummaryWriter(str(folder / TENSORBOARD))
+        self._scalars = {
+            stage: SummaryWriter(
+                str(folder / TENSORBOARD / stage), purge_step=kept[stage] + 1 if kept else None
+            )
+            for stage in self._steps
+        }
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -70,7 +79,8 @@ class Recorder:
         self._metrics.write(json.dumps({"stage": stage, "step": step, **losses}) + "\n")
         self._metrics.flush()
         for name, value in losses.items():
-            self._scalars.add_scalar(f"{stage}/{name}", value, step)
+            self._scalars[stage].add_scalar(f"{stage}/{name}", value, step)
+        self._scalars[stage].flush()  # as the metrics: a run that is killed has them
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -83,16 +93,23 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._scalars.close()
+        for scalars in self._scalars.values():
+            scalars.close()
         self._metrics.close()
 
 
-def _keep_until(path: Path, stage: str, step: int) -> None:
-    """Drop the lines after a step: they come again. The last one may be torn."""
-    order = list(STAGE_TITLES)
+def _last_kept(steps: Mapping[str, int], resumed: tuple[str, int]) -> dict[str, int]:
+    """The last step of each stage that does not come again, 0 where all of them do."""
+    stage, step = resumed
+    order = list(steps)
+    before = order[: order.index(stage)]
+    return {**dict.fromkeys(order, 0), **{name: steps[name] for name in before}, stage: step}
+
+
+def _keep_until(path: Path, last: Mapping[str, int]) -> None:
+    """Drop the lines after the last step of each stage. The last line may be torn."""
     rows = json_rows(path) if path.exists() else []
-    known = [row for row in rows if row.get("stage") in order and isinstance(row.get("step"), int)]
-    last = (order.index(stage), step)
-    kept = [row for row in known if (order.index(row["stage"]), row["step"]) <= last]
+    known = [row for row in rows if row.get("stage") in last and isinstance(row.get("step"), int)]
+    kept = [row for row in known if row["step"] <= last[row["stage"]]]
     with replaced_file(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

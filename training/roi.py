@@ -35,12 +35,19 @@ class RegionPooling(NamedTuple):
         return (self.border_ratio * length).clamp(max=self.border_limit)
 
     def __call__(
-        self, embedding: Tensor, proposals: Tensor, lowest: Tensor, highest: Tensor
+        self,
+        embedding: Tensor,
+        proposals: Tensor,
+        lowest: Tensor,
+        highest: Tensor,
+        row: Tensor | None = None,
     ) -> Regions:
         """Sample the regions of ``proposals`` (N, 2), in snippets, from ``embedding`` (T, W).
 
         Snippet t has its centre at position t + 0.5. Positions outside the snippets ``lowest``
-        to ``highest`` (int64, (N, 1)) take the nearest one's features.
+        to ``highest`` (int64, (N, 1)) take the nearest one's features. Where ``embedding`` holds
+        several recordings, ``row`` (int64, (N, 1)) is that of snippet 0 of the proposal's own:
+        a float32 cannot count through all of them and tell fractions.
         """
         start, end = proposals[:, 0:1], proposals[:, 1:2]  # (N, 1)
         border = self.border(proposals)
@@ -53,6 +60,8 @@ class RegionPooling(NamedTuple):
             weight = (position - below)[..., None]
             first = below.long()
             second = torch.minimum(first + 1, highest)
+            if row is not None:
+                first, second = first + row, second + row
             return embedding[first] * (1 - weight) + embedding[second] * weight
 
         return Regions(

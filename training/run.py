@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -31,6 +30,7 @@ from hrpro.training.checkpoint import (
     CHECKPOINT,
     UNREADABLE,
     read_checkpoint,
+    read_tensors,
     reason_of,
     write_atomically,
 )
@@ -43,7 +43,7 @@ from hrpro.training.snippet_stage import new_snippet_model
 from hrpro.training.train import TrainedModel
 
 DESCRIPTION = "run.json"
-CHECKPOINTS = {"snippet": "snippet.pt", "instance": "instance.pt"}
+WEIGHTS = {"snippet": "snippet.pt", "instance": "instance.pt"}
 FIGURES = "figures.json"
 
 
@@ -60,6 +60,7 @@ class RunDescription(Settings):
     feature_dim: int
     recordings: int
     points: int
+    data_digest: str
 
 
 def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
@@ -71,19 +72,20 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
         feature_dim=data.feature_dim,
         recordings=len(data.recordings),
         points=sum(len(recording.point_index) for recording in data.recordings),
+        data_digest=data_digest(data),
     )
 
 
 def begin_run(folder: Path) -> None:
     """Make the folder of a run; one that was there counts as unfinished from here on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (DESCRIPTION, FIGURES, CHECKPOINT, *CHECKPOINTS.values()):
+    for name in (DESCRIPTION, FIGURES, CHECKPOINT, *WEIGHTS.values()):
         (folder / name).unlink(missing_ok=True)
 
 
-def write_checkpoint(folder: Path, stage: str, model: nn.Module) -> None:
+def write_weights(folder: Path, stage: str, model: nn.Module) -> None:
     """Write the weights of a stage that is through."""
-    write_atomically(folder / CHECKPOINTS[stage], model.state_dict())
+    write_atomically(folder / WEIGHTS[stage], model.state_dict())
 
 
 def finish_run(folder: Path, description: RunDescription) -> None:
@@ -92,8 +94,8 @@ def finish_run(folder: Path, description: RunDescription) -> None:
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def made_by(config: TrainingConfig, data: DataSet) -> dict[str, Any]:
-    """What the state of a run belongs to: its settings and a digest of the training data."""
+def data_digest(data: DataSet) -> str:
+    """A digest of the training data: of all points, and of the ends and middle of all features."""
     digest = hashlib.sha256()
     for recording in data.recordings:
         features = recording.features
@@ -101,36 +103,38 @@ def made_by(config: TrainingConfig, data: DataSet) -> dict[str, Any]:
         digest.update(recording.point_index.tobytes() + recording.point_label.tobytes())
         ends = features[[0, len(recording) // 2, -1]]  # the whole may be terabytes
         digest.update(np.ascontiguousarray(ends).tobytes())
-    return {
-        "config": config.model_dump(mode="json"),
-        "data_set": data.name,
-        "classes": list(data.classes),
-        "data": digest.hexdigest(),
-    }
+    return digest.hexdigest()
 
 
-def read_state(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from, made by the ``expected`` settings and data; None if there is none.
-
-    Raises RunError where it was made by others; what changes no weight may differ.
-    """
+def read_state(folder: Path, description: RunDescription) -> dict[str, Any] | None:
+    """The state to go on from, None if there is none; RunError if it is not of this run."""
     state = read_checkpoint(folder)
-    if state is None:
-        return None
-    path, was = folder / CHECKPOINT, state["made_by"]
+    if state is not None:
+        _check_is_same(folder / CHECKPOINT, state["made_by"], description)
+    return state
+
+
+def check_finished_run(folder: Path, description: RunDescription) -> None:
+    """Raise RunError unless the finished run in the folder is the one described."""
+    found, _ = read_run(folder)
+    _check_is_same(folder / DESCRIPTION, found.model_dump(mode="json"), description)
+
+
+def _check_is_same(path: Path, was: Mapping[str, Any], description: RunDescription) -> None:
+    """What says how it is computed, not what, may differ."""
+    now = description.model_dump(mode="json")
     changed = [
         f"{name} was {json.dumps(old)}, is {json.dumps(new)}"
-        for name, old, new in _differences(was["config"], expected["config"])
+        for name, old, new in _differences(was["config"], now["config"])
         if name not in _FREE_TO_CHANGE
     ]
     if changed:
         raise RunError(f"{path}: made with other settings: {'; '.join(changed)}")
-    if was["classes"] != expected["classes"] or was["data"] != expected["data"]:
+    if was["classes"] != now["classes"] or was["data_digest"] != now["data_digest"]:
         raise RunError(
             f"{path}: made with other data: expected the recordings and points of the data set "
-            f"{was['data_set']!r} that the run was begun with, got {expected['data_set']!r}"
+            f"{was['data_set']!r} that the run was begun with, got {now['data_set']!r}"
         )
-    return state
 
 
 _FREE_TO_CHANGE = {"checkpoint_s", "threads", "device", "compile"}
@@ -158,7 +162,7 @@ def is_finished(folder: Path) -> bool:
 def read_snippet_stage(folder: Path, config: TrainingConfig, data: DataSet) -> SnippetModel:
     """Stage 1 of a run that was stopped in stage 2."""
     model = new_snippet_model(config, data.feature_dim, len(data.classes))
-    _load_checkpoint(folder / CHECKPOINTS["snippet"], model)
+    _load_weights(folder / WEIGHTS["snippet"], model)
     return model.eval()
 
 
@@ -201,13 +205,13 @@ def read_run(folder: Path) -> tuple[RunDescription, TrainedModel]:
         description.config, description.feature_dim, len(description.classes)
     )
     instance = new_instance_model(description.config, snippet)
-    _load_checkpoint(folder / CHECKPOINTS["snippet"], snippet)
-    _load_checkpoint(folder / CHECKPOINTS["instance"], instance)
+    _load_weights(folder / WEIGHTS["snippet"], snippet)
+    _load_weights(folder / WEIGHTS["instance"], instance)
     return description, TrainedModel(snippet.eval(), instance.eval())
 
 
-def _load_checkpoint(path: Path, model: nn.Module) -> None:
+def _load_weights(path: Path, model: nn.Module) -> None:
     try:
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(read_tensors(path))
     except UNREADABLE as error:
         raise RunError(f"{path}: expected the weights of this run: {reason_of(error)}") from None

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
-from hrpro.training.annotations import annotated_labels, read_ground_truth
+from hrpro.training.annotations import annotated_labels, read_database, read_ground_truth
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import (
@@ -31,17 +31,18 @@ from hrpro.training.parallel import process_group, process_rank
 from hrpro.training.predictions import read_predictions, write_predictions
 from hrpro.training.recorder import Recorder
 from hrpro.training.run import (
+    RunDescription,
     RunError,
     begin_run,
+    check_finished_run,
     describe_run,
     finish_run,
     is_finished,
-    made_by,
     read_run,
     read_snippet_stage,
     read_state,
-    write_checkpoint,
     write_figures,
+    write_weights,
 )
 from hrpro.training.train import train
 
@@ -75,10 +76,11 @@ def train_run(
         data = read_training_split(data_folder, config.data)
         description = describe_run(config, data)
         if resume and is_finished(out):
+            check_finished_run(out, description)
             console.print(f"{out}: the run is finished", markup=False, soft_wrap=True)
             last: dict[str, dict[str, float]] = {}
         else:
-            last = _train_and_write(data, out, config, console, resume)
+            last = _train_and_write(data, out, description, console, resume)
             if process_rank() == 0:
                 finish_run(out, description)
         if process_rank():
@@ -100,27 +102,28 @@ def train_run(
 
 
 def _train_and_write(
-    data: DataSet, out: Path, config: TrainingConfig, console: Console, resume: bool
+    data: DataSet, out: Path, description: RunDescription, console: Console, resume: bool
 ) -> dict[str, dict[str, float]]:
     """Train, with all that is written on the way; the last losses of each stage."""
     first = process_rank() == 0
-    belongs_to = made_by(config, data)
-    state = read_state(out, belongs_to) if resume else None
+    config = description.config
+    state = read_state(out, description) if resume else None
     if first and state is None:
         begin_run(out)
     elif first and state is not None:
         console.print(f"going on after step {state['step']} of stage {state['stage']}")
     resumed = (state["stage"], state["step"]) if state else None
+    made_by = description.model_dump(mode="json")
     recording = Recorder(out, config, console, resumed) if first else nullcontext()
     with (
-        Checkpoints(out, config.checkpoint_s, belongs_to, state) as checkpoints,
+        Checkpoints(out, config.checkpoint_s, made_by, state) as checkpoints,
         recording as recorder,
     ):
         train(
             config,
             data,
             recorder or (lambda *_: None),
-            partial(write_checkpoint, out) if first else None,
+            partial(write_weights, out) if first else None,
             checkpoints,
             _stage_before(out, config, data, state),
             scratch=out,
@@ -177,7 +180,8 @@ def evaluate_predictions(
 ) -> EvaluationFigures:
     """mAP of a file of predictions in ActivityNet's format on a data folder's test split."""
     names = read_names(data_folder, "test", config)
-    classes = known_classes(data_folder, config) or annotated_labels(data_folder, names)
+    everyone = list(read_database(data_folder))
+    classes = known_classes(data_folder, config) or annotated_labels(data_folder, everyone)
     truth = read_ground_truth(data_folder, names, classes, config)
     found = truth.compare(read_predictions(predictions, names, classes))
     return _figures(found, len(names))

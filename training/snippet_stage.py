@@ -43,22 +43,23 @@ class SnippetStage(Stage[SnippetModel]):
     def __init__(self, config: TrainingConfig, data: DataSet, device: torch.device) -> None:
         stage = config.snippet_stage
         model = _initial_model(config, data).to(device)
-        generator = torch.Generator().manual_seed(config.seed)
-        super().__init__(model, stage, stage.average_decay, generator)
+        super().__init__(model, stage, stage.average_decay, config.seed)
         self._config = config
         self._stage = stage
         self._device = device
-        self._sampler = CropSampler(data, stage.crop_snippets, generator)
+        self._sampler = CropSampler(data, stage.crop_snippets, self._generator)
         self._embedded = _embedded_points(model, data)  # prototypes of the embedding (C, W)
         self._run = as_run(model, config)
 
     def step(self, number: int) -> dict[str, Tensor]:
         """Crops -> scores -> pseudo snippets -> losses -> weights, memory, averaged weights."""
         crops = self._sampler.draw(self._stage.batch_size)
-        features, points, valid = (each.to(self._device, non_blocking=True) for each in crops)
+        features, points, valid, edges = (
+            each.to(self._device, non_blocking=True) for each in crops
+        )
         with precision(self._config, self._device):
             output = SnippetOutput(*self._run(features, valid))
-        pseudo = _mine(output, points, valid, self._stage)
+        pseudo = _mine(output, points, valid, edges, self._stage)
         losses = _losses(output, pseudo, self._embedded, self._stage)
         self._descent.step(losses["loss"])
         with torch.no_grad():
@@ -120,7 +121,11 @@ def _losses(
 
 
 def _mine(
-    output: SnippetOutput, points: Tensor, valid: Tensor, stage: SnippetStageConfig
+    output: SnippetOutput,
+    points: Tensor,
+    valid: Tensor,
+    edges: Tensor,
+    stage: SnippetStageConfig,
 ) -> PseudoSnippets:
     attention, scores = output.attention.detach(), output.scores.detach()
     evidence = {
@@ -129,7 +134,13 @@ def _mine(
         "points": torch.zeros_like(scores),
     }[stage.mining]
     return mine_pseudo_snippets(
-        evidence, attention, points, valid, stage.action_threshold, stage.background_threshold
+        evidence,
+        attention,
+        points,
+        valid,
+        edges,
+        stage.action_threshold,
+        stage.background_threshold,
     )
 
 

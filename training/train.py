@@ -53,22 +53,32 @@ def train(
     device = training_device(config)
     _check_batches(config)
     checkpoints = checkpoints or Checkpoints()
-    torch.manual_seed(config.seed)
     if snippet is None:
-        stage = SnippetStage(config, data, device)
-        run_stage(stage, report, checkpoints)
-        snippet = stage.result()
+        snippet = train_snippet_stage(config, data, report, checkpoints)
         if finished is not None:
             finished("snippet", snippet)
     torch.manual_seed(config.seed)  # stage 2 is the same after a stage 1 that was read
     second = InstanceStage(config, data, snippet, device, scratch, checkpoints)
-    if checkpoints.resumed_stage != second.name:
-        checkpoints.save(second, 0)  # from here on stage 1 need not be trained again
     run_stage(second, report, checkpoints)
     instance = second.result()
     if finished is not None:
         finished("instance", instance)
     return TrainedModel(snippet.cpu(), instance)
+
+
+def train_snippet_stage(
+    config: TrainingConfig,
+    data: DataSet,
+    report: Report,
+    checkpoints: Checkpoints | None = None,
+) -> SnippetModel:
+    """Train stage 1 alone; as `train`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    stage = SnippetStage(config, data, training_device(config))
+    run_stage(stage, report, checkpoints or Checkpoints())
+    return stage.result()
 
 
 def _check_batches(config: TrainingConfig) -> None:
