@@ -53,13 +53,10 @@ def main() -> None:
     attention = torch.from_numpy(random.random((B, T)).astype(np.float32))
     points = torch.from_numpy(random.random((B, T, C)) < 0.5 / T)
     valid = torch.ones(B, T, dtype=torch.bool)
-    edges = torch.ones(B, 2, dtype=torch.bool)
     pairs.append(
         (
             "pseudo snippets of the batch",
-            lambda: mine_pseudo_snippets(
-                attention[..., None], attention, points, valid, edges, 0.95, 0.1
-            ),
+            lambda: mine_pseudo_snippets(attention[..., None], attention, points, valid, 0.95, 0.1),
             lambda: _mine_plainly(attention.tolist(), points.numpy()),
         )
     )

@@ -50,9 +50,8 @@ def test_a_block_by_hand() -> None:
     block.attention_norm = block.feed_forward_norm = nn.Identity()  # type: ignore[assignment]
     unit = math.log(2) * math.sqrt(2)  # sqrt(d) goes out: logits are multiples of ln 2
     with torch.no_grad():
-        set_weights(block.query, [[unit, 0], [0, unit]])
-        # f_k(a, b) = (a, 2 b), f_v(a, b) = (3 b, a)
-        set_weights(block.key_value, [[1, 0], [0, 2], [0, 3], [1, 0]])
+        # f_q times unit, f_k(a, b) = (a, 2 b), f_v(a, b) = (3 b, a)
+        set_weights(block.query_key_value, [[unit, 0], [0, unit], [1, 0], [0, 2], [0, 3], [1, 0]])
         set_weights(block.output, [[1, 0], [0, 2]])
         set_weights(block.feed_forward[0], [[1, -1]])
         set_weights(block.feed_forward[3], [[0], [0.5]])
@@ -82,10 +81,10 @@ def dense(
     offset = index - index[:, None]
     seen = (offset >= -band.past) & (offset <= band.future) & valid[:, None]
     seen = torch.cat([seen, torch.ones(B, T, len(memory), dtype=torch.bool)], dim=-1)
-    keyed = block.key_value(torch.cat([x, memory.expand(B, -1, -1)], dim=1))
-    heads = (*keyed.shape[:2], 2 * block.heads, W // block.heads)
-    key, value = keyed.view(heads).transpose(1, 2).chunk(2, dim=1)
-    query = block.query(x).view(B, T, block.heads, -1).transpose(1, 2)
+    projected = block.query_key_value(torch.cat([x, memory.expand(B, -1, -1)], dim=1))
+    heads = (*projected.shape[:2], 3 * block.heads, W // block.heads)
+    query, key, value = projected.view(heads).transpose(1, 2).chunk(3, dim=1)
+    query = query[:, :, :T]
     weight = (query @ key.transpose(-1, -2) / math.sqrt(W // block.heads)).masked_fill(
         ~seen[:, None], -torch.inf
     )

@@ -208,7 +208,6 @@ def test_mining(mining: str, first: list[int], second: list[int], background: li
         SnippetOutput(scores, scores, attention, scores),
         points,
         torch.ones(1, 7, dtype=torch.bool),
-        torch.ones(1, 2, dtype=torch.bool),
         SnippetStageConfig.model_validate({"mining": mining}),
     )
     assert found.action[0, :, 0].nonzero()[:, 0].tolist() == first

@@ -20,9 +20,8 @@ def mine(
     points: Points,
     evidence: list[list[float]] | None = None,
     valid: int | None = None,
-    edges: tuple[bool, bool] = (True, True),
 ) -> PseudoSnippets:
-    """One recording of two classes, of which `valid` snippets are there, or a part of one."""
+    """One recording of two classes, of which `valid` snippets are there."""
     T = len(attention)
     A = torch.tensor(attention)[None]
     marked = torch.zeros(1, T, 2, dtype=torch.bool)
@@ -30,8 +29,7 @@ def mine(
         marked[0, snippet, list(labels)] = True
     there = (torch.arange(T) < (T if valid is None else valid))[None]
     seen = A[..., None] if evidence is None else torch.tensor(evidence)[None]
-    ends = torch.tensor([edges])
-    return mine_pseudo_snippets(seen, A, marked, there, ends, THETA_1, THETA_2)
+    return mine_pseudo_snippets(seen, A, marked, there, THETA_1, THETA_2)
 
 
 def as_sets(pseudo: PseudoSnippets) -> tuple[set[int], set[int], set[int], set[int]]:
@@ -131,24 +129,8 @@ def test_padding_is_neither_action_nor_background() -> None:
     assert got == ({1, 2}, set(), {0}, set())
 
 
-@pytest.mark.parametrize(
-    ("edges", "lowest"),
-    [((True, True), {0, 3, 5}), ((False, True), {3, 5}), ((True, False), {0, 3}),
-     ((False, False), {3})],
-)  # fmt: skip
-def test_the_lowest_of_a_gap_that_a_crop_cuts_is_not_known(
-    edges: tuple[bool, bool], lowest: set[int]
-) -> None:
-    attention = [0.3, 0.5, 0.9, 0.4, 0.9, 0.6]
-    assert as_sets(mine(attention, {2: {0}, 4: {0}}, edges=edges))[2] == lowest
-    # What attention is sure of is background also there.
-    attention[0] = 0.05
-    assert as_sets(mine(attention, {2: {0}, 4: {0}}, edges=edges))[2] == lowest | {0}
-
-
 def test_a_crop_without_a_point() -> None:
-    assert as_sets(mine([0.5, 0.3], {}, edges=(True, False))) == (set(), set(), set(), set())
-    assert as_sets(mine([0.5, 0.3], {}))[2] == {1}
+    assert as_sets(mine([0.5, 0.3], {})) == (set(), set(), {1}, set())
 
 
 def test_recordings_of_a_batch_are_apart() -> None:
@@ -156,9 +138,8 @@ def test_recordings_of_a_batch_are_apart() -> None:
     points = torch.zeros(2, 3, 2, dtype=torch.bool)
     points[0, 0, 0] = points[1, 2, 1] = True
     pseudo = mine_pseudo_snippets(
-        attention[..., None], attention, points, torch.ones(2, 3).bool(), torch.ones(2, 2).bool(),
-        THETA_1, THETA_2,
-    )  # fmt: skip
+        attention[..., None], attention, points, torch.ones(2, 3).bool(), THETA_1, THETA_2
+    )
     assert pseudo.action[0].tolist() == [[True, False], [True, False], [False, False]]
     assert pseudo.action[1].tolist() == [[False, False], [False, True], [False, True]]
     assert pseudo.background.tolist() == [[False, False, True], [True, False, False]]

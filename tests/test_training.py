@@ -96,12 +96,11 @@ def test_crops_are_stretches_of_recordings_with_their_points() -> None:
         crops = sampler.draw(8)
         assert crops.features.shape == (8, 6, 2)
         assert crops.points.shape == (8, 6, 2) and crops.valid.shape == (8, 6)
-        for features, marked, valid, edges in zip(*crops, strict=True):
+        for features, marked, valid in zip(*crops, strict=True):
             number, start = (int(value) for value in features[0])
             n = int(valid.sum())
             assert valid.tolist() == [True] * n + [False] * (6 - n)
             assert n == min(6, lengths[number])
-            assert edges.tolist() == [start == 0, start + n == lengths[number]]
             expected = data.recordings[number].features[start : start + n]
             assert features[:n].tolist() == expected.tolist()
             assert not features[n:].any()

@@ -143,8 +143,7 @@ class ReliabilityAwareBlock(nn.Module):
         super().__init__()
         assert width % heads == 0, (width, heads)
         self.heads = heads
-        self.query = nn.Linear(width, width)  # f_q, eq. 4
-        self.key_value = nn.Linear(width, 2 * width)  # f_k and f_v, eq. 5
+        self.query_key_value = nn.Linear(width, 3 * width)  # f_q, eq. 4, f_k and f_v, eq. 5
         self.output = nn.Linear(width, width)
         self.feed_forward = nn.Sequential(
             nn.Linear(width, ffn_width),
@@ -162,11 +161,13 @@ class ReliabilityAwareBlock(nn.Module):
         ``bias`` is `Band.bias`, the same for all blocks of the model.
         """
         B, T, W = x.shape  # recordings or windows, snippets, width
-        query = self._split(self.query(x), band)
-        key, value = (self._split(each, band) for each in self.key_value(x).chunk(2, dim=-1))
+        query, key, value = (
+            self._split(each, band) for each in self.query_key_value(x).chunk(3, dim=-1)
+        )
+        weight, shift = self.query_key_value.weight[W:], self.query_key_value.bias[W:]
         memory_key, memory_value = (
             each.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, C, W / H)
-            for each in self.key_value(memory).chunk(2, dim=-1)
+            for each in F.linear(memory, weight, shift).chunk(2, dim=-1)
         )
         mixed = reliability_attention(
             query, Attended(key, memory_key), Attended(value, memory_value), bias, band

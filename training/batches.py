@@ -13,13 +13,11 @@ from hrpro.training.parallel import share
 
 
 class Crops(NamedTuple):
-    """``features`` (B, T, D) float32, ``points`` (B, T, C) bool, ``valid`` (B, T) bool; ``edges``
-    (B, 2) bool says whether a crop begins and ends where its recording does."""
+    """``features`` (B, T, D) float32, ``points`` (B, T, C) bool, ``valid`` (B, T) bool."""
 
     features: Tensor
     points: Tensor
     valid: Tensor
-    edges: Tensor
 
 
 class CropSampler:
@@ -54,10 +52,8 @@ class CropSampler:
             index = recording.point_index - first
             inside = (index >= 0) & (index < T)
             points[row, index[inside], recording.point_label[inside]] = True
-        length = self._length[chosen]
-        valid = torch.arange(T) < length[:, None]
-        edges = torch.stack([start == 0, start + T >= length], dim=1)
-        return Crops(torch.from_numpy(features), torch.from_numpy(points), valid, edges)
+        valid = torch.arange(T) < self._length[chosen, None]
+        return Crops(torch.from_numpy(features), torch.from_numpy(points), valid)
 
 
 def feature_statistics(data: DataSet) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ def mine_pseudo_snippets(
     attention: Tensor,
     points: Tensor,
     valid: Tensor,
-    edges: Tensor,
     action_threshold: float,
     background_threshold: float,
 ) -> PseudoSnippets:
@@ -35,15 +34,14 @@ def mine_pseudo_snippets(
     ``evidence`` stays above ``action_threshold`` (theta_1); what it passes is action of the
     point's class. The point itself always is. A snippet is background where ``attention`` is
     below ``background_threshold`` (theta_2) or lowest between two neighbouring points (or a point
-    and the border of the recording), unless it is action. Where a crop cuts the gap between two
-    points its lowest snippet is not known: the cut may lie inside the action.
+    and the border of the crop), unless it is action. Where a crop cuts a gap, that may be inside
+    an action; to leave those gaps out measured worse (docs/TRAINING.md).
 
     Args:
         evidence: (B, T, C), or (B, T, 1) for the same evidence for all classes (the paper's A).
         attention: A, (B, T).
         points: (B, T, C) bool, the annotated snippets; one may have several classes.
         valid: (B, T) bool, False where a crop is padded.
-        edges: (B, 2) bool, whether a crop begins and ends where its recording does.
     """
     passing = (evidence > action_threshold) & valid[..., None]  # (B, T, C or 1)
     forward = _walk_forward(passing, points)
@@ -51,7 +49,7 @@ def mine_pseudo_snippets(
     action = forward | backward
     other = valid & ~action.any(dim=-1)
     below = (attention < background_threshold) & other
-    lowest = _lowest_between_points(attention, points, valid, edges) & other
+    lowest = _lowest_between_points(attention, points, valid) & other
     return PseudoSnippets(action, below | lowest, below)
 
 
@@ -64,15 +62,12 @@ def _walk_forward(passing: Tensor, points: Tensor) -> Tensor:
     return (point >= 0) & (point == latest) & (stopped < point)
 
 
-def _lowest_between_points(
-    attention: Tensor, points: Tensor, valid: Tensor, edges: Tensor
-) -> Tensor:
+def _lowest_between_points(attention: Tensor, points: Tensor, valid: Tensor) -> Tensor:
     """Where A is lowest in its gap between two points; (B, T) bool. Ties count all."""
     B, T = attention.shape
     is_point = points.any(dim=-1)
     gap = is_point.cumsum(dim=1)  # 0 before the first point, 1 after it, ...
-    is_whole = (edges[:, :1] | (gap > 0)) & (edges[:, 1:] | (gap < gap[:, -1:]))
-    usable = valid & ~is_point & is_whole
+    usable = valid & ~is_point
     candidate = torch.where(usable, attention, torch.inf)
     lowest = candidate.new_full((B, T + 1), torch.inf).scatter_reduce(1, gap, candidate, "amin")
     return usable & (candidate == lowest.gather(1, gap))

@@ -54,12 +54,10 @@ class SnippetStage(Stage[SnippetModel]):
     def step(self, number: int) -> dict[str, Tensor]:
         """Crops -> scores -> pseudo snippets -> losses -> weights, memory, averaged weights."""
         crops = self._sampler.draw(self._stage.batch_size)
-        features, points, valid, edges = (
-            each.to(self._device, non_blocking=True) for each in crops
-        )
+        features, points, valid = (each.to(self._device, non_blocking=True) for each in crops)
         with precision(self._config, self._device):
             output = SnippetOutput(*self._run(features, valid))
-        pseudo = _mine(output, points, valid, edges, self._stage)
+        pseudo = _mine(output, points, valid, self._stage)
         losses = _losses(output, pseudo, self._embedded, self._stage)
         self._descent.step(losses["loss"])
         with torch.no_grad():
@@ -121,11 +119,7 @@ def _losses(
 
 
 def _mine(
-    output: SnippetOutput,
-    points: Tensor,
-    valid: Tensor,
-    edges: Tensor,
-    stage: SnippetStageConfig,
+    output: SnippetOutput, points: Tensor, valid: Tensor, stage: SnippetStageConfig
 ) -> PseudoSnippets:
     attention, scores = output.attention.detach(), output.scores.detach()
     evidence = {
@@ -134,13 +128,7 @@ def _mine(
         "points": torch.zeros_like(scores),
     }[stage.mining]
     return mine_pseudo_snippets(
-        evidence,
-        attention,
-        points,
-        valid,
-        edges,
-        stage.action_threshold,
-        stage.background_threshold,
+        evidence, attention, points, valid, stage.action_threshold, stage.background_threshold
     )
 
 
