@@ -119,6 +119,13 @@ def test_features_and_prototypes_are_normalised_alike() -> None:
         torch.testing.assert_close(model(FEATURES * 2 + 5, ALL).scores, expected)
 
 
+def test_a_lean_model_has_a_quarter_of_the_width() -> None:
+    assert SnippetModel(DIM, 3, ModelConfig(size="lean")).width == DIM // 4
+    assert SnippetModel(DIM, 3, ModelConfig(size="lean", width=12)).width == 12
+    assert SnippetModel(3, 3, ModelConfig(size="lean")).width == 1
+    assert isinstance(SnippetModel(DIM, 3, ModelConfig()).project, torch.nn.Identity)
+
+
 def test_a_width_of_its_own_is_projected_to() -> None:
     model = SnippetModel(DIM, 3, ModelConfig(width=12, attention_heads=3)).eval()
     assert model(FEATURES, ALL).embedding.shape == (1, T, 12)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_two(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """A command under torchrun, as two processes that talk over loopback (gloo)."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+def torchrun(*arguments: object) -> list[str]:
+    """A command as two processes that talk over loopback (gloo)."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command = [*torchrun, *rendezvous, "-m", "hrpro.clients.cli", *map(str, arguments)]
+    return [*run, *rendezvous, "-m", "hrpro.clients.cli", *map(str, arguments)]
+
+
+def by_two(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=120, env=environment()
+        torchrun(*arguments),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
     )
 
 
@@ -69,3 +79,18 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) ->
     )
     assert said.returncode != 0
     assert "snippet_stage.batch_size: expected a multiple of 2 processes, got 5" in said.stderr
+
+
+def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    dropping = (*SET, "--set", "model.dropout=0.3", "--set", "instance_stage.dropout=0.3")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert by_two("train", data, "--out", whole, *dropping).returncode == 0
+    command = torchrun("train", data, "--out", run, *dropping)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        while process.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        _, said = process.communicate(timeout=60)
+    assert not (run / "run.json").exists() and (run / "checkpoint.pt").exists(), said
+    assert by_two("train", data, "--out", run, *dropping, "--resume").returncode == 0
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

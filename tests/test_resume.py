@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import assignments, hrpro, refusal, running
+from rich.console import Console
 from tiny_data import write_tiny_data
 
+from hrpro.training import instance_stage
+from hrpro.training.checkpoint import TrainingStopped, write_atomically
+from hrpro.training.config import TrainingConfig
+from hrpro.training.run import RunError, read_run
+from hrpro.training.session import train_run
+
+# Saved after every step: what is left by a kill -9 is then just one step old.
+OFTEN = ("--set", "checkpoint_s=0")
 SET = assignments(
     {
         "threads": 1,
-        "checkpoint_s": 0,
         "model": {"blocks": 1, "attention_past": 8, "instance_width": 16},
         "snippet_stage": {"steps": 40, "batch_size": 4, "crop_snippets": 40},
         "instance_stage": {"steps": 40, "batch_size": 32},
@@ -69,8 +80,8 @@ def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM: stopped; the state is saved in" in said
     assert not (run / "run.json").exists() and not (run / "snippet.pt").exists()
-    # kill -9 saves nothing: it goes on from the last state, here that of the step before.
-    said, code = stopped(data, run, "instance", 10, signal.SIGKILL, "--resume")
+    # kill -9 saves nothing: it goes on from the last state.
+    said, code = stopped(data, run, "instance", 10, signal.SIGKILL, "--resume", *OFTEN)
     assert code == -signal.SIGKILL
     said = hrpro("train", data, "--out", run, *SET, "--resume").stdout
     assert "going on after step" in said and "of stage instance" in said
@@ -83,12 +94,66 @@ def test_without_a_state_resume_begins(data: Path, whole: Path, tmp_path: Path) 
     same(tmp_path / "run", whole)
 
 
+def test_a_signal_between_the_stages_finds_the_first_one_saved(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig.model_validate(read_run(whole)[0].config.model_dump())
+    rank = instance_stage.rank_proposals
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rank(*arguments)
+
+    monkeypatch.setattr(instance_stage, "rank_proposals", signalled)
+    run = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match="the state is saved in"):
+        train_run(data, run, config, Console(quiet=True))
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 40
+    monkeypatch.undo()
+    train_run(data, run, config, Console(quiet=True), resume=True)
+    same(run, whole)
+
+
+def test_a_loss_that_is_no_number_ends_training(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rate = ("--set", "snippet_stage.learning_rate=1e30")
+    said = hrpro("train", data, "--out", run, *SET, *OFTEN, *rate, status=1).stderr
+    assert "of stage snippet: the loss is nan; expected a finite number, lower " in said
+    state = torch.load(run / "checkpoint.pt", weights_only=True)  # the last good one
+    assert all(torch.isfinite(each).all() for each in state["state"]["model"].values())
+
+
 def test_a_finished_run_is_left_alone(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     before = (run / "snippet.pt").stat().st_mtime_ns
     assert "the run is finished" in hrpro("train", data, "--out", run, *SET, "--resume").stdout
+    said = refusal("train", data, "--out", run, *SET, "--resume", "--seed", 1)
+    assert "run.json: made with other settings: seed was 0, is 1" in said
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"hop"', '"hip"'))
+    said = refusal("train", data, "--out", run, *SET, "--resume")
+    assert "run.json: made with other data" in said
     assert (run / "snippet.pt").stat().st_mtime_ns == before
+
+
+def test_a_damaged_bit_is_seen(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "instance.pt"
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["heads.score.0.weight"].numpy().tobytes()
+    content[content.index(weights) + len(weights) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)  # torch says nothing
+    with pytest.raises(RunError, match=r"instance\.pt: expected the weights .* is damaged"):
+        read_run(tmp_path / "run")
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    write_atomically(path, {"step": 1})
+    with pytest.raises(pickle.PicklingError):  # a class of nowhere
+        write_atomically(path, {"step": 2, "more": type("Local", (), {})()})
+    assert torch.load(path, weights_only=True) == {"step": 1}
 
 
 @pytest.fixture

@@ -19,8 +19,11 @@ from hrpro.training.ranking import ReliableRule
 class ModelConfig(Settings):
     """The snippet model of stage 1 and the instance heads of stage 2."""
 
+    size: Literal["full", "lean"] = Field(
+        "full", description="full: blocks as wide as D, as in the paper; lean: a quarter of that"
+    )
     width: int | None = Field(
-        None, ge=1, description="width of the attention blocks (default: D, as in the paper)"
+        None, ge=1, description="width of the attention blocks (default: as size says)"
     )
     blocks: int = Field(2, ge=0, description="reliability-aware attention blocks")
     attention_heads: int = Field(

@@ -59,12 +59,14 @@ class SnippetModel(nn.Module):
         self.config = config
         self.feature_dim = feature_dim
         self.class_count = class_count
-        self.width = width = config.width or feature_dim
+        # Lean is 512 for the 2048 features of two-stream I3D.
+        own = feature_dim if config.size == "full" else max(1, feature_dim // 4)
+        self.width = width = config.width or own
         heads = math.gcd(width, config.attention_heads)  # each has the same share of the width
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(feature_dim))
         self.register_buffer("prototypes", torch.zeros(class_count, feature_dim))
-        self.project = nn.Linear(feature_dim, width) if config.width else nn.Identity()
+        self.project = nn.Identity() if width == feature_dim else nn.Linear(feature_dim, width)
         self.blocks = nn.ModuleList(
             ReliabilityAwareBlock(
                 width, heads, config.ffn_width or 2 * width, config.activation, config.dropout
