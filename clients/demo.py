@@ -25,21 +25,14 @@ from hrpro.training.run import read_figures, read_run
 from hrpro.training.session import evaluate_run, train_run
 from hrpro.training.snippet_stage import snippet_scores
 
-# Four recordings of half a minute each need neither large batches nor many steps, and exercises
-# that follow each other have no background between their points. Both were chosen by leaving out
-# one training recording at a time.
-_CONFIG = {
-    "snippet_stage": {"steps": 200, "batch_size": 8, "lowest_weight": 0.0},
-    "instance_stage": {"steps": 600},
-}
-
 
 def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, object]:
     """Train, export, stream, compare; returns what `hrpro stream-eval --json` would print."""
     data_folder, run, bundle_folder = out / "data", out / "run", out / "bundle"
     console.rule("1. train on four recordings, from one point label an action")
     write_example_dataset(data_folder)
-    train_run(data_folder, run, TrainingConfig.model_validate(_CONFIG), console)
+    config = TrainingConfig.model_validate({"data": {"preset": "mocap6"}})
+    train_run(data_folder, run, config, console)
     console.rule("2. export")
     evaluate_run(run, data_folder)
     description, model = read_run(run)
@@ -49,10 +42,10 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
     )
 
     console.rule("3. stream the two held-out recordings through an engine of its own process")
-    config = load_engine_config(bundle)
+    settings = load_engine_config(bundle)
     data, truth = stream_eval.read_evaluation_data(data_folder, bundle)
     sources = [Source(each.name, each.features) for each in data.recordings]
-    with running_engine(bundle_folder, config) as addresses:
+    with running_engine(bundle_folder, settings) as addresses:
         streamed = stream_eval.stream_recordings(
             addresses,
             sources,
@@ -62,7 +55,7 @@ def run_demo(out: Path, speed: float | None, console: Console) -> dict[str, obje
         )
     console.rule("4. what came of it")
     classes = bundle.manifest.classes
-    figures = stream_eval.evaluate_streaming(bundle, config, data, truth, streamed)
+    figures = stream_eval.evaluate_streaming(bundle, settings, data, truth, streamed)
     for recording in data.recordings:
         name = recording.name
         events = stream_eval.published_segments(streamed.events(name), classes)

@@ -17,12 +17,12 @@ from tiny_data import CLASSES, TRAIN, write_tiny_data
 
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.training.annotations import read_ambiguous, read_truth
-from hrpro.training.config import TrainingConfig
+from hrpro.training.config import SnippetStageConfig, TrainingConfig
 from hrpro.training.data import read_test_split, read_training_split
 from hrpro.training.data_check import check_data
 from hrpro.training.data_config import DataConfig, DataError
 from hrpro.training.drawing import draw_points, write_points
-from hrpro.training.presets import PRESETS, read_preset
+from hrpro.training.presets import PRESETS, preset_of, read_preset
 from hrpro.training.simulate import simulate_data
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
@@ -61,6 +61,24 @@ def test_each_preset_is_whole() -> None:
     rates = {name: read_preset(name).frames_per_s for name in PRESETS}
     assert rates["gtea"] == 15 and rates["beoid"] == 30 and rates["thumos14"] == 25
     assert read_preset("thumos14").tiou_thresholds == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def test_a_preset_brings_the_settings_that_suit_it() -> None:
+    named = {"data": {"preset": "mocap6"}}
+    config = TrainingConfig.model_validate(named | {"snippet_stage": {"steps": 7}})
+    # What is given wins over the preset, the preset over the defaults.
+    assert (config.snippet_stage.steps, config.snippet_stage.batch_size) == (7, 8)
+    assert config.snippet_stage.lowest_weight == 0 and config.instance_stage.steps == 600
+    assert config.snippet_stage.temperature == SnippetStageConfig().temperature
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
+    given = load_settings(TrainingConfig, None, ["data.preset=mocap6", "instance_stage.steps=9"])
+    assert (given.snippet_stage.steps, given.instance_stage.steps) == (200, 9)
+    assert TrainingConfig().snippet_stage.lowest_weight == 1
+
+
+def test_a_data_set_is_known_by_its_classes() -> None:
+    assert preset_of(read_preset("gtea").classes[::-1]) == "gtea"
+    assert preset_of(["close", "open"]) is None
 
 
 @pytest.mark.parametrize("name", ["THUMOS14", "GTEA", "BEOID"])

@@ -85,6 +85,20 @@ def test_a_bundle_is_read_as_it_was_written(bundle: Bundle, copy: Path) -> None:
     assert again.manifest.bundle_id == content_id(json.loads((copy / "bundle.json").read_text()))
 
 
+def test_a_bundle_gives_stage_2_the_weight_that_it_is_trusted_with(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = tiny_model(config)
+    model.instance.trust.fill_(0.5)
+    bundle = export.export_bundle(tiny_description(config), model, {}, tmp_path / "bundle")
+    assert bundle.manifest.localization.completeness_weight == 0.25
+    backend = OnnxRuntimeBackend(bundle, threads=1)
+    embedding = np.abs(tiny_recording(33))
+    table = np.array([[4.0, 9.0], [20.0, 30.0]], np.float32)
+    halfway = backend.score_instances(embedding, table)[1]
+    full = torch_instances(tiny_model(config), embedding, table)[1]
+    np.testing.assert_allclose(halfway, (table + full) / 2, atol=1e-4)
+
+
 def test_the_graphs_compute_what_the_model_does(bundle: Bundle, model: TrainedModel) -> None:
     backend = OnnxRuntimeBackend(bundle, threads=1)
     features = tiny_recording(33)

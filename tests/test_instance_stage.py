@@ -15,7 +15,7 @@ from hrpro.engine.timebase import SnippetClock
 from hrpro.training.checkpoint import Checkpoints
 from hrpro.training.config import InstanceStageConfig, ModelConfig, TrainingConfig
 from hrpro.training.data import DataSet, Recording
-from hrpro.training.instance_stage import InstanceStage, _draw_proposals
+from hrpro.training.instance_stage import InstanceStage, _draw_proposals, new_instance_model
 from hrpro.training.model import SnippetModel
 from hrpro.training.ranking import ReliableRule
 from hrpro.training.roi import RegionPooling, Regions
@@ -170,3 +170,20 @@ def test_share_of_negative_proposals(share: float, batch: int, negatives: int) -
     # Where there are none, positive ones fill the batch.
     rows = _draw_proposals(positive, negative[:0], stage, generator)
     assert len(rows) == batch and not (rows % 2).any()
+
+
+@pytest.mark.parametrize(
+    ("points", "trust"),
+    [
+        (None, 1.0),  # to be read from a file
+        (20, 0.5),  # 10 points a class: 1 - 5 / 10
+        (100, 0.9),
+        (10, 0.0),
+        (3, 0.0),
+    ],
+)
+def test_few_points_are_not_trusted(points: int | None, trust: float) -> None:
+    snippet = SnippetModel(4, 2, ModelConfig(blocks=0))
+    assert new_instance_model(TrainingConfig(), snippet, points).trust.item() == pytest.approx(
+        trust
+    )

@@ -281,3 +281,16 @@ def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
         Proposal(0, 3.0, pytest.approx(20002.9), weaker, 20003),
         Proposal(0, 2.5, pytest.approx(20003.3), pytest.approx(0.66384, rel=1e-3), 20003),
     ]
+
+
+def test_the_score_weighs_contrast_and_completeness() -> None:
+    # 1 inside and 0 outside: p_OIC 1. MeanScorer gives completeness half the mean embedding around
+    # it, here 0.5 (0, 0, 1, 1, 1, 0, 0 from two snippets before to two behind): 0.5 * 3 / 7.
+    track = rows([0, 0, 0, 1, 1, 1, 0, 0, 0])
+    embedding = rows([0, 0, 0, 1, 1, 1, 0, 0, 0])
+    for weight in (0.0, 0.25, 1.0):
+        config = LocalizationConfig(
+            thresholds=(0.5,), peak_gate=0.0, completeness_weight=weight, score_floor=0.0
+        )
+        (found,) = localize(track, embedding, config, MeanScorer())
+        assert found.score == pytest.approx((1 - weight) + weight * 0.5 * 3 / 7)

@@ -6,13 +6,14 @@ measurements behind it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from hrpro.engine.config import LocalizationConfig, WindowConfig
 from hrpro.engine.settings import Settings
-from hrpro.training.data_config import DataConfig
+from hrpro.training.data_config import DataConfig, with_tuples
+from hrpro.training.presets import PRESETS, read_preset
 from hrpro.training.ranking import ReliableRule
 
 
@@ -111,10 +112,10 @@ class InstanceStageConfig(Settings):
         description="a proposal regresses from this IoU with its reliable proposal on",
     )
     trust_points: float = Field(
-        20.0,
+        5.0,
         ge=0,
-        description="points a class at which stage 2 moves borders and weighs in scores by half of "
-        "what it learnt, more with more points (0: always in full, as in the paper)",
+        description="of n points a class, stage 2 moves borders and weighs in scores by the share "
+        "1 - trust_points / n of what it learnt, at least 0 (0: always in full, as in the paper)",
     )
     negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
     negative_thresholds: tuple[float, ...] = Field(
@@ -145,6 +146,19 @@ class TrainingConfig(Settings):
     instance_stage: InstanceStageConfig = InstanceStageConfig()
     localization: LocalizationConfig = LocalizationConfig()
     window: WindowConfig = WindowConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_preset(cls, values: Any) -> Any:
+        data = values.get("data") if isinstance(values, dict) else None
+        if not isinstance(data, dict) or data.get("preset") not in PRESETS:
+            return values
+        merged = with_tuples(values)
+        for group, settings in read_preset(data["preset"]).training.items():
+            given = merged.get(group, {})
+            if isinstance(given, dict):
+                merged[group] = {**settings, **given}
+        return merged
 
     @model_validator(mode="after")
     def _full_attention_has_no_band(self) -> TrainingConfig:

@@ -49,12 +49,10 @@ class DataConfig(Settings):
     def _defaults_of_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # What went through here counts as Python's, where a list is no tuple.
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         if values.get("preset") not in PRESETS:
             return values
         preset = read_preset(values["preset"]).model_dump(include=set(cls.model_fields))
-        return {**preset, **values}
+        return {**preset, **with_tuples(values)}
 
     @property
     def published(self) -> Preset | None:
@@ -65,6 +63,14 @@ class DataConfig(Settings):
     def clock(self) -> SnippetClock:
         """The snippet clock of the data set."""
         return SnippetClock(frames_per_s=self.frames_per_s, snippet_frames=self.snippet_frames)
+
+
+def with_tuples(values: Any) -> Any:
+    """Settings with tuples for lists: what a validator makes counts as Python's, where a list is
+    no tuple."""
+    if isinstance(values, dict):
+        return {key: with_tuples(each) for key, each in values.items()}
+    return tuple(map(with_tuples, values)) if isinstance(values, list) else values
 
 
 def read_text(path: Path, what: str) -> str:

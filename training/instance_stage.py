@@ -52,8 +52,8 @@ def new_instance_model(
     )
     pooling = RegionPooling(localization.border_ratio, float(localization.border_limit))
     trust = 1.0
-    if points is not None:  # shrinkage: as if trust_points more a class had said nothing
-        trust = points / (points + snippet.class_count * stage.trust_points)
+    if points:  # shrinkage as of James and Stein: what is learnt from nearly nothing is left out
+        trust = max(0.0, 1 - stage.trust_points * snippet.class_count / points)
     return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0, trust)
 
 

@@ -6,10 +6,12 @@ The facts are in presets.yaml; `DataConfig` takes its defaults from the preset t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 from typing import Literal, get_args
 
 import yaml
+from pydantic import Field
 
 from hrpro.engine.settings import Settings
 
@@ -39,6 +41,7 @@ class Preset(Settings):
     feature_dim: int
     features: str
     classes: tuple[str, ...]
+    training: dict[str, dict[str, int | float]] = Field(default_factory=dict)
 
 
 @functools.cache
@@ -46,3 +49,8 @@ def read_preset(name: PresetName) -> Preset:
     """The preset of this name."""
     text = resources.files("hrpro.training").joinpath("presets.yaml").read_text(encoding="utf-8")
     return Preset.model_validate(yaml.safe_load(text)[name])
+
+
+def preset_of(classes: Sequence[str]) -> PresetName | None:
+    """The data set that has just these classes, if it is one of the presets."""
+    return next((n for n in PRESETS if set(read_preset(n).classes) == set(classes)), None)

@@ -29,6 +29,7 @@ from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
 from hrpro.training.predictions import read_predictions, write_predictions
+from hrpro.training.presets import preset_of, read_preset
 from hrpro.training.recorder import Recorder
 from hrpro.training.run import (
     RunDescription,
@@ -75,6 +76,13 @@ def train_run(
     with process_group(training_device(config)):
         data = read_training_split(data_folder, config.data)
         description = describe_run(config, data)
+        known = preset_of(data.classes)
+        if known is not None and config.data.preset is None and process_rank() == 0:
+            console.print(
+                f"these are the classes of {read_preset(known).title}: --set data.preset={known} "
+                "brings its clock and the settings that suit it",
+                soft_wrap=True,
+            )
         if resume and is_finished(out):
             check_finished_run(out, description)
             console.print(f"{out}: the run is finished", markup=False, soft_wrap=True)
