@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hrpro.clients import cli_ablate, cli_data, cli_plot, cli_training
+from hrpro.clients import cli_ablate, cli_bundle, cli_data, cli_plot, cli_training
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
@@ -41,6 +41,7 @@ app = typer.Typer(
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
 app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_bundle.bundle_app, name="bundle")
 
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
@@ -58,13 +59,13 @@ def serve(
     control: Annotated[str, typer.Option(help="Address for status and drain.")],
     config: ConfigFile = None,
     set_: Assignments = None,
+    trusted_key: cli_bundle.TrustedKey = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
     from hrpro.engine import serve as engine
-    from hrpro.export.bundle import read_bundle
 
-    loaded = read_bundle(bundle)
+    loaded = cli_bundle.read_checked(bundle, trusted_key)
     settings = engine.load_engine_config(loaded, config, set_ or [])
 
     def ready(bound: Addresses, pipeline: Pipeline) -> None:

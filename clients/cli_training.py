@@ -96,18 +96,45 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, of the snippet graph.")] = (
+        "fp32"
+    ),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data folder on whose test split fp16 and int8 are held against fp32."),
+    ] = None,
+    gate: Annotated[
+        float, typer.Option(help="Average mAP that fp16 or int8 may cost.", min=0)
+    ] = 0.01,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write fp16 or int8 whatever it costs.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write the deployment bundle: two ONNX graphs and what the engine needs to know."""
-    from hrpro.export.export import export_bundle
+    from hrpro.export.bundle import PRECISIONS
+    from hrpro.export.export import Comparison, export_bundle
     from hrpro.training.run import read_figures, read_run
+    from hrpro.training.session import read_evaluation_data
 
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"expected {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "fp32" and data is None and not force:
+        raise typer.BadParameter(
+            f"{precision}: expected --data to hold it against fp32, or --force to do without"
+        )
     description, model = read_run(run)
-    bundle = export_bundle(description, model, read_figures(run), out)
+    comparison = None
+    if data is not None and precision != "fp32":
+        comparison = Comparison(*read_evaluation_data(data, description), gate, force)
+    bundle = export_bundle(description, model, read_figures(run), out, precision, comparison)
     manifest = bundle.manifest
     if as_json:
-        print(json.dumps({"bundle_id": manifest.bundle_id, "verified": manifest.verified}))
+        said = manifest.model_dump(mode="json", include={"bundle_id", "verified", "compared"})
+        print(json.dumps(said))
         return
+    for name, value in manifest.compared.items():
+        say(f"{precision}, {name.replace('_', ' ')}: {value:.4f}")
     say(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
     for name, difference in manifest.verified.items():
         say(f"  {name:<13}{difference:.1e}")

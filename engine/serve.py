@@ -11,11 +11,9 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
-from hrpro.engine.settings import SettingsError, load_settings
-from hrpro.export.bundle import Bundle
-
-# Settings that the instance graph has inside, too.
-_FIXED_BY_GRAPH = ("border_ratio", "border_limit")
+from hrpro.engine.settings import load_settings
+from hrpro.export.bundle import Bundle, check_fixed_settings
+from hrpro.export.golden import check_golden
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,14 @@ def load_engine_config(
     """The engine's settings: defaults, the bundle's own, a YAML file, and assignments over them."""
     base = bundle.manifest.model_dump(mode="json", include={"window", "localization"})
     config = load_settings(EngineConfig, file, assignments, base)
-    for name in _FIXED_BY_GRAPH:
-        trained = getattr(bundle.manifest.localization, name)
-        if getattr(config.localization, name) != trained:
-            raise SettingsError(
-                f"localization.{name}: expected {trained}, which the bundle was trained with and "
-                f"its graph contains, got {getattr(config.localization, name)}"
-            )
+    check_fixed_settings(bundle.manifest, config.localization)
     return config
 
 
 def new_pipeline(bundle: Bundle, config: EngineConfig) -> Pipeline:
     """The data path of a bundle on ONNX Runtime, after one batch to warm it up."""
     backend = OnnxRuntimeBackend(bundle, config.threads)
+    check_golden(bundle, backend)
     pipeline = Pipeline(bundle.manifest, backend, config)
     pipeline.warm_up()
     return pipeline

@@ -31,6 +31,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "describe",
+    "differences",
     "load_settings",
 ]
 
@@ -81,6 +82,20 @@ def load_settings(
     if len(lines) > 1:
         lines.insert(0, f"{len(lines)} settings are wrong:")
     raise SettingsError("\n  ".join(lines))
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """Path, old and new value of each entry that differs between two nested maps."""
+    found = []
+    for name in sorted({*old, *new}):
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            found.append((f"{prefix}{name}", was, now))
+    return found
 
 
 # --- reading -------------------------------------------------------------------------------------

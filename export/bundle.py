@@ -4,10 +4,15 @@
       bundle.json      `Manifest`
       snippet.onnx     stage 1, see hrpro.export.graphs
       instance.onnx    stage 2
+      golden.npz       windows with their outputs, see hrpro.export.golden
+      bundle.sig       if it is signed, see hrpro.export.signing
 
 A bundle is read only if every file has the SHA-256 that the manifest says. It is written to a
 temporary folder beside its place and renamed, so a killed export leaves no half bundle. Where it
 takes the place of another one, that one is moved aside first and comes back if the rename fails.
+
+Schema versions: 2 has golden windows, precision, display names and the time of the export. Bundles
+of version 1 are read as they are; what they lack is empty.
 
     BundleError    the folder is not a usable bundle; the message names file, expectation, finding
 """
@@ -18,24 +23,35 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from hrpro.engine.config import LocalizationConfig, WindowConfig
-from hrpro.engine.settings import Settings
+from hrpro.engine.settings import Settings, SettingsError, load_settings
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError, checked
 from hrpro.engine.wire import label as wire_label
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 SNIPPET_GRAPH = "snippet.onnx"
 INSTANCE_GRAPH = "instance.onnx"
-_GRAPHS = (SNIPPET_GRAPH, INSTANCE_GRAPH)
+GOLDEN = "golden.npz"
+SIGNATURE = "bundle.sig"
+FILES = (SNIPPET_GRAPH, INSTANCE_GRAPH, GOLDEN)
+# Settings that the instance graph has inside, too.
+_FIXED_BY_GRAPH = ("border_ratio", "border_limit")
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# The same run exported twice is the same bundle.
+_NOT_OF_IDENTITY = ("bundle_id", "created")
 
 
 class BundleError(HrproError, ValueError):
@@ -47,8 +63,11 @@ class Manifest(Settings):
 
     schema_version: int = Field(description="version of this file's layout")
     bundle_id: str = Field(description="hash over the files' hashes and the settings below")
+    created: str = Field(description="when it was exported, UTC, ISO 8601")
+    precision: Precision = Field(description="of the snippet graph's matrix products")
     data_set: str = Field(description="name of the data set trained on")
     classes: tuple[str, ...] = Field(min_length=1)
+    display_names: dict[str, str] = Field(description="of classes, for people, where they differ")
     feature_dim: int = Field(ge=1, description="D, features in a snippet")
     embedding_width: int = Field(ge=1, description="W, width of the embedding")
     frames_per_s: float = Field(gt=0)
@@ -71,6 +90,12 @@ class Manifest(Settings):
         description="what hrpro evaluate measured before the export, and on what"
     )
     verified: dict[str, float] = Field(description="largest difference of ONNX Runtime from torch")
+    tolerances: dict[str, float] = Field(
+        description="by how much the outputs of the golden windows may differ, by kind"
+    )
+    compared: dict[str, float] = Field(
+        description="mAP and speed beside fp32, where they were measured"
+    )
     versions: dict[str, str] = Field(description="packages that made the bundle")
     files: dict[str, str] = Field(description="SHA-256 of each file")
 
@@ -80,6 +105,9 @@ class Manifest(Settings):
             checked("classes", wire_label, label)
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: expected distinct names")
+        unknown = sorted(set(self.display_names) - set(self.classes))
+        if unknown:
+            raise ValueError(f"display_names: expected names of classes, got {unknown[0]!r}")
         return self
 
     @property
@@ -105,12 +133,17 @@ class Bundle:
         """Stage 2."""
         return self.folder / INSTANCE_GRAPH
 
+    @property
+    def golden(self) -> Path | None:
+        """Golden windows; bundles of schema version 1 have none."""
+        return self.folder / GOLDEN if GOLDEN in self.manifest.files else None
 
-def read_bundle(folder: Path) -> Bundle:
-    """Read and check a bundle. Raises BundleError."""
+
+def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
+    """Read and check a bundle, whose bundle.json may have been read. Raises BundleError."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes() if manifest_bytes is None else manifest_bytes)
     except FileNotFoundError:
         raise BundleError(
             f"{path}: file is missing; expected a bundle made by hrpro export"
@@ -118,22 +151,41 @@ def read_bundle(folder: Path) -> Bundle:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: expected JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}")
+    if version not in (*_UPGRADES, SCHEMA_VERSION):
+        raise BundleError(
+            f"{path}: expected schema_version {SCHEMA_VERSION} or lower, got {version!r}"
+        )
+    expected_id = content_id(content)
+    for older in range(version, SCHEMA_VERSION):
+        content = _UPGRADES[older](content)
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
-    _check_files(folder, manifest)
+    _check_files(folder, manifest, FILES[:2] if version == 1 else FILES)
+    if manifest.bundle_id != expected_id:
+        raise BundleError(
+            f"{path}: bundle_id: expected {expected_id} for this content, "
+            f"got {manifest.bundle_id}; the file was changed"
+        )
     return Bundle(folder, manifest)
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    if set(manifest.files) != set(_GRAPHS):
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    empty: dict[str, Any] = {"display_names": {}, "tolerances": {}, "compared": {}}
+    return content | empty | {"schema_version": 2, "created": "", "precision": "fp32"}
+
+
+# From each version to the next.
+_UPGRADES = {1: _from_version_1}
+
+
+def _check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    if set(manifest.files) != set(names):
         raise BundleError(
-            f"{folder / MANIFEST}: files: expected {', '.join(_GRAPHS)}, "
+            f"{folder / MANIFEST}: files: expected {', '.join(names)}, "
             f"got {', '.join(sorted(manifest.files)) or 'none'}"
         )
     for name, expected in manifest.files.items():
@@ -143,12 +195,6 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{folder / name}: cannot be read: {error}") from None
         if found != expected:
             raise BundleError(f"{folder / name}: expected SHA-256 {expected}, got {found}")
-    expected_id = content_id(manifest.model_dump(mode="json"))
-    if manifest.bundle_id != expected_id:
-        raise BundleError(
-            f"{folder / MANIFEST}: bundle_id: expected {expected_id} for this content, "
-            f"got {manifest.bundle_id}; the file was changed"
-        )
 
 
 def sha256(path: Path) -> str:
@@ -158,24 +204,67 @@ def sha256(path: Path) -> str:
 
 
 def content_id(manifest: dict[str, Any]) -> str:
-    """Identity of a bundle: 16 hex digits over all of its manifest but the id itself."""
-    content = {key: value for key, value in manifest.items() if key != "bundle_id"}
+    """Identity of a bundle: 16 hex digits over all of its manifest, the files' hashes among it,
+    but the id itself and the time."""
+    content = {key: value for key, value in manifest.items() if key not in _NOT_OF_IDENTITY}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
-    """Write bundle.json for the graphs in ``folder``; hashes and identity are filled in."""
+    """Write bundle.json for the files in ``folder``; hashes, time and identity are filled in."""
     content = content | {
         "schema_version": SCHEMA_VERSION,
         "bundle_id": "",
-        "files": {name: sha256(folder / name) for name in _GRAPHS},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": {name: sha256(folder / name) for name in FILES if (folder / name).exists()},
     }
     # Once through the model, so that the identity is of what will be read back.
     dumped = Manifest.model_validate(content).model_dump(mode="json")
     dumped["bundle_id"] = content_id(dumped)
-    (folder / MANIFEST).write_text(json.dumps(dumped, indent=2) + "\n")
+    (folder / SIGNATURE).unlink(missing_ok=True)  # it was of another content
+    temporary = folder / f".{MANIFEST}.part"
+    temporary.write_text(json.dumps(dumped, indent=2) + "\n")
+    temporary.replace(folder / MANIFEST)
     return Manifest.model_validate(dumped)
+
+
+class _Overridable(Settings):
+    """What of a bundle can be set without a new export."""
+
+    window: WindowConfig
+    localization: LocalizationConfig
+
+
+def change_settings(
+    folder: Path, assignments: Sequence[str], display_names: Mapping[str, str]
+) -> Manifest:
+    """Override settings and names of a bundle where it lies; it gets another id.
+
+    A signature goes. Raises BundleError and SettingsError, and changes nothing then.
+    """
+    manifest = read_bundle(folder).manifest
+    content = manifest.model_dump(mode="json")
+    base = {name: content[name] for name in _Overridable.model_fields}
+    changed = load_settings(_Overridable, None, assignments, base)
+    check_fixed_settings(manifest, changed.localization)
+    names = manifest.display_names | dict(display_names)
+    content |= changed.model_dump(mode="json") | {"display_names": names}
+    try:
+        return write_manifest(folder, content)
+    except ValidationError as error:
+        raise BundleError(f"{folder}: {error.errors()[0]['msg']}") from None
+
+
+def check_fixed_settings(manifest: Manifest, localization: LocalizationConfig) -> None:
+    """Raise SettingsError for a setting that the bundle's graph has otherwise."""
+    for name in _FIXED_BY_GRAPH:
+        trained, given = getattr(manifest.localization, name), getattr(localization, name)
+        if given != trained:
+            raise SettingsError(
+                f"localization.{name}: expected {trained}, which the bundle was trained with and "
+                f"its graph contains, got {given}"
+            )
 
 
 @contextmanager

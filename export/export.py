@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import platform
+import statistics
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.offline import localize_recording
 from hrpro.engine.windows import window_length
 from hrpro.export.bundle import (
+    GOLDEN,
     INSTANCE_GRAPH,
     SNIPPET_GRAPH,
     Bundle,
+    Manifest,
+    Precision,
     read_bundle,
     replaced_folder,
     write_manifest,
 )
+from hrpro.export.golden import write_golden
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph
-from hrpro.export.verify import Exactness, verify_graphs
+from hrpro.export.precision import GOLDEN_TOLERANCES, convert
+from hrpro.export.verify import Exactness, ExportError, golden_features, verify_graphs
 from hrpro.training.config import ModelConfig, TrainingConfig
+from hrpro.training.data import DataSet
+from hrpro.training.metrics import GroundTruth, to_segments
 from hrpro.training.model import band_reach
 from hrpro.training.run import RunDescription
 from hrpro.training.train import TrainedModel
 
 # A model that attends to everything is exact nowhere; this much is given to it.
 _FULL_ATTENTION = Exactness(exact=False, context=64, lookahead=4)
+_TIMED_WINDOWS = 15
 _PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """On what a lower precision is held against fp32, and how much average mAP it may cost."""
+
+    data: DataSet
+    truth: GroundTruth
+    gate: float
+    force: bool = False
 
 
 def export_bundle(
@@ -34,48 +60,117 @@ def export_bundle(
     model: TrainedModel,
     figures: Mapping[str, float | str],
     target: Path,
+    precision: Precision = "fp32",
+    comparison: Comparison | None = None,
 ) -> Bundle:
     """Export, verify and write a bundle; ``figures`` are what was measured of the model.
 
-    Raises ExportError if ONNX Runtime does not compute what torch computes, FileExistsError if
-    ``target`` is something else than a bundle. Nothing is written to ``target`` in either case.
+    Raises ExportError if ONNX Runtime does not compute what torch computes, or if ``precision``
+    costs more than the ``comparison`` allows; FileExistsError if ``target`` is something else than
+    a bundle. Nothing is written to ``target`` in either case.
     """
-    config = description.config
-    exactness = exact_positions(config.model)
-    clock = config.data.clock
+    exactness = exact_positions(description.config.model)
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
         export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
         verified = verify_graphs(model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness)
-        write_manifest(
-            folder,
-            {
-                "data_set": description.data_set,
-                "classes": description.classes,
-                "feature_dim": description.feature_dim,
-                "embedding_width": model.snippet.width,
-                "frames_per_s": clock.frames_per_s,
-                "snippet_frames": clock.snippet_frames,
-                "snippet_s": clock.snippet_s,
-                "exact": exactness.exact,
-                "context_snippets": exactness.context,
-                "lookahead_snippets": exactness.lookahead,
-                "window": config.window.model_dump(),
-                "window_length": window_length(
-                    config.window, exactness.context, exactness.lookahead
-                ),
-                "localization": _localization(config, model).model_dump(),
-                "training": config.model_dump(mode="json"),
-                "figures": dict(figures),
-                "verified": verified,
-                "versions": {
-                    "hrpro-stream": version("hrpro-stream"),
-                    "python": platform.python_version(),
-                    **{name: version(name) for name in _PACKAGES},
-                },
-            },
-        )
+        content = _content(description, model, exactness)
+        content |= {"figures": dict(figures), "verified": verified}
+        bundle = Bundle(folder, write_manifest(folder, content))
+        if precision != "fp32":
+            bundle, compared = _in_precision(bundle, precision, comparison)
+            content |= {"precision": precision, "compared": compared}
+        content["tolerances"] = GOLDEN_TOLERANCES[precision]
+        windows = golden_features(model, content["window_length"])
+        write_golden(folder / GOLDEN, OnnxRuntimeBackend(bundle), windows)
+        write_manifest(folder, content)
     return read_bundle(target)
+
+
+def _content(
+    description: RunDescription, model: TrainedModel, exactness: Exactness
+) -> dict[str, Any]:
+    """The manifest of an fp32 bundle, as far as it is known of the run."""
+    config, clock = description.config, description.config.data.clock
+    return {
+        "precision": "fp32",
+        "data_set": description.data_set,
+        "classes": description.classes,
+        "display_names": {},
+        "feature_dim": description.feature_dim,
+        "embedding_width": model.snippet.width,
+        "frames_per_s": clock.frames_per_s,
+        "snippet_frames": clock.snippet_frames,
+        "snippet_s": clock.snippet_s,
+        "exact": exactness.exact,
+        "context_snippets": exactness.context,
+        "lookahead_snippets": exactness.lookahead,
+        "window": config.window.model_dump(),
+        "window_length": window_length(config.window, exactness.context, exactness.lookahead),
+        "localization": _localization(config, model).model_dump(),
+        "training": config.model_dump(mode="json"),
+        "figures": {},
+        "verified": {},
+        "tolerances": {},
+        "compared": {},
+        "versions": {
+            "hrpro-stream": version("hrpro-stream"),
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def _in_precision(
+    bundle: Bundle, precision: Precision, comparison: Comparison | None
+) -> tuple[Bundle, dict[str, float]]:
+    """The bundle with its snippet graph converted, and what that cost and brought."""
+    full = OnnxRuntimeBackend(bundle, threads=1)
+    full_map = _average_map(bundle, full, comparison)
+    graph = bundle.snippet_graph
+    lower_graph = graph.with_name("lower.onnx")
+    convert(graph, precision, lower_graph)
+    lower_graph.replace(graph)
+    lower = OnnxRuntimeBackend(bundle, threads=1)
+    compared = {"speedup": _speedup(bundle.manifest, full, lower)}
+    if comparison is None:
+        return bundle, compared
+    lower_map = _average_map(bundle, lower, comparison)
+    if full_map - lower_map > comparison.gate and not comparison.force:
+        raise ExportError(
+            f"{precision}: average mAP {lower_map:.4f} on {comparison.data.name}, {full_map:.4f} "
+            f"in fp32: expected a loss of at most {comparison.gate:g}; --force takes it"
+        )
+    return bundle, compared | {"average_map": lower_map, "average_map_fp32": full_map}
+
+
+def _average_map(
+    bundle: Bundle, backend: OnnxRuntimeBackend, comparison: Comparison | None
+) -> float:
+    if comparison is None:
+        return 0.0
+    manifest, data = bundle.manifest, comparison.data
+    predictions = {
+        each.name: to_segments(
+            localize_recording(backend, manifest, each.features, manifest.localization), data.clock
+        )
+        for each in data.recordings
+    }
+    return comparison.truth.compare(predictions).average
+
+
+def _speedup(manifest: Manifest, full: OnnxRuntimeBackend, lower: OnnxRuntimeBackend) -> float:
+    """How many windows the lower precision computes while fp32 computes one; on one core."""
+    shape = (1, manifest.window_length, manifest.feature_dim)
+    features = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    valid = np.ones(shape[:2], dtype=np.bool_)
+    times_s: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_TIMED_WINDOWS):  # in turn: other load meets both
+        for backend, spent_s in zip((full, lower), times_s, strict=True):
+            started_s = time.perf_counter()
+            backend.score_snippets(features, valid)
+            spent_s.append(time.perf_counter() - started_s)
+    return statistics.median(times_s[0]) / statistics.median(times_s[1])
 
 
 def _localization(config: TrainingConfig, model: TrainedModel) -> LocalizationConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import onnx
 import onnx.numpy_helper
+import onnxscript.optimizer
 import torch
 from torch import Tensor
 from torch.export import Dim
@@ -28,6 +29,7 @@ OPSET = 18
 SNIPPET_OUTPUTS = ("scores", "cas", "attention", "embedding")
 INSTANCE_OUTPUTS = ("completeness", "refined", "refined_completeness")
 PROTOTYPES = "prototypes"
+_ANY_SIZE = 2**40
 
 
 def export_snippet_graph(model: SnippetModel, path: Path) -> None:
@@ -98,7 +100,11 @@ def _trace(
     finally:
         logger.setLevel(level)
     assert program is not None
-    return program.model_proto
+    # The exporter leaves what becomes of large weights (a transposition) to the run time: int8
+    # needs the weights themselves. The prototypes are an input still, and stay what they are.
+    return onnxscript.optimizer.optimize(
+        program.model_proto, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE
+    )
 
 
 def _with_initializer(graph: onnx.ModelProto, name: str, value: Tensor) -> onnx.ModelProto:

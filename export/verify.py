@@ -95,6 +95,12 @@ def _random_features(model: TrainedModel, length: int, random: np.random.Generat
     return (mean + noise / scale).astype(np.float32)
 
 
+def golden_features(model: TrainedModel, length: int) -> Floats:
+    """Two windows like those of the training data, (2, T, D)."""
+    random = np.random.default_rng(0)
+    return np.stack([_random_features(model, length, random) for _ in range(2)])
+
+
 def _onnx_scorer(session: onnxruntime.InferenceSession) -> Scorer:
     def score(features: Floats, valid: NDArray[np.bool_]) -> list[Floats]:
         outputs = session.run(list(_OUTPUTS), {"features": features, "valid": valid})

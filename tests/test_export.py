@@ -73,6 +73,7 @@ def test_a_bundle_says_what_it_is(bundle: Bundle) -> None:
     assert {"torch", "onnx", "numpy", "python", "hrpro-stream"} <= manifest.versions.keys()
     assert sorted(path.name for path in bundle.folder.iterdir()) == [
         "bundle.json",
+        "golden.npz",
         "instance.onnx",
         "snippet.onnx",
     ]
@@ -238,16 +239,22 @@ def append_byte(folder: Path) -> None:
         (lambda f: (f / "bundle.json").unlink(), r"bundle\.json: file is missing"),
         (lambda f: (f / "bundle.json").write_text("{"), r"bundle\.json: expected JSON"),
         (lambda f: (f / "bundle.json").write_bytes(b"\xff{}"), r"bundle\.json: expected JSON"),
-        (lambda f: (f / "bundle.json").write_text("[]"), "expected schema_version 1, got None"),
-        (changed(schema_version=2), r"bundle\.json: expected schema_version 1, got 2"),
-        (changed(schema_version=None), "expected schema_version 1, got None"),
+        (
+            lambda f: (f / "bundle.json").write_text("[]"),
+            "expected schema_version 2 .*, got None",
+        ),
+        (changed(schema_version=3), r"bundle\.json: expected schema_version 2 .*, got 3"),
+        (changed(schema_version=None), "expected schema_version 2 .*, got None"),
         (changed(classes=None), r"bundle\.json: classes: "),
         (changed(classes=[]), r"bundle\.json: classes: "),
         (changed(feature_dim=0), r"bundle\.json: feature_dim: .*got 0"),
         (changed(surprise=1), r"bundle\.json: surprise: "),
         (changed(figures={"average_map": 1.0}), "bundle_id: .*the file was changed"),
         (changed(bundle_id="0" * 16), f"bundle_id: expected .* got {'0' * 16}"),
-        (changed(files={}), r"files: expected snippet\.onnx, instance\.onnx, got none"),
+        (
+            changed(files={}),
+            r"files: expected .*instance\.onnx, golden\.npz, got none",
+        ),
         (changed(files={"../x": "0"}), r"files: expected .*got \.\./x"),
         (lambda f: (f / "instance.onnx").unlink(), r"instance\.onnx: cannot be read"),
         (append_byte, r"snippet\.onnx: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}"),

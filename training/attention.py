@@ -164,10 +164,10 @@ class ReliabilityAwareBlock(nn.Module):
         query, key, value = (
             self._split(each, band) for each in self.query_key_value(x).chunk(3, dim=-1)
         )
-        weight, shift = self.query_key_value.weight[W:], self.query_key_value.bias[W:]
-        memory_key, memory_value = (
+        _, memory_key, memory_value = (  # prototypes ask for nothing
             each.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, C, W / H)
-            for each in F.linear(memory, weight, shift).chunk(2, dim=-1)
+            # As a batch of one: exported as the same product as that of the snippets.
+            for each in self.query_key_value(memory[None])[0].chunk(3, dim=-1)
         )
         mixed = reliability_attention(
             query, Attended(key, memory_key), Attended(value, memory_value), bias, band

@@ -94,12 +94,20 @@ class SnippetModel(nn.Module):
         x = x[:, : band.length]
         # What is not there counts as zero, as the convolution's own padding does.
         x = torch.where(valid[..., None], x, 0.0)
-        embedding = F.relu(self.embed(x.transpose(1, 2)).transpose(1, 2))  # (B, T, W)
+        embedding = F.relu(self._embed(x))  # (B, T, W)
         hidden = self.dropout(embedding)
         # In float32 also where products are bfloat16, which cannot tell 0.998 from 1.
         cas = self.classify(hidden).float().sigmoid()  # (B, T, C)
         attention = self.attend(hidden).float().sigmoid()  # (B, T, 1)
         return SnippetOutput(cas * attention, cas, attention[..., 0], embedding.float())
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The convolution of (B, T, W) over T, as one matrix product: that is quicker on a CPU,
+        and can be quantised."""
+        x = F.pad(x, (0, 0, EMBEDDING_KERNEL // 2, EMBEDDING_KERNEL // 2))
+        length = x.shape[1] - EMBEDDING_KERNEL + 1
+        shifted = torch.cat([x[:, k : k + length] for k in range(EMBEDDING_KERNEL)], dim=-1)
+        return F.linear(shifted, self.embed.weight.transpose(1, 2).flatten(1), self.embed.bias)
 
     def _input(self, features: Tensor) -> Tensor:
         normalised = (features - self.feature_mean) * self.feature_scale

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import nn
 
-from hrpro.engine.settings import Settings
+from hrpro.engine.settings import Settings, differences
 from hrpro.engine.wire import HrproError
 from hrpro.training.checkpoint import (
     CHECKPOINT,
@@ -125,7 +125,7 @@ def _check_is_same(path: Path, was: Mapping[str, Any], description: RunDescripti
     now = description.model_dump(mode="json")
     changed = [
         f"{name} was {json.dumps(old)}, is {json.dumps(new)}"
-        for name, old, new in _differences(was["config"], now["config"])
+        for name, old, new in differences(was["config"], now["config"])
         if name not in _FREE_TO_CHANGE
     ]
     if changed:
@@ -138,20 +138,6 @@ def _check_is_same(path: Path, was: Mapping[str, Any], description: RunDescripti
 
 
 _FREE_TO_CHANGE = {"checkpoint_s", "threads", "device", "compile"}
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """Path, old and new value of each setting that differs."""
-    found = []
-    for name in sorted({*old, *new}):
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += _differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            found.append((f"{prefix}{name}", was, now))
-    return found
 
 
 def is_finished(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from hrpro.training.data import (
 )
 from hrpro.training.data_config import DataConfig
 from hrpro.training.evaluate import evaluate
-from hrpro.training.metrics import MeanAveragePrecision
+from hrpro.training.metrics import GroundTruth, MeanAveragePrecision
 from hrpro.training.model import SnippetModel
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
@@ -156,20 +156,10 @@ def evaluate_run(
     What was predicted is written to the file ``predictions``, if one is given.
     """
     description, model = read_run(run)
-    config, classes = description.config, description.classes
-    there = known_classes(data_folder, config.data)
-    if there is not None and set(there) != set(classes):
-        odd = ", ".join(sorted(set(there) ^ set(classes))[:5])
-        raise RunError(
-            f"{run}: was trained on {description.data_set!r} with {len(classes)} classes, "
-            f"but {data_folder} has {len(there)}; they differ in {odd}"
-        )
-    data = read_test_split(data_folder, classes, config.data, description.feature_dim)
-    names = [recording.name for recording in data.recordings]
-    truth = read_ground_truth(data_folder, names, classes, config.data)
-    found = evaluate(model, data, truth, config.localization)
+    data, truth = read_evaluation_data(data_folder, description)
+    found = evaluate(model, data, truth, description.config.localization)
     if predictions is not None:
-        write_predictions(predictions, found.predictions, classes)
+        write_predictions(predictions, found.predictions, description.classes)
     write_figures(
         run,
         {
@@ -181,6 +171,23 @@ def evaluate_run(
     )
     figures = _figures(found.both_stages, found.recordings)
     return {**figures, "stage1_average_map": found.stage1.average}
+
+
+def read_evaluation_data(
+    data_folder: Path, description: RunDescription
+) -> tuple[DataSet, GroundTruth]:
+    """The test split as the run reads its data; RunError if it is of another data set."""
+    config, classes = description.config.data, description.classes
+    there = known_classes(data_folder, config)
+    if there is not None and set(there) != set(classes):
+        odd = ", ".join(sorted(set(there) ^ set(classes))[:5])
+        raise RunError(
+            f"the run was trained on {description.data_set!r} with {len(classes)} classes, "
+            f"but {data_folder} has {len(there)}; they differ in {odd}"
+        )
+    data = read_test_split(data_folder, classes, config, description.feature_dim)
+    names = [recording.name for recording in data.recordings]
+    return data, read_ground_truth(data_folder, names, classes, config)
 
 
 def evaluate_predictions(

@@ -1,0 +1,315 @@
+"""`hrpro bundle`, precisions and signatures, on a bundle of a run that was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from commands import Trained, hrpro, hrpro_json, refusal
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from onnx import numpy_helper
+from tiny_model import CLASSES, tiny_config, tiny_description, tiny_model, tiny_recording
+
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
+from hrpro.export.export import Comparison, export_bundle
+from hrpro.export.golden import check_golden
+from hrpro.export.precision import GOLDEN_TOLERANCES
+from hrpro.export.verify import ExportError
+from hrpro.training.run import begin_run, finish_run, write_weights
+
+pytest_plugins = ("cli_fixtures",)
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change the manifest so that it is consistent."""
+    content = json.loads((folder / "bundle.json").read_text()) | changes
+    content["bundle_id"] = content_id(content)
+    (folder / "bundle.json").write_text(json.dumps(content))
+
+
+# --- identity and versions -----------------------------------------------------------------------
+
+
+def test_the_same_run_exported_twice_is_the_same_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    config = tiny_config()
+    again = export_bundle(tiny_description(config), tiny_model(config), {}, tmp_path / "again")
+    assert again.manifest.bundle_id == bundle.manifest.bundle_id
+    other = export_bundle(tiny_description(config), tiny_model(config, 1), {}, tmp_path / "other")
+    assert other.manifest.bundle_id != bundle.manifest.bundle_id
+
+
+def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
+    content = json.loads((copy / "bundle.json").read_text())
+    for name in ("created", "precision", "display_names", "tolerances", "compared"):
+        del content[name]
+    del content["files"]["golden.npz"], content["localization"]["completeness_weight"]
+    (copy / "golden.npz").unlink()
+    (copy / "bundle.json").write_text(json.dumps(content))
+    rewrite(copy, schema_version=1)
+    said = json.loads((copy / "bundle.json").read_text())["bundle_id"]
+    old = read_bundle(copy)
+    assert (old.manifest.schema_version, old.manifest.bundle_id) == (2, said)
+    assert (old.manifest.precision, old.golden) == ("fp32", None)
+    assert old.manifest.localization.completeness_weight == 0.5
+    assert check_golden(old, OnnxRuntimeBackend(old)) == {}
+    assert "no golden windows" in hrpro("bundle", "verify", copy).stdout
+
+
+# --- golden windows ------------------------------------------------------------------------------
+
+
+def test_golden_windows_are_what_this_machine_computes(bundle: Bundle) -> None:
+    worst = check_golden(bundle, OnnxRuntimeBackend(bundle, threads=1))
+    assert worst.keys() == GOLDEN_TOLERANCES["fp32"].keys()
+    assert max(worst.values()) < 1e-5
+    assert bundle.golden is not None
+    with np.load(bundle.golden) as golden:
+        assert golden["features"].shape == (2, bundle.manifest.window_length, 8)
+        assert not golden["valid"][0, 0] and golden["valid"][1].all()
+        assert np.ptp(golden["scores"]) > 0.1
+
+
+def test_an_engine_that_computes_otherwise_does_not_start(bundle: Bundle, copy: Path) -> None:
+    with np.load(copy / "golden.npz") as golden:
+        arrays = dict(golden)
+    arrays["scores"][1, 5, 2] += 0.01
+    np.savez(copy / "golden.npz", **arrays)
+    content = json.loads((copy / "bundle.json").read_text())
+    from hrpro.export.bundle import sha256
+
+    rewrite(copy, files=content["files"] | {"golden.npz": sha256(copy / "golden.npz")})
+    somewhere = ("--feed", "tcp://127.0.0.1:*", "--events", "tcp://127.0.0.1:*")
+    for command in (("bundle", "verify", copy), ("serve", copy, *somewhere)):
+        more = ("--control", "tcp://127.0.0.1:*") if command[0] == "serve" else ()
+        said = refusal(*command, *more)
+        assert "golden windows: scores differ by 0.01 from those of the export" in said
+        assert "expected at most 0.0001: this machine computes otherwise" in said
+
+
+# --- show, verify, diff, set ---------------------------------------------------------------------
+
+
+def test_show_and_verify(trained: Trained) -> None:
+    said = hrpro("bundle", "show", trained.bundle).stdout
+    manifest = read_bundle(trained.bundle).manifest
+    for text in (manifest.bundle_id, manifest.created, "fp32", "ArmCircle", "golden.npz"):
+        assert text in said
+    assert hrpro_json("bundle", "show", trained.bundle)["bundle_id"] == manifest.bundle_id
+    assert "all files are what it says" in hrpro("bundle", "verify", trained.bundle).stdout
+    found = hrpro_json("bundle", "verify", trained.bundle)["golden"]
+    assert set(found) == {"scores", "embedding", "completeness", "borders"}
+
+
+def test_settings_are_overridden_in_place(bundle: Bundle, copy: Path) -> None:
+    said = hrpro(
+        "bundle", "set", copy, "localization.score_floor=0.25", "window.hop_snippets=4",
+        "--name", "run=Running fast",
+    ).stdout  # fmt: skip
+    changed = read_bundle(copy).manifest
+    assert changed.bundle_id in said and changed.bundle_id != bundle.manifest.bundle_id
+    assert changed.localization.score_floor == 0.25
+    assert changed.localization.thresholds == bundle.manifest.localization.thresholds
+    assert changed.window.hop_snippets == 4
+    assert changed.display_names == {"run": "Running fast"}
+    assert "Running fast" in hrpro("bundle", "show", copy).stdout
+    lines = hrpro("bundle", "diff", bundle.folder, copy, status=1).stdout.splitlines()
+    assert 'display_names.run: null -> "Running fast"' in lines
+    assert "localization.score_floor: 0.001 -> 0.25" in lines
+    assert "window.hop_snippets: 1 -> 4" in lines
+    assert hrpro("bundle", "diff", copy, copy).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["localization.score_flor=1"], "no such setting"),
+        (["localization.border_limit=2"], "expected 3, which the bundle was trained with"),
+        (["--name", "swim=Swimming"], "display_names: expected names of classes, got 'swim'"),
+        (["training.seed=1"], "no such setting"),
+    ],
+)
+def test_what_cannot_be_set_changes_nothing(copy: Path, arguments: list[str], message: str) -> None:
+    before = (copy / "bundle.json").read_bytes()
+    assert message in refusal("bundle", "set", copy, *arguments)
+    assert (copy / "bundle.json").read_bytes() == before
+
+
+# --- signatures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """private.pem and public.pem, and those of somebody else."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("", "other_"):
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}private.pem").write_bytes(private)
+        (folder / f"{name}public.pem").write_bytes(public)
+    curve = ec.generate_private_key(ec.SECP256R1())
+    (folder / "curve.pem").write_bytes(
+        curve.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    return folder
+
+
+def test_signed_bundles(copy: Path, keys: Path) -> None:
+    trusted = ("--trusted-key", keys / "public.pem")
+    assert "bundle.sig: No such file" in refusal("bundle", "verify", copy, *trusted)
+    hrpro("bundle", "sign", copy, "--key", keys / "private.pem")
+    assert "signed by" in hrpro("bundle", "verify", copy, *trusted).stdout
+    said = refusal("bundle", "verify", copy, "--trusted-key", keys / "other_public.pem")
+    assert "bundle.sig: expected a signature by" in said
+    # Any change takes the signature away, also one that is consistent.
+    signature = (copy / "bundle.sig").read_bytes()
+    hrpro("bundle", "set", copy, "localization.score_floor=0.5")
+    assert not (copy / "bundle.sig").exists()
+    (copy / "bundle.sig").write_bytes(signature)
+    said = refusal("bundle", "verify", copy, *trusted)
+    assert "bundle.sig: expected a signature by" in said
+    assert "bundle.sig" in refusal(
+        "serve", copy, *trusted, "--feed", "tcp://127.0.0.1:*", "--events", "tcp://127.0.0.1:*",
+        "--control", "tcp://127.0.0.1:*",
+    )  # fmt: skip
+
+
+def test_keys_that_are_none(copy: Path, keys: Path) -> None:
+    said = refusal("bundle", "sign", copy, "--key", keys / "curve.pem")
+    assert "expected an Ed25519 key, got " in said
+    assert "expected a private key in PEM" in refusal(
+        "bundle", "sign", copy, "--key", keys / "public.pem"
+    )
+    assert "expected a public key in PEM" in refusal(
+        "bundle", "verify", copy, "--trusted-key", keys / "absent.pem"
+    )
+
+
+# --- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])
+def test_another_precision_keeps_the_accuracy(
+    trained: Trained, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    out = tmp_path / "bundle"
+    said = hrpro_json(
+        "export", trained.run, "--out", out, "--precision", precision, "--data", trained.data,
+        "--gate", 0.05,
+    )  # fmt: skip
+    compared = said["compared"]
+    assert compared["average_map"] == pytest.approx(compared["average_map_fp32"], abs=0.05)
+    assert compared["speedup"] > 0
+    lower = read_bundle(out)
+    assert (lower.manifest.precision, lower.manifest.bundle_id) == (precision, said["bundle_id"])
+    check_golden(lower, OnnxRuntimeBackend(lower))
+    full = read_bundle(trained.bundle)
+    features = trained.recording("test", "seq5")[None]
+    valid = np.ones(features.shape[:2], np.bool_)
+    scores = [OnnxRuntimeBackend(each).score_snippets(features, valid)[0] for each in (full, lower)]
+    assert 0 < np.abs(scores[0] - scores[1]).max() < tolerance
+    types = {each.data_type for each in onnx.load(lower.snippet_graph).graph.initializer}
+    wanted = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.INT8
+    assert wanted in types
+
+
+def test_what_costs_more_than_the_gate_is_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hrpro.export import export
+    from hrpro.training.run import read_run
+    from hrpro.training.session import read_evaluation_data
+
+    description, model = read_run(trained.run)
+    data, truth = read_evaluation_data(trained.data, description)
+    found = iter([0.9, 0.85, 0.9, 0.85])
+    monkeypatch.setattr(export, "_average_map", lambda *_: next(found))
+    out = tmp_path / "bundle"
+    with pytest.raises(ExportError, match=r"int8: average mAP 0.8500 on .*, 0.9000 in fp32"):
+        export_bundle(description, model, {}, out, "int8", Comparison(data, truth, 0.04))
+    assert not out.exists() and not list(tmp_path.iterdir())
+    forced = Comparison(data, truth, 0.04, force=True)
+    bundle = export_bundle(description, model, {}, out, "int8", forced)
+    assert bundle.manifest.compared["average_map"] == 0.85
+
+
+def test_a_precision_needs_data_or_force(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    said = hrpro("export", trained.run, "--out", out, "--precision", "int8", status=2).stderr
+    assert "expected --data" in said
+    said = hrpro("export", trained.run, "--out", out, "--precision", "int4", status=2).stderr
+    assert "expected fp32, fp16, int8, got 'int4'" in said
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def tiny_run(folder: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    config = tiny_config()
+    model = tiny_model(config, seed)
+    begin_run(folder)
+    write_weights(folder, "snippet", model.snippet)
+    write_weights(folder, "instance", model.instance)
+    finish_run(folder, tiny_description(config).model_copy(update={"classes": classes}))
+    return folder
+
+
+def test_the_memory_is_refreshed_without_a_new_graph(
+    bundle: Bundle, copy: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(tmp_path / "run", seed=1)
+    said = hrpro_json("bundle", "prototypes", copy, "--from", run)
+    refreshed = read_bundle(copy)
+    assert said["bundle_id"] == refreshed.manifest.bundle_id != bundle.manifest.bundle_id
+    graphs = [onnx.load(each.snippet_graph).graph for each in (bundle, refreshed)]
+    old, new = (
+        {each.name: numpy_helper.to_array(each) for each in graph.initializer} for graph in graphs
+    )
+    other = tiny_model(tiny_config(), 1).snippet.prototypes.numpy()
+    np.testing.assert_array_equal(new.pop("prototypes"), other)
+    moved = np.abs(other - old.pop("prototypes")).max()
+    assert said["largest_change"] == pytest.approx(float(moved))
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+    assert [node.op_type for node in graphs[0].node] == [node.op_type for node in graphs[1].node]
+    backend = OnnxRuntimeBackend(refreshed, threads=1)
+    check_golden(refreshed, backend)
+    features, valid = tiny_recording(20)[None], np.ones((1, 20), np.bool_)
+    before = OnnxRuntimeBackend(bundle, threads=1).score_snippets(features, valid)[0]
+    assert np.abs(before - backend.score_snippets(features, valid)[0]).max() > 1e-3
+
+
+def test_the_memory_of_other_classes_is_refused(copy: Path, tmp_path: Path) -> None:
+    config = tiny_config()
+    run = tmp_path / "run"
+    tiny_run(run, 0, (*CLASSES[:2], "swim"))
+    before = read_bundle(copy).manifest.bundle_id
+    said = refusal("bundle", "prototypes", copy, "--from", run)
+    assert "expected a run with the 3 classes and D = 8 of the bundle" in said
+    assert read_bundle(copy).manifest.bundle_id == before
+    assert config.model.blocks  # the run is one that can be read
+
+
+def test_a_trusted_bundle_is_one_that_is_read_as_it_was_signed(copy: Path, keys: Path) -> None:
+    from hrpro.export.signing import read_trusted_bundle, sign_bundle
+
+    sign_bundle(copy, keys / "private.pem")
+    (copy / "instance.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"instance\.onnx: expected SHA-256"):
+        read_trusted_bundle(copy, keys / "public.pem")
