@@ -48,7 +48,7 @@ def show(bundle: BundleFolder, as_json: JsonFlag = False) -> None:
             if manifest.exact
             else "not exact"
         ),
-        "precision": manifest.precision,
+        "precision": f"{manifest.precision}, {manifest.window_flops / 1e9:.3g} GFLOP a window",
         "figures": _values(manifest.figures),
         "beside fp32": _values(manifest.compared),
         "differs from torch": _values(manifest.verified),

@@ -135,7 +135,10 @@ def export(
         return
     for name, value in manifest.compared.items():
         say(f"{precision}, {name.replace('_', ' ')}: {value:.4f}")
-    say(f"bundle {manifest.bundle_id} in {out}; ONNX Runtime differs from torch by")
+    size_mb = sum((out / name).stat().st_size for name in manifest.files) / 1e6
+    say(f"bundle {manifest.bundle_id} in {out}, {size_mb:.1f} MB")
+    say(f"a window of {manifest.window_length} snippets is {manifest.window_flops / 1e9:.3g} GFLOP")
+    say("ONNX Runtime differs from torch by")
     for name, difference in manifest.verified.items():
         say(f"  {name:<13}{difference:.1e}")
     if not manifest.figures:

@@ -84,6 +84,9 @@ class Manifest(Settings):
     window_length: int = Field(
         ge=1, description="window in snippets, where the settings leave it open"
     )
+    window_flops: int = Field(
+        ge=0, description="floating-point operations of a window's matrix products; 0: not known"
+    )
     localization: LocalizationConfig
     training: dict[str, Any] = Field(description="the full training configuration")
     figures: dict[str, float | str] = Field(
@@ -175,7 +178,8 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     empty: dict[str, Any] = {"display_names": {}, "tolerances": {}, "compared": {}}
-    return content | empty | {"schema_version": 2, "created": "", "precision": "fp32"}
+    known = {"schema_version": 2, "created": "", "precision": "fp32", "window_flops": 0}
+    return content | empty | known
 
 
 # From each version to the next.

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import LocalizationConfig
@@ -92,6 +94,7 @@ def _content(
 ) -> dict[str, Any]:
     """The manifest of an fp32 bundle, as far as it is known of the run."""
     config, clock = description.config, description.config.data.clock
+    length = window_length(config.window, exactness.context, exactness.lookahead)
     return {
         "precision": "fp32",
         "data_set": description.data_set,
@@ -106,11 +109,12 @@ def _content(
         "context_snippets": exactness.context,
         "lookahead_snippets": exactness.lookahead,
         "window": config.window.model_dump(),
-        "window_length": window_length(config.window, exactness.context, exactness.lookahead),
+        "window_length": length,
         "localization": _localization(config, model).model_dump(),
         "training": config.model_dump(mode="json"),
         "figures": {},
         "verified": {},
+        "window_flops": _window_flops(model, length),
         "tolerances": {},
         "compared": {},
         "versions": {
@@ -119,6 +123,14 @@ def _content(
             **{name: version(name) for name in _PACKAGES},
         },
     }
+
+
+def _window_flops(model: TrainedModel, length: int) -> int:
+    """What stage 1 computes for a window, in matrix products and additions of theirs."""
+    features = torch.zeros(1, length, model.snippet.feature_dim)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.snippet(features, torch.ones(1, length, dtype=torch.bool))
+    return int(counter.get_total_flops())
 
 
 def _in_precision(

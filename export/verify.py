@@ -1,9 +1,9 @@
 """Torch against ONNX Runtime: what is exported computes what was trained.
 
 On random feature sequences with the statistics of the training data, compared are whole
-recordings; chains of windows, batched and stitched as the engine does, against the whole recording
-in torch (against the same windows, where attention has no band); and proposals of several counts,
-none among them.
+recordings, at each optimisation level of ONNX Runtime; chains of windows, batched and stitched as
+the engine does, against the whole recording in torch (against the same windows, where attention
+has no band); and proposals of several counts, none among them.
 
     ExportError    a difference above its tolerance
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -28,6 +29,13 @@ TOLERANCES = {"scores": 1e-4, "embedding": 1e-3, "completeness": 1e-4, "borders"
 _LENGTHS = (1, 2, 97, 160)
 _WINDOWS = ((1, 1), (7, 3), (32, 8))  # (hop, batch size)
 _PROPOSAL_COUNTS = (0, 1, 50)
+_LEVELS = (
+    onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+)
+_LEVEL_LENGTH = 40
 
 _OUTPUTS = ("scores", "cas", "attention", "embedding")
 
@@ -54,12 +62,12 @@ def verify_graphs(
     model: TrainedModel, snippet_graph: Path, instance_graph: Path, exactness: Exactness
 ) -> dict[str, float]:
     """Largest difference by name. Raises ExportError if one exceeds its tolerance."""
-    providers = ["CPUExecutionProvider"]
-    in_onnx = _onnx_scorer(onnxruntime.InferenceSession(snippet_graph, providers=providers))
+    in_onnx = _onnx_scorer(_session(snippet_graph))
     in_torch = _torch_scorer(model)
-    instance = onnxruntime.InferenceSession(instance_graph, providers=providers)
+    instance = _session(instance_graph)
     random = np.random.default_rng(0)
     worst = dict.fromkeys(TOLERANCES, 0.0)
+    _compare_levels(worst, model, snippet_graph, instance_graph, random)
     for length in _LENGTHS:
         features = _random_features(model, length, random)
         valid = np.ones((1, length), dtype=np.bool_)
@@ -75,6 +83,33 @@ def verify_graphs(
         _compare_instances(worst, model, instance, expected[-1], random)
     _refuse_differences(worst)
     return worst
+
+
+def _session(graph: Path, level: Any = None) -> onnxruntime.InferenceSession:
+    """On the CPU, at an optimisation level of ONNX Runtime (default: all)."""
+    options = onnxruntime.SessionOptions()
+    if level is not None:
+        options.graph_optimization_level = level
+    return onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
+
+
+def _compare_levels(
+    worst: dict[str, float],
+    model: TrainedModel,
+    snippet_graph: Path,
+    instance_graph: Path,
+    random: np.random.Generator,
+) -> None:
+    """Each optimisation level rewrites the graphs in its own way."""
+    features = _random_features(model, _LEVEL_LENGTH, random)[None]
+    valid = np.ones(features.shape[:2], dtype=np.bool_)
+    expected = _torch_scorer(model)(features, valid)
+    for level in _LEVELS:
+        _note_snippets(
+            worst, _onnx_scorer(_session(snippet_graph, level))(features, valid), expected
+        )
+        _refuse_differences(worst)
+        _compare_instances(worst, model, _session(instance_graph, level), expected[-1], random)
 
 
 def _refuse_differences(worst: dict[str, float]) -> None:
