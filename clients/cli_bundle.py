@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hrpro.clients.cli_shared import JsonFlag, console, say
+from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
     from hrpro.export.bundle import Bundle
@@ -95,9 +97,18 @@ def read_checked(bundle: Path, trusted_key: Path | None) -> Bundle:
 
     if trusted_key is None:
         return read_bundle(bundle)
-    from hrpro.export.signing import read_trusted_bundle
+    trusted: Bundle = _signing().read_trusted_bundle(bundle, trusted_key)
+    return trusted
 
-    return read_trusted_bundle(bundle, trusted_key)
+
+def _signing() -> ModuleType:
+    try:
+        from hrpro.export import signing
+    except ImportError:
+        raise HrproError(
+            "signed bundles need the package cryptography: pip install 'hrpro-stream[sign]'"
+        ) from None
+    return signing
 
 
 @bundle_app.command()
@@ -151,9 +162,7 @@ def sign(
     key: Annotated[Path, typer.Option("--key", help="Private Ed25519 key (PEM).")],
 ) -> None:
     """Sign a bundle, so that engines which trust the key take it."""
-    from hrpro.export.signing import sign_bundle
-
-    say(f"{bundle}: bundle {sign_bundle(bundle, key).manifest.bundle_id} is signed")
+    say(f"{bundle}: bundle {_signing().sign_bundle(bundle, key).manifest.bundle_id} is signed")
 
 
 @bundle_app.command()

@@ -75,6 +75,13 @@ def one_line(stderr: str) -> str:
     return lines[0].removeprefix("hrpro: ")
 
 
+def command_lines(document: Path) -> list[str]:
+    """The `hrpro` command lines of a document's indented blocks, each in one line."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    indented = (line.strip() for line in text.splitlines() if line.startswith("    "))
+    return [line for line in indented if line.startswith("hrpro ")]
+
+
 @dataclass(frozen=True)
 class Engine:
     process: subprocess.Popen[str]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from commands import Trained, hrpro, hrpro_json, refusal
+from commands import Trained, command_lines, hrpro, hrpro_json, refusal
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -320,3 +321,30 @@ def test_a_trusted_bundle_is_one_that_is_read_as_it_was_signed(copy: Path, keys:
     (copy / "instance.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"instance\.onnx: expected SHA-256"):
         read_trusted_bundle(copy, keys / "public.pem")
+
+
+# --- the guide -----------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "deploying.md"
+
+
+def test_the_guide_can_be_followed(
+    trained: Trained, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(keys / "private.pem", tmp_path)
+    followed = []
+    for line in command_lines(GUIDE):
+        words = [
+            {"RUN": str(trained.run), "OTHER_RUN": str(trained.run), "DATA": str(trained.data)}.get(
+                word, word
+            )
+            for word in shlex.split(line)[1:]
+        ]
+        if words[0] == "serve":  # other tests do
+            continue
+        hrpro(*words, status=int(words[:2] == ["bundle", "diff"]))
+        followed.append(words[1] if words[0] == "bundle" else words[0])
+    assert set(followed) == {"export", "show", "verify", "diff", "set", "prototypes", "sign"}
+    assert hrpro("bundle", "verify", "bundle", "--trusted-key", keys / "public.pem")
+    assert read_bundle(tmp_path / "bundle").manifest.display_names == {"Jog": "Jogging"}

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from commands import PATIENCE_S, Engine, engine, environment, hrpro, published_in_process
+from commands import (
+    PATIENCE_S,
+    Engine,
+    command_lines,
+    engine,
+    environment,
+    hrpro,
+    published_in_process,
+)
 from driving import finals
 from tiny_model import tiny_recording
 from typer.main import get_command
@@ -36,10 +44,8 @@ def example(name: str) -> str:
 
 
 def commands() -> list[str]:
-    """The `hrpro` command lines of README's indented blocks, each in one line."""
-    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
-    indented = (line.strip() for line in text.splitlines() if line.startswith("    "))
-    return [line for line in indented if line.startswith("hrpro ")]
+    """The `hrpro` command lines of README and the guide to deploying."""
+    return [*command_lines(README), *command_lines(ROOT / "docs" / "deploying.md")]
 
 
 # ---- the examples ------------------------------------------------------------------------------
