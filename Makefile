@@ -2,6 +2,7 @@
 # make demo     train, export and stream the example recordings
 # make test     the tests, against the installed wheel
 # make check    ruff, mypy and the tests
+# make triton-server   a Triton server for the tests that need one (55 MB, Linux on 64-bit x86)
 # make format   let ruff write the code's form
 # make clean    remove all that make has made
 
@@ -17,7 +18,7 @@ SOURCES := $(shell find clients engine export training -not -name '*.pyc' -not -
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check lint typecheck format clean
+.PHONY: setup demo test check lint typecheck triton-server format clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -40,6 +41,10 @@ typecheck: setup
 	$(PIP) install -q --no-deps --target build/typecheck build/wheel/*.whl
 	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" hrpro
+
+# Beside the environment's packages: it asks for an older numpy, for what is not used here.
+triton-server: $(DEPENDENCIES)
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-server -c constraints.txt nvidia-pytriton
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hrpro.clients import cli_ablate, cli_bundle, cli_data, cli_plot, cli_training
+from hrpro.clients import (
+    cli_ablate,
+    cli_bundle,
+    cli_bundle_triton,
+    cli_data,
+    cli_plot,
+    cli_training,
+)
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
@@ -42,6 +49,7 @@ feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an e
 app.add_typer(feed_app, name="feed")
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
+cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
 
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)

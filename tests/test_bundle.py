@@ -345,6 +345,8 @@ def test_the_guide_can_be_followed(
             continue
         hrpro(*words, status=int(words[:2] == ["bundle", "diff"]))
         followed.append(words[1] if words[0] == "bundle" else words[0])
-    assert set(followed) == {"export", "show", "verify", "diff", "set", "prototypes", "sign"}
+    assert set(followed) == {
+        "export", "show", "verify", "diff", "set", "prototypes", "sign", "triton",
+    }  # fmt: skip
     assert hrpro("bundle", "verify", "bundle", "--trusted-key", keys / "public.pem")
     assert read_bundle(tmp_path / "bundle").manifest.display_names == {"Jog": "Jogging"}
