@@ -126,7 +126,7 @@ def figures_table(figures: Mapping[str, object]) -> Table:
 
 def offline_segments(bundle: Bundle, config: EngineConfig, data: DataSet) -> dict[str, Segments]:
     """The bundle over whole recordings: final proposals in seconds, by recording."""
-    backend = OnnxRuntimeBackend(bundle, config.threads)
+    backend = OnnxRuntimeBackend(bundle, config)
     manifest = bundle.manifest
     return {
         recording.name: to_segments(

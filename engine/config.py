@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from hrpro.engine.settings import Settings
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 class LocalizationConfig(Settings):
@@ -86,3 +90,7 @@ class EngineConfig(Settings):
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
+    provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
+    engine_cache: str | None = Field(
+        None, description="folder where TensorRT keeps what it has built (default: nowhere)"
+    )

@@ -37,7 +37,7 @@ def load_engine_config(
 
 def new_pipeline(bundle: Bundle, config: EngineConfig) -> Pipeline:
     """The data path of a bundle on ONNX Runtime, after one batch to warm it up."""
-    backend = OnnxRuntimeBackend(bundle, config.threads)
+    backend = OnnxRuntimeBackend(bundle, config)
     check_golden(bundle, backend)
     pipeline = Pipeline(bundle.manifest, backend, config)
     pipeline.warm_up()

@@ -10,6 +10,7 @@
     +-- RunError                training.run             no finished run (also a ValueError)
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
     +-- ExportError             export.verify            the export computes something else
+    +-- ProviderError           engine.backends.onnxruntime   no GPU where one was asked for
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 

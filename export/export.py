@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
-from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.config import EngineConfig, LocalizationConfig
 from hrpro.engine.offline import localize_recording
 from hrpro.engine.windows import window_length
 from hrpro.export.bundle import (
@@ -137,13 +137,13 @@ def _in_precision(
     bundle: Bundle, precision: Precision, comparison: Comparison | None
 ) -> tuple[Bundle, dict[str, float]]:
     """The bundle with its snippet graph converted, and what that cost and brought."""
-    full = OnnxRuntimeBackend(bundle, threads=1)
+    full = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     full_map = _average_map(bundle, full, comparison)
     graph = bundle.snippet_graph
     lower_graph = graph.with_name("lower.onnx")
     convert(graph, precision, lower_graph)
     lower_graph.replace(graph)
-    lower = OnnxRuntimeBackend(bundle, threads=1)
+    lower = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     compared = {"speedup": _speedup(bundle.manifest, full, lower)}
     if comparison is None:
         return bundle, compared

@@ -22,5 +22,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def backend(bundle: Bundle) -> OnnxRuntimeBackend:
     from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+    from hrpro.engine.config import EngineConfig
 
-    return OnnxRuntimeBackend(bundle, threads=1)
+    return OnnxRuntimeBackend(bundle, EngineConfig(threads=1))

@@ -23,6 +23,7 @@ from onnx import numpy_helper
 from tiny_model import CLASSES, tiny_config, tiny_description, tiny_model, tiny_recording
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
 from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
@@ -84,7 +85,7 @@ def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
 
 
 def test_golden_windows_are_what_this_machine_computes(bundle: Bundle) -> None:
-    worst = check_golden(bundle, OnnxRuntimeBackend(bundle, threads=1))
+    worst = check_golden(bundle, OnnxRuntimeBackend(bundle, EngineConfig(threads=1)))
     assert worst.keys() == GOLDEN_TOLERANCES["fp32"].keys()
     assert max(worst.values()) < 1e-5
     assert bundle.golden is not None
@@ -296,10 +297,10 @@ def test_the_memory_is_refreshed_without_a_new_graph(
     assert said["largest_change"] == pytest.approx(float(moved))
     assert all(np.array_equal(new[name], old[name]) for name in old)
     assert [node.op_type for node in graphs[0].node] == [node.op_type for node in graphs[1].node]
-    backend = OnnxRuntimeBackend(refreshed, threads=1)
+    backend = OnnxRuntimeBackend(refreshed, EngineConfig(threads=1))
     check_golden(refreshed, backend)
     features, valid = tiny_recording(20)[None], np.ones((1, 20), np.bool_)
-    before = OnnxRuntimeBackend(bundle, threads=1).score_snippets(features, valid)[0]
+    before = OnnxRuntimeBackend(bundle, EngineConfig(threads=1)).score_snippets(features, valid)[0]
     assert np.abs(before - backend.score_snippets(features, valid)[0]).max() > 1e-3
 
 

@@ -28,6 +28,7 @@ from tiny_model import (
 )
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
 from hrpro.export import export, verify
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, replaced_folder
 from hrpro.export.verify import (
@@ -92,7 +93,7 @@ def test_a_bundle_gives_stage_2_the_weight_that_it_is_trusted_with(tmp_path: Pat
     model.instance.trust.fill_(0.5)
     bundle = export.export_bundle(tiny_description(config), model, {}, tmp_path / "bundle")
     assert bundle.manifest.localization.completeness_weight == 0.25
-    backend = OnnxRuntimeBackend(bundle, threads=1)
+    backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     embedding = np.abs(tiny_recording(33))
     table = np.array([[4.0, 9.0], [20.0, 30.0]], np.float32)
     halfway = backend.score_instances(embedding, table)[1]
@@ -101,7 +102,7 @@ def test_a_bundle_gives_stage_2_the_weight_that_it_is_trusted_with(tmp_path: Pat
 
 
 def test_the_graphs_compute_what_the_model_does(bundle: Bundle, model: TrainedModel) -> None:
-    backend = OnnxRuntimeBackend(bundle, threads=1)
+    backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     features = tiny_recording(33)
     expected = snippet_scores(model.snippet, features)
     scores, embedding = backend.score_snippets(features[None], np.ones((1, 33), np.bool_))

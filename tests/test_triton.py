@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 
 from hrpro.clients.cli_bundle_triton import triton
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
 from hrpro.export.bundle import Bundle, BundleError
 from hrpro.export.export import export_bundle
 from hrpro.export.triton import MAX_BATCH_SIZE, write_repository
@@ -435,8 +436,8 @@ def test_versions_side_by_side(served: Served, bundle: Bundle, other_bundle: Bun
     assert ids == [bundle.manifest.bundle_id, other_bundle.manifest.bundle_id]
     sent = windows(2, 20, seed=4)
     one, other = (infer(client, model, sent, version) for version in ("1", "2"))
-    assert_same_scores(one, sent, OnnxRuntimeBackend(bundle, threads=1))
-    assert_same_scores(other, sent, OnnxRuntimeBackend(other_bundle, threads=1))
+    assert_same_scores(one, sent, OnnxRuntimeBackend(bundle, EngineConfig(threads=1)))
+    assert_same_scores(other, sent, OnnxRuntimeBackend(other_bundle, EngineConfig(threads=1)))
     assert np.abs(one["scores"] - other["scores"])[sent["valid"]].max() > 0.1
     newest = infer(client, model, sent)
     np.testing.assert_array_equal(newest["scores"], other["scores"])

@@ -1,30 +1,56 @@
-"""Inference by ONNX Runtime."""
+"""Inference by ONNX Runtime, on the CPU or, for windows, on a GPU.
+
+The GPU providers are written from ONNX Runtime's documentation and have not been run on one. What
+has been: that an engine without one does not start, in place of a silent fall-back to the CPU.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from hrpro.export.bundle import Bundle
+from hrpro.engine.config import EngineConfig, Provider
+from hrpro.engine.wire import HrproError
+from hrpro.export.bundle import Bundle, Manifest
+
+_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+Providers = list[str | tuple[str, dict[str, Any]]]
+
+
+class ProviderError(HrproError):
+    """ONNX Runtime does not compute where it was told to."""
 
 
 class OnnxRuntimeBackend:
-    """Both graphs of a bundle as ONNX Runtime sessions on the CPU."""
+    """Both graphs of a bundle as ONNX Runtime sessions.
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    Stage 2 runs on the CPU whatever the provider: its inputs have another size each time, and a
+    few proposals are less work than the way to a GPU. Raises ProviderError.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
         options = onnxruntime.SessionOptions()
         # The pool would count the machine's cores, not the ones this process may use.
-        options.intra_op_num_threads = threads or _usable_cores()
+        options.intra_op_num_threads = config.threads or _usable_cores()
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         # Threads that spin between calls take the cores that feeders and subscribers need.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = ["CPUExecutionProvider"]
-        self._snippet = onnxruntime.InferenceSession(bundle.snippet_graph, options, providers)
-        self._instance = onnxruntime.InferenceSession(bundle.instance_graph, options, providers)
+        cpu = [_PROVIDERS["cpu"]]
+        self._snippet = onnxruntime.InferenceSession(
+            bundle.snippet_graph, options, _providers(bundle.manifest, config)
+        )
+        _check_provider(self._snippet, config.provider)
+        self._instance = onnxruntime.InferenceSession(bundle.instance_graph, options, cpu)
 
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
@@ -44,6 +70,48 @@ class OnnxRuntimeBackend:
             {"features": embedding, "proposals": proposals},
         )
         return completeness, refined, refined_completeness
+
+
+def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
+    """The provider that was asked for, and those that it hands to what it cannot compute."""
+    cpu, cuda = _PROVIDERS["cpu"], _PROVIDERS["cuda"]
+    if config.provider == "cpu":
+        return [cpu]
+    if config.provider == "cuda":
+        return [cuda, cpu]
+    return [(_PROVIDERS["tensorrt"], _tensorrt_options(manifest, config)), cuda, cpu]
+
+
+def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
+    """One profile for all batches and windows: without, each new shape would build an engine."""
+    longest = max(manifest.window_length, config.window.window_snippets or 0)
+    longest = max(longest, manifest.context_snippets + config.window.hop_snippets
+                  + manifest.lookahead_snippets)  # fmt: skip
+    shapes = {
+        name: f"features:{batch}x{length}x{manifest.feature_dim},valid:{batch}x{length}"
+        for name, batch, length in (
+            ("min", 1, 1),
+            ("opt", config.max_batch, longest),
+            ("max", max(2, config.max_batch), longest),  # there are two golden windows
+        )
+    }
+    options: dict[str, Any] = {
+        f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()
+    }
+    options["trt_fp16_enable"] = manifest.precision == "fp16"
+    if config.engine_cache is not None:
+        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": config.engine_cache}
+    return options
+
+
+def _check_provider(session: onnxruntime.InferenceSession, provider: Provider) -> None:
+    """ONNX Runtime falls back to the CPU without an error."""
+    used, wanted = session.get_providers()[0], _PROVIDERS[provider]
+    if used != wanted:
+        raise ProviderError(
+            f"provider {provider}: expected ONNX Runtime to compute by {wanted}, it took {used}; "
+            "its own message above says why (a missing GPU, driver or library)"
+        )
 
 
 def _usable_cores() -> int:

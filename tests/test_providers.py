@@ -1,0 +1,49 @@
+"""Where ONNX Runtime computes: a GPU that is not there is refused, and what one would be told."""
+
+from __future__ import annotations
+
+import pytest
+from commands import hrpro
+
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend, ProviderError, _providers
+from hrpro.engine.config import EngineConfig
+from hrpro.export.bundle import Bundle
+
+ANY_PORT = "tcp://127.0.0.1:*"
+
+
+def has_gpu(bundle: Bundle) -> bool:
+    try:
+        OnnxRuntimeBackend(bundle, EngineConfig(provider="cuda"))
+    except ProviderError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_engine_does_not_fall_back_to_the_cpu(bundle: Bundle, provider: str) -> None:
+    if has_gpu(bundle):
+        pytest.skip("there is a GPU here: nothing to refuse")
+    said = hrpro(
+        "serve", bundle.folder, "--feed", ANY_PORT, "--events", ANY_PORT, "--control", ANY_PORT,
+        "--set", f"provider={provider}", status=1,
+    ).stderr  # fmt: skip
+    assert f"hrpro: provider {provider}: expected ONNX Runtime to compute by " in said
+    assert "it took CPUExecutionProvider" in said
+
+
+def test_tensorrt_gets_one_profile_for_all_windows(bundle: Bundle) -> None:
+    config = EngineConfig(provider="tensorrt", max_batch=4, engine_cache="cache")
+    (name, options), *others = _providers(bundle.manifest, config)
+    assert (name, others) == (
+        "TensorrtExecutionProvider", ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )  # fmt: skip
+    # 13 snippets before and 3 behind the one that counts, D = 8.
+    assert options == {
+        "trt_profile_min_shapes": "features:1x1x8,valid:1x1",
+        "trt_profile_opt_shapes": "features:4x17x8,valid:4x17",
+        "trt_profile_max_shapes": "features:4x17x8,valid:4x17",
+        "trt_fp16_enable": False,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": "cache",
+    }
