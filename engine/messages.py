@@ -147,7 +147,8 @@ class Error(Message):
 
 @dataclass(frozen=True)
 class ActionEvent(Message):
-    """An action as it is seen while it happens. `end_s` is None until it is known."""
+    """An action as it is seen while it happens. `end_s` is None until it is known; `bundle_id` is
+    the bundle that saw it."""
 
     TYPE: ClassVar[str] = "event"
     stream: str = _wire(wire.stream_id)
@@ -162,11 +163,12 @@ class ActionEvent(Message):
     score: float = _wire(wire.number)
     published_index: int = _wire(wire.index)
     published_s: float = _wire(wire.number)
+    bundle_id: str = _wire(wire.text(256))
 
 
 @dataclass(frozen=True)
 class FinalProposal(Message):
-    """A located action, never changed once published."""
+    """A located action, never changed once published; `bundle_id` is the bundle that found it."""
 
     TYPE: ClassVar[str] = "final"
     stream: str = _wire(wire.stream_id)
@@ -180,6 +182,7 @@ class FinalProposal(Message):
     published_index: int = _wire(wire.index)
     published_s: float = _wire(wire.number)
     action_id: int | None = _wire(wire.optional(wire.count))
+    bundle_id: str = _wire(wire.text(256))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Pipeline:
         self._backend = backend
         self._config = config
         self._batcher = Batcher(self._plan, config.max_batch)
-        self._publisher = Publisher(manifest.clock, manifest.classes)
+        self._publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
         self._sessions: dict[str, int] = {}
         self._announcements: list[Publication] = []
         # Inference reads its batch from here: nothing is allocated a call.

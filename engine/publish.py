@@ -15,9 +15,10 @@ from hrpro.engine.tracker import ActionChange
 class Publisher:
     """Makes publications; the counters that number them belong to the streams."""
 
-    def __init__(self, clock: SnippetClock, classes: Sequence[str]) -> None:
+    def __init__(self, clock: SnippetClock, classes: Sequence[str], bundle_id: str) -> None:
         self._clock = clock
         self._classes = classes
+        self._bundle_id = bundle_id
 
     def publish(
         self, stream: Stream, decisions: Sequence[Decision], newest_index: int
@@ -58,6 +59,7 @@ class Publisher:
             score=change.score,
             published_index=newest_index,
             published_s=self._clock.seconds(newest_index + 1),
+            bundle_id=self._bundle_id,
         )
 
     def _final(self, stream: Stream, final: Final, newest_index: int) -> FinalProposal:
@@ -75,6 +77,7 @@ class Publisher:
             published_index=newest_index,
             published_s=self._clock.seconds(newest_index + 1),
             action_id=final.action_id,
+            bundle_id=self._bundle_id,
         )
 
 

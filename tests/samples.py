@@ -58,8 +58,12 @@ SAMPLES: dict[str, Message] = {
     "error": Error(
         "cam1", "wrong_dimension", "snippet 1841: expected shape (_, 2048), got (16, 1024)", 1841
     ),
-    "event": ActionEvent("cam1", 1, 7, 3, "start", 0, "Long Jump", 10.24, None, 0.75, 24, 16.0),
-    "final": FinalProposal("cam1", 1, 9, 2, "Long Jump", 10.24, 14.72, 0.875, 31, 20.48, 3),
+    "event": ActionEvent(
+        "cam1", 1, 7, 3, "start", 0, "Long Jump", 10.24, None, 0.75, 24, 16.0, "thumos-1f3a"
+    ),
+    "final": FinalProposal(
+        "cam1", 1, 9, 2, "Long Jump", 10.24, 14.72, 0.875, 31, 20.48, 3, "thumos-1f3a"
+    ),
     "stream": StreamNotice("cam1", 1, 69, "ended", 0, 1843, 17, 51),
     "subscribed": Subscribed("1f2e3d4c", "00112233aabbccdd"),
     "status": StatusRequest(),

@@ -152,6 +152,7 @@ class TinyPipeline:
         start_s, end_s = self.clock.seconds(at), self.clock.seconds(at + 1)
         common = {"stream": state.stream, "session": state.session, "start_s": start_s}
         common |= {"end_s": end_s, "score": value, "published_index": at, "published_s": end_s}
+        common |= {"bundle_id": self.bundle_id}
         label = "high" if value > 0 else "low"
         if value > 0:
             yield ActionEvent(

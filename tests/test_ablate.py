@@ -32,8 +32,7 @@ from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.data_config import DataError
 from hrpro.training.evaluate import evaluate
-from hrpro.training.snippet_stage import SnippetStage
-from hrpro.training.train import TrainedModel, train
+from hrpro.training.train import TrainedModel, train, train_snippet_stage
 
 Points = dict[str, list[tuple[int, int]]]
 
@@ -71,10 +70,9 @@ class Trainings:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     seen = Trainings()
 
-    class Seen(SnippetStage):
-        def __init__(self, config: TrainingConfig, data: DataSet, *others: Any) -> None:
-            seen.stage1.append(data)
-            super().__init__(config, data, *others)
+    def seen_stage1(config: TrainingConfig, data: DataSet, *others: Any) -> Any:
+        seen.stage1.append(data)
+        return train_snippet_stage(config, data, *others)
 
     def seen_train(config: TrainingConfig, data: DataSet, *others: Any, **named: Any) -> Any:
         seen.stage2.append(data)
@@ -82,7 +80,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
         assert named["snippet"] is not None
         return train(config, data, *others, **named)
 
-    monkeypatch.setattr(ablation, "SnippetStage", Seen)
+    monkeypatch.setattr(ablation, "train_snippet_stage", seen_stage1)
     monkeypatch.setattr(ablation, "train", seen_train)
     return seen
 

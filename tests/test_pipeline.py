@@ -124,7 +124,8 @@ def test_stitched_scores_are_those_of_the_whole_recording(
 def test_the_recordings_have_something_to_find(backend: OnnxRuntimeBackend) -> None:
     scores = whole_scores(backend, tiny_recording(200))
     assert scores.min() < 0.1 and scores.max() > 0.8
-    assert ((scores > 0.5).mean(axis=0) > 0.1).all() and ((scores < 0.25).mean(axis=0) > 0.1).all()
+    assert ((scores > 0.5).mean(axis=0) > 0.05).all()
+    assert ((scores < 0.25).mean(axis=0) > 0.05).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -220,6 +221,7 @@ def test_publications_are_numbered_and_in_time(bundle: Bundle, backend: OnnxRunt
     assert indices[-1] == 64
     for each in told:
         assert each.published_s == pytest.approx((each.published_index + 1) * SNIPPET_S)
+        assert each.bundle_id == bundle.manifest.bundle_id
     for final in proposals:
         assert 5 * SNIPPET_S <= final.start_s < final.end_s <= 65 * SNIPPET_S
         assert 0 < final.score <= 1

@@ -107,11 +107,11 @@ messages = st.one_of(
     st.builds(
         ActionEvent, stream_ids, indices, indices, indices,
         st.sampled_from(["start", "update", "end"]), indices, labels, numbers,
-        st.none() | numbers, numbers, indices, numbers,
+        st.none() | numbers, numbers, indices, numbers, texts,
     ),
     st.builds(
         FinalProposal, stream_ids, indices, indices, indices, labels, numbers, numbers, numbers,
-        indices, numbers, st.none() | indices,
+        indices, numbers, st.none() | indices, texts,
     ),
     st.builds(
         StreamNotice, stream_ids, indices, indices, st.sampled_from(["opened", "ended"]),

@@ -214,7 +214,7 @@ def test_a_bad_header_is_refused(case: str, decoder: Decoder) -> None:
 def test_numpy_values_become_plain_ones() -> None:
     final = FinalProposal(
         "cam1", np.int64(1), np.int32(9), np.uint8(2), "x", np.float32(0.5), np.float64(1.5),
-        np.float16(0.25), np.int64(31), 20, np.int64(3),
+        np.float16(0.25), np.int64(31), 20, np.int64(3), "b",
     )  # fmt: skip
     values = [getattr(final, field.name) for field in dataclasses.fields(final)]
     assert {type(value) for value in values} == {int, float, str}
@@ -249,8 +249,8 @@ def test_features_of_any_memory_layout_are_sent_in_c_order() -> None:
 @pytest.mark.parametrize("value", [10**400, -(10**400), "\ud800", object(), [[]] * 1000])
 def test_any_value_is_refused_with_a_short_message(value: object) -> None:
     with pytest.raises(ProtocolError) as caught:
-        FinalProposal("a", 1, 0, 0, "x", value, 1.0, 1.0, 0, 1.0, None)  # type: ignore[arg-type]
+        FinalProposal("a", 1, 0, 0, "x", value, 1.0, 1.0, 0, 1.0, None, "b")  # type: ignore[arg-type]
     assert len(str(caught.value)) < 200
     for label in (value, "a\ud800"):
         with pytest.raises(ProtocolError):
-            FinalProposal("a", 1, 0, 0, label, 0.0, 1.0, 1.0, 0, 1.0, None)  # type: ignore[arg-type]
+            FinalProposal("a", 1, 0, 0, label, 0.0, 1.0, 1.0, 0, 1.0, None, "b")  # type: ignore[arg-type]

@@ -70,15 +70,18 @@ def test_a_whole_stream() -> None:
             ),
             ActionEvent(
                 sequence=1, id=0, kind="end", revision=0, label="high", start_s=0.0, end_s=0.64,
-                score=1.0, published_index=0, published_s=0.64, **common,
+                score=1.0, published_index=0, published_s=0.64, bundle_id="tiny",
+                **common,
             ),
             FinalProposal(
                 sequence=2, id=0, label="high", start_s=0.0, end_s=0.64, score=1.0,
-                published_index=0, published_s=0.64, action_id=None, **common,
+                published_index=0, published_s=0.64, action_id=None,
+                bundle_id="tiny", **common,
             ),
             FinalProposal(
                 sequence=3, id=1, label="low", start_s=0.64, end_s=1.28, score=-1.0,
-                published_index=1, published_s=1.28, action_id=None, **common,
+                published_index=1, published_s=1.28, action_id=None,
+                bundle_id="tiny", **common,
             ),
             StreamNotice(
                 sequence=4, kind="ended", first_index=0, next_index=2, proposals=2, events=1,

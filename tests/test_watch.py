@@ -163,6 +163,7 @@ def action(kind: str, **fields: Any) -> ActionEvent:
     values = {
         "stream": "cam1", "session": 1, "sequence": 0, "id": 0, "revision": 0, "label": "jump",
         "start_s": 1.28, "end_s": None, "score": 0.75, "published_index": 5, "published_s": 3.84,
+        "bundle_id": "tiny",
     }  # fmt: skip
     return ActionEvent(kind=kind, **{**values, **fields})  # type: ignore[arg-type]
 
@@ -171,6 +172,7 @@ def final(**fields: Any) -> FinalProposal:
     values = {
         "stream": "cam1", "session": 1, "sequence": 0, "id": 0, "label": "jump", "start_s": 1.28,
         "end_s": 3.2, "score": 0.9, "published_index": 9, "published_s": 6.4, "action_id": 0,
+        "bundle_id": "tiny",
     }  # fmt: skip
     return FinalProposal(**{**values, **fields})
 

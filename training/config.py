@@ -150,15 +150,16 @@ class TrainingConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_preset(cls, values: Any) -> Any:
-        data = values.get("data") if isinstance(values, dict) else None
-        if not isinstance(data, dict) or data.get("preset") not in PRESETS:
+        if not isinstance(values, dict):
             return values
-        merged = with_tuples(values)
-        for group, settings in read_preset(data["preset"]).training.items():
-            given = merged.get(group, {})
-            if isinstance(given, dict):
-                merged[group] = {**settings, **given}
-        return merged
+        values = with_tuples(values)
+        data = values.get("data")
+        if isinstance(data, dict) and data.get("preset") in PRESETS:
+            for group, settings in read_preset(data["preset"]).training.items():
+                given = values.get(group, {})
+                if isinstance(given, dict):
+                    values[group] = {**settings, **given}
+        return values
 
     @model_validator(mode="after")
     def _full_attention_has_no_band(self) -> TrainingConfig:

@@ -49,10 +49,11 @@ class DataConfig(Settings):
     def _defaults_of_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        values = with_tuples(values)
         if values.get("preset") not in PRESETS:
             return values
         preset = read_preset(values["preset"]).model_dump(include=set(cls.model_fields))
-        return {**preset, **with_tuples(values)}
+        return {**preset, **values}
 
     @property
     def published(self) -> Preset | None:
@@ -66,8 +67,8 @@ class DataConfig(Settings):
 
 
 def with_tuples(values: Any) -> Any:
-    """Settings with tuples for lists: what a validator makes counts as Python's, where a list is
-    no tuple."""
+    """Settings with tuples for lists: what goes through a validator counts as Python's, where a
+    list is no tuple."""
     if isinstance(values, dict):
         return {key: with_tuples(each) for key, each in values.items()}
     return tuple(map(with_tuples, values)) if isinstance(values, list) else values
