@@ -137,7 +137,7 @@ def test_a_bundle_is_exported_twice_into_the_same_place(trained: Trained, tmp_pa
         (out / file.name).write_bytes(file.read_bytes())
     said = hrpro("export", trained.run, "--out", out).stdout.splitlines()
     bundle = read_bundle(out)
-    assert said[0].startswith(f"bundle {bundle.manifest.bundle_id} in {out};")
+    assert said[0].startswith(f"bundle {bundle.manifest.bundle_id} in {out}, ")
     assert said[-1].startswith(f"next: hrpro serve {out} --feed tcp://127.0.0.1:")
     assert bundle.manifest.feature_dim == 96
     assert [each.name for each in tmp_path.iterdir()] == ["bundle"]  # nothing is left beside it

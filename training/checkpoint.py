@@ -78,7 +78,8 @@ class Checkpoints:
     """Saves the state of a stage, with the random state, and stops training between two steps.
 
     ``made_by`` says what the state belongs to: configuration and data. SIGTERM and SIGINT are
-    taken while the object is entered; the second one has its usual effect. Of several processes
+    taken while the object is entered; a second SIGINT has its usual effect, a second SIGTERM none
+    (torchrun may send it twice, and the state is being saved). Of several processes
     the first one writes, and all stop after the same step. Without a folder nothing is saved.
     """
 
@@ -158,7 +159,8 @@ class Checkpoints:
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
-        self._give_back()
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[number])
 
     def _give_back(self) -> None:
         for number, handler in self._handlers.items():
