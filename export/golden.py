@@ -11,28 +11,19 @@ otherwise is found before the first snippet comes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.export.bundle import Bundle, BundleError
 
+if TYPE_CHECKING:
+    from hrpro.engine.pipeline import Backend
+
 Floats = NDArray[np.float32]
 
 _PROPOSALS = 5
-
-
-class Backend(Protocol):
-    """What computes the graphs, see `hrpro.engine.pipeline.Backend`."""
-
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, ...]:
-        """Scores and embedding of windows."""
-        ...
-
-    def score_instances(self, embedding: Floats, proposals: Floats) -> tuple[Floats, ...]:
-        """Completeness, refined borders and their completeness."""
-        ...
 
 
 def write_golden(path: Path, backend: Backend, features: Floats) -> None:

@@ -47,10 +47,8 @@ class DataConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
         values = with_tuples(values)
-        if values.get("preset") not in PRESETS:
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
             return values
         preset = read_preset(values["preset"]).model_dump(include=set(cls.model_fields))
         return {**preset, **values}

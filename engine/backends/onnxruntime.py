@@ -14,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from hrpro.engine.config import EngineConfig, Provider
+from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
 
@@ -84,9 +85,8 @@ def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
 
 def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
     """One profile for all batches and windows: without, each new shape would build an engine."""
-    longest = max(manifest.window_length, config.window.window_snippets or 0)
-    longest = max(longest, manifest.context_snippets + config.window.hop_snippets
-                  + manifest.lookahead_snippets)  # fmt: skip
+    own = window_length(config.window, manifest.context_snippets, manifest.lookahead_snippets)
+    longest = max(own, manifest.window_length)  # the latter is that of the golden windows
     shapes = {
         name: f"features:{batch}x{length}x{manifest.feature_dim},valid:{batch}x{length}"
         for name, batch, length in (
