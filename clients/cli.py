@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +18,7 @@ from hrpro.clients import (
     cli_bundle,
     cli_bundle_triton,
     cli_data,
+    cli_deploy,
     cli_plot,
     cli_training,
 )
@@ -27,6 +27,7 @@ from hrpro.clients.cli_shared import (
     ConfigFile,
     DataFolder,
     JsonFlag,
+    address_errors,
     console,
     progress,
     say,
@@ -36,8 +37,10 @@ from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
     from hrpro.clients.subscriber import EventSubscriber
+    from hrpro.engine.config import EngineConfig
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.serve import Addresses
+    from hrpro.export.bundle import Bundle
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +59,7 @@ app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_plot.plot)
+app.command()(cli_deploy.deploy)
 app.command("config")(cli_training.show_config)
 
 
@@ -64,24 +68,30 @@ def serve(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     feed: Annotated[str, typer.Option(help="Address that feeders connect to.")],
     events: Annotated[str, typer.Option(help="Address that subscribers connect to.")],
-    control: Annotated[str, typer.Option(help="Address for status and drain.")],
+    control: Annotated[str, typer.Option(help="Address for status, deploys and drain.")],
     config: ConfigFile = None,
     set_: Assignments = None,
     trusted_key: cli_bundle.TrustedKey = None,
+    follow: Annotated[
+        Path | None, typer.Option(help="Deploy bundles that appear in this folder.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
     from hrpro.engine import serve as engine
 
-    loaded = cli_bundle.read_checked(bundle, trusted_key)
-    settings = engine.load_engine_config(loaded, config, set_ or [])
+    logging.getLogger("hrpro.engine").setLevel(logging.INFO)
+
+    def read(folder: Path) -> tuple[Bundle, EngineConfig]:
+        loaded = cli_bundle.read_checked(folder, trusted_key)
+        return loaded, engine.load_engine_config(loaded, config, set_ or [])
 
     def ready(bound: Addresses, pipeline: Pipeline) -> None:
         for line in _ready_lines(bound, pipeline, as_json):
             say(line)
 
-    with _address_errors(feed, events, control):
-        engine.serve(loaded, settings, engine.Addresses(feed, events, control), ready)
+    with address_errors(feed, events, control):
+        engine.serve(bundle, read, engine.Addresses(feed, events, control), ready, follow)
 
 
 def _ready_lines(bound: Addresses, pipeline: Pipeline, as_json: bool) -> list[str]:
@@ -128,7 +138,7 @@ def feed_features(
     factor = _speed(speed)
     sources = read_sources(paths)
     total = sum(len(source.features) for source in sources)
-    with _address_errors(to), progress(total, "snippets") as advance:
+    with address_errors(to), progress(total, "snippets") as advance:
         ended = feed_sources(
             sources,
             to,
@@ -166,7 +176,7 @@ def watch(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         contextlib.suppress(KeyboardInterrupt),
-        _address_errors(from_),
+        address_errors(from_),
         EventSubscriber(from_, stream=stream, label=label) as subscriber,
     ):
         _wait_for_engine(subscriber, from_)
@@ -249,17 +259,6 @@ def _speed(text: str) -> float | None:
             f"expected a number above 0 or max, got {text!r}", param_hint="--speed"
         )
     return factor
-
-
-@contextlib.contextmanager
-def _address_errors(*addresses: str) -> Iterator[None]:
-    """ZeroMQ says little of an address that it cannot use."""
-    import zmq
-
-    try:
-        yield
-    except zmq.ZMQError as error:
-        raise HrproError(f"cannot use {', '.join(addresses)}: {error}") from None
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hrpro.engine.wire import HrproError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,6 +37,17 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=quiet, highlight=False)
+
+
+@contextlib.contextmanager
+def address_errors(*addresses: str) -> Iterator[None]:
+    """ZeroMQ says little of an address that it cannot use."""
+    import zmq
+
+    try:
+        yield
+    except zmq.ZMQError as error:
+        raise HrproError(f"cannot use {', '.join(addresses)}: {error}") from None
 
 
 @contextlib.contextmanager

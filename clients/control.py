@@ -1,25 +1,34 @@
-"""Ask a running engine how it is, or to finish."""
+"""Ask a running engine how it is, to go on with another bundle, or to finish."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import zmq
 
 from hrpro.clients.connection import Connection, Deadline
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
+    MAX_REQUEST_HEADER_BYTES,
+    ControlReply,
+    ControlRequest,
+    DeployReply,
+    DeployRequest,
     DrainReply,
     DrainRequest,
     Error,
-    Message,
     NoReplyError,
     ProtocolError,
+    RollBackRequest,
     StatusReply,
     StatusRequest,
     StreamError,
 )
+
+Reply = TypeVar("Reply", bound=ControlReply)
 
 
 def request_status(address: str, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -27,10 +36,24 @@ def request_status(address: str, timeout_s: float = 5.0) -> dict[str, Any]:
 
     Raises NoReplyError when no answer comes in time.
     """
-    reply = _ask(address, StatusRequest(), timeout_s)
-    if not isinstance(reply, StatusReply):
-        raise ProtocolError(f"engine at {address}: expected status_reply, came {reply.TYPE}")
-    return asdict(reply)
+    return asdict(_ask(address, StatusRequest(), StatusReply, timeout_s))
+
+
+def request_deploy(
+    address: str, folder: Path, canary_streams: Collection[str] = (), timeout_s: float = 60.0
+) -> DeployReply:
+    """Lets the engine load the bundle in a folder of its machine and work with it.
+
+    For all streams, or for those that are named. Raises StreamError with the engine's reason when
+    it refuses, and NoReplyError when it takes longer; the engine goes on with it nevertheless.
+    """
+    request = DeployRequest(str(folder), tuple(canary_streams))
+    return _ask(address, request, DeployReply, timeout_s)
+
+
+def request_roll_back(address: str, timeout_s: float = 5.0) -> DeployReply:
+    """Ends a canary, or else lets the engine go back to the bundle before. Raises as a deploy."""
+    return _ask(address, RollBackRequest(), DeployReply, timeout_s)
 
 
 def request_drain(address: str, timeout_s: float = 60.0) -> None:
@@ -38,22 +61,26 @@ def request_drain(address: str, timeout_s: float = 60.0) -> None:
 
     Raises NoReplyError when it takes longer; the engine goes on with it nevertheless.
     """
-    reply = _ask(address, DrainRequest(), timeout_s)
-    if not isinstance(reply, DrainReply):
-        raise ProtocolError(f"engine at {address}: expected drain_reply, came {reply.TYPE}")
+    _ask(address, DrainRequest(), DrainReply, timeout_s)
 
 
-def _ask(address: str, request: Message, timeout_s: float) -> StatusReply | DrainReply | Error:
+def _ask(address: str, request: ControlRequest, expected: type[Reply], timeout_s: float) -> Reply:
+    frames = protocol.encode(request)
+    if len(frames[0]) > MAX_REQUEST_HEADER_BYTES:  # the engine would drop the connection
+        raise ProtocolError(
+            f"{request.TYPE}: expected at most {MAX_REQUEST_HEADER_BYTES} bytes, got "
+            f"{len(frames[0])}; fewer streams fit"
+        )
     deadline = Deadline(timeout_s)
     connection = Connection(zmq.DEALER, address, {zmq.LINGER: 0})
     try:
         # Queued until the connection stands, so this needs no second try.
-        connection.try_send(protocol.encode(request))
+        connection.try_send(frames)
         while not deadline.passed():
             connection.wait(deadline.at_s)
-            frames = connection.receive()
-            if frames is not None:
-                return _reply(frames)
+            answer = connection.receive()
+            if answer is not None:
+                return _reply(address, answer, expected)
     finally:
         connection.close()
     raise NoReplyError(
@@ -61,8 +88,10 @@ def _ask(address: str, request: Message, timeout_s: float) -> StatusReply | Drai
     )
 
 
-def _reply(frames: list[bytes]) -> StatusReply | DrainReply | Error:
+def _reply(address: str, frames: list[bytes], expected: type[Reply]) -> Reply:
     reply = protocol.decode_control_reply(frames)
     if isinstance(reply, Error):
         raise StreamError(reply.code, reply.message, reply.next_index)
+    if not isinstance(reply, expected):
+        raise ProtocolError(f"engine at {address}: expected {expected.TYPE}, came {reply.TYPE}")
     return reply

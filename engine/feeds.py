@@ -58,6 +58,8 @@ class Counters:
     proposals: int = 0
     events: int = 0
     ended_streams: int = 0
+    deploys: int = 0
+    deploys_refused: int = 0
 
 
 @dataclass
@@ -221,7 +223,7 @@ class Feeds:
             context_snippets=pipeline.context_snippets,
             lookahead_snippets=pipeline.lookahead_snippets,
             lookahead_s=pipeline.lookahead_s,
-            bundle_id=pipeline.bundle_id,
+            bundle_id=stream.bundle_id,
         )
 
     def _on_chunk(self, identity: bytes, chunk: Chunk) -> None:

@@ -60,6 +60,8 @@ class StreamLocalizer:
         self._detector = RunDetector(class_count, config, first_index)
         self._tracker = ActionTracker(class_count, config, first_index)
         self._history = Ring(config.history_snippets, (embedding_width,), first_index)
+        self._embedded_from = first_index  # by the model that the scorer belongs to
+        self._scores = Ring(config.history_snippets, (class_count,), first_index)
         self._closed: list[Run] = []  # until there is enough evidence right of them
         self._pool: list[list[Proposal]] = [[] for _ in range(class_count)]  # not yet due
         self._published: list[deque[Proposal]] = [
@@ -78,6 +80,7 @@ class StreamLocalizer:
         decisions: list[Decision] = []
         for row, embedded in zip(scores, embedding, strict=True):
             self._history.append(embedded[None])
+            self._scores.append(row[None])
             self._closed += self._detector.push(row)
             decisions += self._tracker.push(row)
             self._refine(self._ready())
@@ -92,6 +95,48 @@ class StreamLocalizer:
         ready, self._closed = self._closed, []
         self._refine(ready)
         return self._publish(self._detector.next_index)
+
+    def use(
+        self,
+        config: LocalizationConfig,
+        scorer: InstanceScorer | None,
+        embedding_width: int | None,
+    ) -> None:
+        """Go on with another bundle: its settings, its stage 2, and the width of its embedding.
+
+        None says that it embeds as the one before. Otherwise what was embedded before is forgotten,
+        since stage 2 knows nothing of another model's: a run that is over is scored with what is
+        known of it, and one that goes on will be scored by its contrast alone.
+        """
+        if embedding_width is not None or config != self._config:
+            ready, self._closed = self._closed, []
+            self._refine(ready)
+        if config != self._config:
+            self._detector = self._replayed(config)
+            self._tracker.config = config
+            self._scores = self._scores.resized(config.history_snippets)
+            self._history = self._history.resized(config.history_snippets)
+        if embedding_width is not None:
+            self._embedded_from = self._detector.next_index
+            self._history = Ring(config.history_snippets, (embedding_width,), self._embedded_from)
+        self._config, self._scorer = config, scorer
+
+    def _replayed(self, config: LocalizationConfig) -> RunDetector:
+        """A detector of other thresholds that knows which runs are open.
+
+        It begins at the last snippet where none was; a run that is longer than what is remembered
+        begins there.
+        """
+        first, next_index = self._scores.oldest, self._scores.next_index
+        scores = self._scores.read(first, next_index)
+        quiet = np.flatnonzero(scores.max(axis=1) <= config.thresholds[0])
+        if len(quiet):  # its outer region, and what a border may move
+            skipped = max(0, int(quiet[-1]) - 2 * config.border_limit)
+            first, scores = first + skipped, scores[skipped:]
+        detector = RunDetector(scores.shape[1], config, first)
+        for row in scores:
+            detector.push(row)
+        return detector
 
     def _ready(self) -> list[Run]:
         """Closed runs whose evidence is complete, or which have to be published now."""
@@ -108,10 +153,13 @@ class StreamLocalizer:
         return ready
 
     def _refine(self, runs: list[Run]) -> None:
-        for proposal in refine_runs(
-            runs, self._detector, self._history, self._scorer, self._config
-        ):
-            self._pool[proposal.label_index].append(proposal)
+        embedded = [run for run in runs if run.start >= self._embedded_from]
+        older = [run for run in runs if run.start < self._embedded_from]
+        for scorer, of_one_model in ((self._scorer, embedded), (None, older)):
+            for proposal in refine_runs(
+                of_one_model, self._detector, self._history, scorer, self._config
+            ):
+                self._pool[proposal.label_index].append(proposal)
 
     def _publish(self, due_until: int) -> list[Decision]:
         """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""

@@ -232,12 +232,44 @@ class DrainRequest(Message):
 
 
 @dataclass(frozen=True)
+class DeployRequest(Message):
+    """Asks the engine to load the bundle in a folder of its machine and let it work.
+
+    For all streams, or, if some are named, for these: open ones, and ones to come.
+    """
+
+    TYPE: ClassVar[str] = "deploy"
+    folder: str = _wire(wire.text(1024))
+    canary_streams: tuple[str, ...] = _wire(wire.listing(wire.stream_id))
+
+
+@dataclass(frozen=True)
+class RollBackRequest(Message):
+    """Asks the engine to end a canary, or else to go back to the previous bundle."""
+
+    TYPE: ClassVar[str] = "roll_back"
+
+
+@dataclass(frozen=True)
+class DeployReply(Message):
+    """It is done: the bundles as they are now, and how many open streams have another one."""
+
+    TYPE: ClassVar[str] = "deploy_reply"
+    bundle_id: str = _wire(wire.text(256))
+    previous_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
+    canary_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
+    changed_streams: int = _wire(wire.count)
+
+
+@dataclass(frozen=True)
 class StatusReply(Message):
     """The engine at this moment; PROTOCOL.md lists the entries of the maps."""
 
     TYPE: ClassVar[str] = "status_reply"
     instance: str = _wire(wire.matching(r"[0-9a-f]{16}"))
     bundle_id: str = _wire(wire.text(256))
+    previous_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
+    canary_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
     state: Literal["serving", "draining"] = _wire(wire.one_of("serving", "draining"))
     streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
     counters: dict[str, int | str | bool] = _wire(wire.plain_map)

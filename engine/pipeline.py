@@ -8,51 +8,34 @@ No I/O happens here; the server calls `append` with what came and sends what `st
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.batcher import Batcher, Job
-from hrpro.engine.config import EngineConfig
-from hrpro.engine.localizer import StreamLocalizer
+from hrpro.engine.batcher import Job
+from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.messages import Publication
-from hrpro.engine.publish import Publisher
-from hrpro.engine.refine import InstanceScorer
 from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
-from hrpro.engine.windows import plan_windows
 from hrpro.engine.wire import StreamError
-from hrpro.export.bundle import Manifest
 
 # Stream ids whose sessions are counted on; the longest unused ones are forgotten first.
 _SESSIONS_REMEMBERED = 65536
 
 
-class Backend(InstanceScorer, Protocol):
-    """Where inference runs: both stages of a bundle."""
-
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
-        ...
-
-
 class Pipeline:
     """All streams of one engine, from features to publications."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, config: EngineConfig) -> None:
-        self._plan = plan_windows(manifest, config)
-        self._manifest = manifest
-        self._backend = backend
-        self._config = config
-        self._batcher = Batcher(self._plan, config.max_batch)
-        self._publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
+    def __init__(self, deployment: Deployment) -> None:
+        manifest, config, plan = deployment.manifest, deployment.config, deployment.plan
+        self.deployments = Deployments(deployment)
+        self._served = deployment  # the one that had the last batch
+        self._max_streams = config.max_streams
         self._sessions: dict[str, int] = {}
         self._announcements: list[Publication] = []
         # Inference reads its batch from here: nothing is allocated a call.
-        shape = (config.max_batch, self._plan.window, manifest.feature_dim)
+        shape = (config.max_batch, plan.window, manifest.feature_dim)
         self._features = np.zeros(shape, dtype=np.float32)
         self._valid = np.zeros(shape[:2], dtype=np.bool_)
         self.streams: dict[str, Stream] = {}
@@ -61,25 +44,25 @@ class Pipeline:
         self.clock = manifest.clock
         self.classes = manifest.classes
         self.feature_dim = manifest.feature_dim
-        self.bundle_id = manifest.bundle_id
         self.max_chunk_snippets = config.max_chunk_snippets
-        self.window_snippets = self._plan.window
-        self.hop_snippets = self._plan.hop
-        self.context_snippets = self._plan.context
-        self.lookahead_snippets = self._plan.lookahead
+        self.window_snippets = plan.window
+        self.hop_snippets = plan.hop
+        self.context_snippets = plan.context
+        self.lookahead_snippets = plan.lookahead
         self.lookahead_s = config.lookahead_s
 
-    def warm_up(self) -> None:
-        """Run inference once, so that the first snippets do not wait for it."""
-        self._backend.score_snippets(self._features, self._valid)
+    @property
+    def bundle_id(self) -> str:
+        """Of the bundle that works for all streams, but for those that another is tried on."""
+        return self.deployments.current.bundle_id
 
     def step(self) -> list[Publication]:
         """At most one micro-batch of inference; returns what is to be published, in order."""
         published, self._announcements = self._announcements, []
-        jobs = self._batcher.take(self.streams)
+        deployment, jobs = self._next_batch()
         if jobs:
             features, valid = self._fill_windows(jobs)
-            scores, embedding = self._backend.score_snippets(features, valid)
+            scores, embedding = deployment.backend.score_snippets(features, valid)
             self.batches += 1
             for row, job in enumerate(jobs):
                 stitched = stitch(job, scores[row], embedding[row])
@@ -87,7 +70,7 @@ class Pipeline:
                 job.stream.processed = job.until
                 self.snippets_scored += len(stitched[0])
                 newest = min(job.stop, job.stream.next_index) - 1
-                published += self._publisher.publish(job.stream, decisions, newest)
+                published += deployment.publisher.publish(job.stream, decisions, newest)
         for stream in [each for each in self.streams.values() if each.finished]:
             published += self._finish(stream)
         return published
@@ -103,36 +86,19 @@ class Pipeline:
         """A new session of a stream, or the live one. Raises StreamError if there is no room."""
         if stream in self.streams:
             return self.streams[stream]
-        if len(self.streams) >= self._config.max_streams:
+        if len(self.streams) >= self._max_streams:
             raise StreamError(
                 "too_many_streams",
-                f"stream {stream!r}: {self._config.max_streams} streams are open, "
+                f"stream {stream!r}: {self._max_streams} streams are open, "
                 "which is the most that engine.max_streams allows",
             )
         session = self._sessions.pop(stream, 0) + 1
         self._sessions[stream] = session
         if len(self._sessions) > _SESSIONS_REMEMBERED:
             del self._sessions[next(iter(self._sessions))]
-        manifest = self._manifest
-        localizer = StreamLocalizer(
-            len(manifest.classes),
-            manifest.embedding_width,
-            self._config.localization,
-            self._backend,
-            self._plan.wait,
-            first_index,
-        )
-        opened = Stream(
-            stream,
-            session,
-            first_index,
-            manifest.feature_dim,
-            self._plan,
-            self._config.backlog_snippets,
-            localizer,
-        )
+        opened = Stream(stream, session, first_index, self.deployments.of(stream))
         self.streams[stream] = opened
-        self._announcements.append(self._publisher.notice(opened, "opened"))
+        self._announcements.append(opened.deployment.publisher.notice(opened, "opened"))
         return opened
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
@@ -142,6 +108,34 @@ class Pipeline:
     def end(self, stream: str, next_index: int) -> None:
         """The stream is over; what is left of it comes out of the next steps."""
         self._live(stream).end(next_index)
+
+    def deploy(self, deployment: Deployment, canary_streams: Collection[str] = ()) -> int:
+        """Let a bundle work from the next batch on, for all streams or for those that are named.
+
+        It agrees with the one before, see `hrpro.engine.deployment.check_agreement`. Returns how
+        many open streams have another bundle now.
+        """
+        self.deployments.deploy(deployment, canary_streams)
+        return self._hand_over()
+
+    def roll_back(self) -> int:
+        """The reverse, at once. Raises DeployError where there is nothing to go back to."""
+        self.deployments.roll_back()
+        return self._hand_over()
+
+    def _hand_over(self) -> int:
+        streams = self.streams.values()
+        return sum(self.deployments.of(each.stream).take_over(each) for each in streams)
+
+    def _next_batch(self) -> tuple[Deployment, list[Job]]:
+        """Windows of one bundle; where two have some, they take turns."""
+        for deployment in sorted(self.deployments.at_work(), key=lambda each: each is self._served):
+            of_it = {n: each for n, each in self.streams.items() if each.deployment is deployment}
+            jobs = deployment.batcher.take(of_it)
+            if jobs:
+                self._served = deployment
+                return deployment, jobs
+        return self._served, []
 
     def _live(self, stream: str) -> Stream:
         if stream not in self.streams:
@@ -156,6 +150,7 @@ class Pipeline:
     def _finish(self, stream: Stream) -> list[Publication]:
         """Flush a stream whose scores are all final, and forget it."""
         newest = max(stream.next_index - 1, stream.first_index)
-        published = self._publisher.publish(stream, stream.localizer.flush(), newest)
+        publisher = stream.deployment.publisher
+        published = publisher.publish(stream, stream.localizer.flush(), newest)
         del self.streams[stream.stream]
-        return [*published, self._publisher.notice(stream, "ended")]
+        return [*published, publisher.notice(stream, "ended")]

@@ -6,8 +6,8 @@ socket and lets only those messages pass that belong there:
     feed      feeder -> engine   Hello  Chunk  End
               engine -> feeder   Welcome  Ack  Ended  Error
     events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Subscribed
-    control   client -> engine   StatusRequest  DrainRequest
-              engine -> client   StatusReply  DrainReply  Error
+    control   client -> engine   StatusRequest  DrainRequest  DeployRequest  RollBackRequest
+              engine -> client   StatusReply  DrainReply  DeployReply  Error
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from hrpro.engine.messages import (
     Ack,
     ActionEvent,
     Chunk,
+    DeployReply,
+    DeployRequest,
     DrainReply,
     DrainRequest,
     End,
@@ -34,6 +36,7 @@ from hrpro.engine.messages import (
     Hello,
     Message,
     Publication,
+    RollBackRequest,
     StatusReply,
     StatusRequest,
     StreamNotice,
@@ -52,10 +55,15 @@ from hrpro.engine.wire import (
 __all__ = [
     "ERROR_CODES",
     "MAX_ERROR_CHARACTERS",
+    "MAX_REQUEST_HEADER_BYTES",
     "VERSION",
     "Ack",
     "ActionEvent",
     "Chunk",
+    "ControlReply",
+    "ControlRequest",
+    "DeployReply",
+    "DeployRequest",
     "DrainReply",
     "DrainRequest",
     "End",
@@ -68,6 +76,7 @@ __all__ = [
     "NoReplyError",
     "ProtocolError",
     "Publication",
+    "RollBackRequest",
     "StatusReply",
     "StatusRequest",
     "StreamError",
@@ -89,6 +98,9 @@ __all__ = [
 MAX_REQUEST_HEADER_BYTES = 4096
 MAX_REPLY_HEADER_BYTES = 4 * 2**20
 
+ControlRequest = StatusRequest | DrainRequest | DeployRequest | RollBackRequest
+ControlReply = StatusReply | DrainReply | DeployReply | Error
+
 M = TypeVar("M", bound=Message)
 
 _FEED: tuple[type[Hello | Chunk | End], ...] = (Hello, Chunk, End)
@@ -99,12 +111,13 @@ _EVENTS: tuple[type[Publication | Subscribed], ...] = (
     StreamNotice,
     Subscribed,
 )
-_CONTROL: tuple[type[StatusRequest | DrainRequest], ...] = (StatusRequest, DrainRequest)
-_CONTROL_REPLY: tuple[type[StatusReply | DrainReply | Error], ...] = (
-    StatusReply,
-    DrainReply,
-    Error,
+_CONTROL: tuple[type[ControlRequest], ...] = (
+    StatusRequest,
+    DrainRequest,
+    DeployRequest,
+    RollBackRequest,
 )
+_CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, DeployReply, Error)
 
 
 def encode(message: Message) -> list[bytes]:
@@ -165,12 +178,12 @@ def decode_feed_reply(frames: Sequence[bytes]) -> Welcome | Ack | Ended | Error:
     return _decode(frames, _FEED_REPLY, MAX_REPLY_HEADER_BYTES)
 
 
-def decode_control(frames: Sequence[bytes]) -> StatusRequest | DrainRequest:
+def decode_control(frames: Sequence[bytes]) -> ControlRequest:
     """What came from a control client."""
     return _decode(frames, _CONTROL, MAX_REQUEST_HEADER_BYTES)
 
 
-def decode_control_reply(frames: Sequence[bytes]) -> StatusReply | DrainReply | Error:
+def decode_control_reply(frames: Sequence[bytes]) -> ControlReply:
     """What came to a control client."""
     return _decode(frames, _CONTROL_REPLY, MAX_REPLY_HEADER_BYTES)
 

@@ -63,6 +63,13 @@ class Ring:
         out[head:] = self._rows[: n - head]
         return out
 
+    def resized(self, capacity: int) -> Ring:
+        """A ring of another capacity with the newest rows of this one."""
+        first = max(self.oldest, self.next_index - capacity)
+        ring = Ring(capacity, self.row_shape, first, self._rows.dtype)
+        ring.append(self.read(first, self.next_index))
+        return ring
+
     def row(self, index: int) -> NDArray[Any]:
         """One row, as a view."""
         assert self.oldest <= index < self.next_index, (self.oldest, index, self.next_index)

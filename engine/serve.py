@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.deployer import Deployer
+from hrpro.engine.deployment import Deployment, check_agreement
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
 from hrpro.engine.settings import load_settings
@@ -35,27 +37,41 @@ def load_engine_config(
     return config
 
 
-def new_pipeline(bundle: Bundle, config: EngineConfig) -> Pipeline:
-    """The data path of a bundle on ONNX Runtime, after one batch to warm it up."""
+def new_deployment(bundle: Bundle, config: EngineConfig) -> Deployment:
+    """A bundle on ONNX Runtime, checked on this machine and warm."""
     backend = OnnxRuntimeBackend(bundle, config)
     check_golden(bundle, backend)
-    pipeline = Pipeline(bundle.manifest, backend, config)
-    pipeline.warm_up()
-    return pipeline
+    deployment = Deployment(bundle.manifest, backend, config)
+    deployment.warm_up()
+    return deployment
 
 
 def serve(
-    bundle: Bundle,
-    config: EngineConfig,
+    folder: Path,
+    read: Callable[[Path], tuple[Bundle, EngineConfig]],
     addresses: Addresses,
     ready: Callable[[Addresses, Pipeline], None],
+    follow: Path | None = None,
 ) -> None:
     """Serve until a drain is asked for, by SIGTERM, SIGINT or the control socket, and complete.
 
-    ``ready`` is called with the bound addresses once snippets can come.
+    ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
+    are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
+    the bound addresses once snippets can come.
     """
-    pipeline = new_pipeline(bundle, config)
-    with Server(pipeline, addresses.feed, addresses.events, addresses.control) as server:
+    bundle, config = read(folder)
+    first = new_deployment(bundle, config)
+
+    def load(other: Path) -> Deployment:
+        bundle, own = read(other)
+        # Of the settings only those that a bundle brings may change while the engine runs.
+        brought = {"window": own.window, "localization": own.localization}
+        changed = config.model_copy(update=brought)
+        check_agreement(first, bundle.manifest, changed)
+        return new_deployment(bundle, changed)
+
+    pipeline, deployer = Pipeline(first), Deployer(load, follow)
+    with Server(pipeline, addresses.feed, addresses.events, addresses.control, deployer) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())
         bound = Addresses(server.feed_address, server.events_address, server.control_address)

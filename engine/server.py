@@ -3,7 +3,7 @@
 One thread and one poller. A turn of the loop does a bounded amount of everything, so that no
 peer can keep the others waiting:
 
-    read some messages -> at most one micro-batch -> publish -> acknowledge
+    read some messages -> change bundles -> at most one micro-batch -> publish -> acknowledge
 
 Three sockets, specified in docs/PROTOCOL.md: `feed` (ROUTER), `events` (XPUB) and `control`
 (ROUTER). A peer that sends nonsense gets an Error and is counted; it never ends the loop.
@@ -12,6 +12,7 @@ Three sockets, specified in docs/PROTOCOL.md: `feed` (ROUTER), `events` (XPUB) a
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import secrets
 import signal
@@ -19,21 +20,29 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import zmq
 
 from hrpro.engine import protocol, sockets
+from hrpro.engine.deployer import Deployer, Order, Outcome
+from hrpro.engine.deployment import DeployError
 from hrpro.engine.feeds import Counters, Feeds, error_message
 from hrpro.engine.protocol import (
+    DeployReply,
+    DeployRequest,
     DrainReply,
     DrainRequest,
     FinalProposal,
+    HrproError,
     Message,
     ProtocolError,
     Publication,
+    RollBackRequest,
     StatusReply,
+    StatusRequest,
     StreamNotice,
     Subscribed,
 )
@@ -41,6 +50,8 @@ from hrpro.engine.protocol import (
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.stream import Stream
+
+_log = logging.getLogger(__name__)
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
@@ -60,10 +71,13 @@ class Server:
     be bound.
     """
 
-    def __init__(self, pipeline: Pipeline, feed: str, events: str, control: str) -> None:
+    def __init__(
+        self, pipeline: Pipeline, feed: str, events: str, control: str, deployer: Deployer
+    ) -> None:
         self.counters = Counters()
         self.instance = secrets.token_hex(8)
         self._pipeline = pipeline
+        self._deployer = deployer
         self._feeds = Feeds(pipeline, self.counters, self._send_to_feeder)
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
@@ -90,6 +104,8 @@ class Server:
         self.feed_address = self._feed.get_string(zmq.LAST_ENDPOINT)
         self.events_address = self._events.get_string(zmq.LAST_ENDPOINT)
         self.control_address = self._control.get_string(zmq.LAST_ENDPOINT)
+        self._deployer.start(self._wake)
+        self._opened.callback(self._deployer.close)
 
     def __enter__(self) -> Self:
         return self
@@ -163,6 +179,8 @@ class Server:
         self._read(self._feed, self._on_feed)
         self._read(self._events, self._on_subscription)
         self._read(self._control, self._on_control)
+        for outcome in self._deployer.outcomes():
+            self._deploy(outcome)
         if self._drain_requested and not self._feeds.draining:
             self._feeds.drain()
         if self._pipeline.pending():
@@ -217,17 +235,78 @@ class Server:
             self.counters.messages_refused += 1
             self._send(self._control, envelope, error_message(error))
             return
-        if isinstance(request, DrainRequest):
-            self._drain_envelopes.append(envelope)
-            self._drain_requested = True
+        match request:
+            case StatusRequest():
+                self._send(self._control, envelope, self._status())
+            case DrainRequest():
+                self._drain_envelopes.append(envelope)
+                self._drain_requested = True
+            case DeployRequest():
+                self._order(request, tuple(envelope))
+            case RollBackRequest():
+                self._roll_back(tuple(envelope))
+
+    # ---- bundles -------------------------------------------------------------------------------
+
+    def _order(self, request: DeployRequest, envelope: tuple[bytes, ...]) -> None:
+        try:
+            if self._feeds.draining:
+                raise DeployError("the engine is draining")
+            self._deployer.ask(Order(Path(request.folder), request.canary_streams, envelope))
+        except DeployError as error:
+            self._refuse_deploy(error, envelope)
+
+    def _deploy(self, outcome: Outcome) -> None:
+        """Let a bundle that was loaded work from the next batch on."""
+        order, loaded = outcome.order, outcome.loaded
+        if isinstance(loaded, HrproError):
+            self._refuse_deploy(loaded, order.envelope)
         else:
-            self._send(self._control, envelope, self._status())
+            changed = self._pipeline.deploy(loaded, order.canary_streams)
+            self._on_deployed(changed, order.envelope)
+
+    def _roll_back(self, envelope: tuple[bytes, ...]) -> None:
+        try:
+            changed = self._pipeline.roll_back()
+        except DeployError as error:
+            self._refuse_deploy(error, envelope)
+        else:
+            self._on_deployed(changed, envelope)
+
+    def _on_deployed(self, changed_streams: int, envelope: tuple[bytes, ...] | None) -> None:
+        self.counters.deploys += 1
+        reply = DeployReply(*self._bundle_ids(), changed_streams)
+        _log.info("%s", reply)
+        if envelope is not None:
+            self._send(self._control, list(envelope), reply)
+
+    def _refuse_deploy(self, error: HrproError, envelope: tuple[bytes, ...] | None) -> None:
+        self.counters.deploys_refused += 1
+        _log.warning("not deployed: %s", error)
+        if envelope is not None:
+            text = str(error)[: protocol.MAX_ERROR_CHARACTERS]
+            refusal = protocol.Error(None, "deploy_refused", text, None)
+            self._send(self._control, list(envelope), refusal)
+
+    def _bundle_ids(self) -> tuple[str, str | None, str | None]:
+        """Of the current, the previous and the canary."""
+        deployments = self._pipeline.deployments
+        previous, canary = (
+            None if each is None else each.bundle_id
+            for each in (deployments.previous, deployments.canary)
+        )
+        return deployments.current.bundle_id, previous, canary
+
+    # ---- status --------------------------------------------------------------------------------
 
     def _status(self) -> StatusReply:
         pipeline = self._pipeline
+        bundle_id, previous_bundle_id, canary_bundle_id = self._bundle_ids()
         return StatusReply(
             instance=self.instance,
-            bundle_id=pipeline.bundle_id,
+            bundle_id=bundle_id,
+            previous_bundle_id=previous_bundle_id,
+            canary_bundle_id=canary_bundle_id,
             state="draining" if self._feeds.draining else "serving",
             streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
             counters={
@@ -242,6 +321,7 @@ class Server:
         return {
             "stream": stream.stream,
             "session": stream.session,
+            "bundle_id": stream.bundle_id,
             "next_index": stream.next_index,
             "processed": stream.processed,
             "open_actions": stream.open_actions,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.ring import Ring
-from hrpro.engine.windows import WindowPlan
 from hrpro.engine.wire import StreamError
+
+if TYPE_CHECKING:
+    from hrpro.engine.deployment import Deployment
 
 
 class Stream:
-    """One live stream; ``session`` counts how often its id was opened.
+    """One live stream; ``session`` counts how often its id was opened, ``deployment`` works for it.
 
     Snippets below ``next_index`` have come, scores below ``processed`` are final.
     """
@@ -22,24 +25,28 @@ class Stream:
         stream: str,
         session: int,
         first_index: int,
-        feature_dim: int,
-        plan: WindowPlan,
-        backlog: int,
-        localizer: StreamLocalizer,
+        deployment: Deployment,
     ) -> None:
         self.stream = stream
         self.session = session
         self.first_index = first_index
         self.processed = first_index
-        self.localizer = localizer
+        self.deployment = deployment
+        self.localizer = deployment.new_localizer(first_index)
         self.ended = False
         self.sequence = 0
         self.proposals = 0
         self.events = 0
         self.duplicates = 0
-        self._plan = plan
-        self._backlog = backlog
-        self._ring = Ring(plan.window + backlog, (feature_dim,), first_index)
+        self._plan = plan = deployment.plan
+        self._backlog = backlog = deployment.config.backlog_snippets
+        row_shape = (deployment.manifest.feature_dim,)
+        self._ring = Ring(plan.window + backlog, row_shape, first_index)
+
+    @property
+    def bundle_id(self) -> str:
+        """Of the bundle that works for it."""
+        return self.deployment.bundle_id
 
     @property
     def next_index(self) -> int:

@@ -59,7 +59,7 @@ class ActionTracker:
     """The actions of one stream."""
 
     def __init__(self, class_count: int, config: LocalizationConfig, first_index: int) -> None:
-        self._config = config
+        self.config = config
         self._next_id = 0
         self._first_index = first_index
         self._next_index = first_index
@@ -79,12 +79,12 @@ class ActionTracker:
         self._next_index += 1
         changes = []
         for label_index, action in list(self._open.items()):
-            if current[label_index] < self._config.event_end:
+            if current[label_index] < self.config.event_end:
                 action.stop = t
                 self._ending.append(self._open.pop(label_index))
             else:
                 changes += self._grow(action, float(current[label_index]))
-        for label_index in np.flatnonzero(current > self._config.event_start).tolist():
+        for label_index in np.flatnonzero(current > self.config.event_start).tolist():
             if label_index not in self._open:
                 changes.append(self._start(label_index, t, current))
         self._previous = current
@@ -125,7 +125,7 @@ class ActionTracker:
     def _start(self, label_index: int, t: int, current: NDArray[np.float64]) -> ActionChange:
         before, now = self._previous[label_index], current[label_index]
         # As for proposals, the border lies where the score crosses the threshold.
-        crossing = (self._config.event_start - before) / (now - before)
+        crossing = (self.config.event_start - before) / (now - before)
         start = float(t) if t == self._first_index else t - 0.5 + crossing
         action = Action(self._next_id, label_index, float(start), first_index=t, updated_at=t)
         self._next_id += 1
@@ -137,7 +137,7 @@ class ActionTracker:
         action.score_sum += score
         action.snippets += 1
         grown = action.first_index + action.snippets - 1 - action.updated_at
-        if grown < self._config.event_update:
+        if grown < self.config.event_update:
             return []
         action.updated_at += grown
         action.revision += 1

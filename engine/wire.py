@@ -11,6 +11,7 @@
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
     +-- ExportError             export.verify            the export computes something else
     +-- ProviderError           engine.backends.onnxruntime   no GPU where one was asked for
+    +-- DeployError             engine.deployment        a bundle that cannot take over
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 
@@ -53,6 +54,7 @@ ERROR_CODES: Mapping[str, str] = {
     "unknown_stream": "no Hello came for this stream, or it has ended",
     "not_owner": "a later Hello has given the stream to another connection",
     "draining": "the engine is finishing and takes nothing new",
+    "deploy_refused": "the bundle cannot work here, or there is none to go back to",
 }
 
 

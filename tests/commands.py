@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
-from hrpro.engine.serve import Addresses, load_engine_config, new_pipeline
+from hrpro.engine.pipeline import Pipeline
+from hrpro.engine.serve import Addresses, load_engine_config, new_deployment
 from hrpro.export.bundle import read_bundle
 
 Floats = NDArray[np.float32]
@@ -145,7 +146,7 @@ def published_in_process(
     """What the pipeline publishes of each recording, without an engine around it."""
     loaded = read_bundle(bundle)
     config = load_engine_config(loaded, None, ["threads=1", *assignments])
-    pipeline = new_pipeline(loaded, config)
+    pipeline = Pipeline(new_deployment(loaded, config))
     published: dict[str, list[Publication]] = {}
     for name, features in recordings.items():
         stream = pipeline.open(name, 0)

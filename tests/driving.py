@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.deployment import Backend, Deployment
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
-from hrpro.engine.pipeline import Backend, Pipeline
+from hrpro.engine.pipeline import Pipeline
 from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
@@ -80,7 +81,7 @@ class Drive:
         recordings: Mapping[str, Floats],
         first_index: int = 0,
     ) -> None:
-        self.pipeline = Pipeline(manifest, backend, config)
+        self.pipeline = Pipeline(Deployment(manifest, backend, config))
         self.recordings = recordings
         self.first_index = first_index
         self.published: list[Publication] = []

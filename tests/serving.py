@@ -13,12 +13,15 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from hrpro.engine import protocol
+from hrpro.engine.deployer import Deployer
+from hrpro.engine.deployment import DeployError, Deployment, Deployments
 from hrpro.engine.protocol import (
     ActionEvent,
     Chunk,
@@ -47,6 +50,7 @@ class TinyStream:
     next_index: int
     processed: int
     send_until: int
+    bundle_id: str = "tiny"
     duplicates: int = 0
     ended: bool = False
     proposals: int = 0
@@ -68,6 +72,7 @@ class TinyPipeline:
     lookahead_snippets = 1
     lookahead_s = 0.64
     bundle_id = "tiny"
+    deployments = Deployments(SimpleNamespace(bundle_id="tiny"))  # type: ignore[arg-type]
     max_chunk_snippets = 8
     room_snippets = 16
     step_snippets = 4
@@ -166,6 +171,20 @@ class TinyPipeline:
         state.processed += 1
 
 
+def new_server(
+    pipeline: TinyPipeline,
+    feed: str = ANY_PORT,
+    events: str = ANY_PORT,
+    control: str = ANY_PORT,
+) -> Server:
+    """A server to which no bundle can be deployed."""
+    return Server(pipeline, feed, events, control, Deployer(no_bundle))
+
+
+def no_bundle(folder: Path) -> Deployment:
+    raise DeployError(f"{folder}: not here")
+
+
 @contextlib.contextmanager
 def serving(
     pipeline: TinyPipeline | None = None,
@@ -174,7 +193,7 @@ def serving(
     control: str = ANY_PORT,
 ) -> Iterator[Server]:
     """A server that runs in a thread until the block is left."""
-    with Server(pipeline or TinyPipeline(), feed, events, control) as server:
+    with new_server(pipeline or TinyPipeline(), feed, events, control) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

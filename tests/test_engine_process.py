@@ -147,10 +147,11 @@ _BARE_ENGINE = """
 from serving import ANY_PORT, TinyPipeline
 from hrpro.engine import serve
 
-serve.new_pipeline = lambda *_: TinyPipeline()
+serve.new_deployment = lambda *_: None
+serve.Pipeline = lambda _: TinyPipeline()
 serve.serve(
     None,
-    None,
+    lambda _: (None, None),
     serve.Addresses(ANY_PORT, ANY_PORT, ANY_PORT),
     lambda bound, _: print(bound.feed, bound.control, flush=True),
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_model import CONTEXT, DIM, LOOKAHEAD, tiny_recording
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.deployment import Deployment
 from hrpro.engine.messages import Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.wire import StreamError
@@ -199,7 +200,7 @@ def test_snippets_that_come_again_are_dropped_and_counted(
 
 
 def test_sessions_are_counted_by_stream(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
-    pipeline = Pipeline(bundle.manifest, backend, engine_config(bundle.manifest))
+    pipeline = Pipeline(Deployment(bundle.manifest, backend, engine_config(bundle.manifest)))
     sessions = []
     for name in ("a", "a", "b", "a"):
         opened = pipeline.open(name, 5)

@@ -16,6 +16,8 @@ from hrpro.engine.protocol import (
     Ack,
     ActionEvent,
     Chunk,
+    DeployReply,
+    DeployRequest,
     End,
     Ended,
     Error,
@@ -23,6 +25,7 @@ from hrpro.engine.protocol import (
     Hello,
     Message,
     ProtocolError,
+    RollBackRequest,
     StatusReply,
     StreamNotice,
     Subscribed,
@@ -119,9 +122,13 @@ messages = st.one_of(
     ),
     st.builds(Subscribed, stream_ids, instances),
     st.builds(
-        StatusReply, instances, texts, st.sampled_from(["serving", "draining"]),
-        st.lists(plain_maps, max_size=3).map(tuple), plain_maps,
+        StatusReply, instances, texts, st.none() | texts, st.none() | texts,
+        st.sampled_from(["serving", "draining"]), st.lists(plain_maps, max_size=3).map(tuple),
+        plain_maps,
     ),
+    st.builds(DeployRequest, texts, st.lists(stream_ids, max_size=3).map(tuple)),
+    st.just(RollBackRequest()),
+    st.builds(DeployReply, texts, st.none() | texts, st.none() | texts, indices),
 )  # fmt: skip
 
 

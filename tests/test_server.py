@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import zmq
 from serving import (
-    ANY_PORT,
     PATIENCE_S,
     RawPeer,
     TinyPipeline,
     chunk,
     hear_until,
     hello,
+    new_server,
     open_files,
     serving,
 )
@@ -32,7 +32,6 @@ from hrpro.engine.protocol import (
     StatusRequest,
     Welcome,
 )
-from hrpro.engine.server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -215,11 +214,14 @@ def test_status() -> None:
         assert status == {
             "instance": server.instance,
             "bundle_id": "tiny",
+            "previous_bundle_id": None,
+            "canary_bundle_id": None,
             "state": "serving",
             "streams": (
                 {
                     "stream": "cam",
                     "session": 1,
+                    "bundle_id": "tiny",
                     "next_index": 16,
                     "processed": 16,
                     "open_actions": 0,
@@ -240,6 +242,8 @@ def test_status() -> None:
                 "proposals": 6,
                 "events": 6,
                 "ended_streams": 0,
+                "deploys": 0,
+                "deploys_refused": 0,
             },
         }
 
@@ -257,7 +261,7 @@ def test_a_req_socket_gets_its_reply() -> None:
 
 def test_drain_publishes_everything_and_stops() -> None:
     pipeline = TinyPipeline()
-    with Server(pipeline, ANY_PORT, ANY_PORT, ANY_PORT) as server:
+    with new_server(pipeline) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         with RawPeer(server.feed_address) as first, RawPeer(server.feed_address) as second:
@@ -316,7 +320,7 @@ def test_a_hello_that_waits_is_refused_by_a_drain() -> None:
 
 
 def test_stop_is_heard_while_nothing_happens() -> None:
-    with Server(TinyPipeline(), ANY_PORT, ANY_PORT, ANY_PORT) as server:
+    with new_server(TinyPipeline()) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         request_status(server.control_address)
@@ -331,7 +335,7 @@ def test_a_signal_ends_the_wait_whichever_thread_receives_it() -> None:
     handled = threading.Event()
     in_time: list[bool] = []
 
-    with Server(TinyPipeline(), ANY_PORT, ANY_PORT, ANY_PORT) as server:
+    with new_server(TinyPipeline()) as server:
 
         def on_signal(*_: object) -> None:
             handled.set()
@@ -356,10 +360,10 @@ def test_a_signal_ends_the_wait_whichever_thread_receives_it() -> None:
 
 
 def test_an_address_in_use_is_an_error_that_leaves_nothing_open() -> None:
-    with Server(TinyPipeline(), ANY_PORT, ANY_PORT, ANY_PORT) as server:
+    with new_server(TinyPipeline()) as server:
         before = open_files()
         with pytest.raises(zmq.ZMQError, match="Address already in use"):
-            Server(TinyPipeline(), ANY_PORT, ANY_PORT, server.control_address)
+            new_server(TinyPipeline(), control=server.control_address)
         assert open_files() == before
         assert server.feed_address.startswith("tcp://127.0.0.1:")
         assert not server.feed_address.endswith((":0", ":*"))
@@ -371,7 +375,7 @@ def test_a_failure_of_the_pipeline_ends_the_server_loudly() -> None:
             raise RuntimeError("the backend is gone")
 
     with (
-        Server(Broken(), ANY_PORT, ANY_PORT, ANY_PORT) as server,
+        new_server(Broken()) as server,
         RawPeer(server.feed_address) as peer,
     ):
         peer.say(hello(), chunk(0, 1))

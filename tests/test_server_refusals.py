@@ -15,9 +15,11 @@ from serving import (
     PATIENCE_S,
     RawPeer,
     TinyPipeline,
+    TinyStream,
     chunk,
     hear_until,
     hello,
+    new_server,
     open_files,
     rows,
     serving,
@@ -35,7 +37,7 @@ from hrpro.engine.protocol import (
     Hello,
     Welcome,
 )
-from hrpro.engine.server import MESSAGES_PER_TURN, Server
+from hrpro.engine.server import MESSAGES_PER_TURN
 from hrpro.engine.sockets import messages_to_read
 from hrpro.engine.wire import MAX_INDEX
 
@@ -128,7 +130,10 @@ def test_no_credit_is_given_beyond_the_largest_index() -> None:
 
 def test_a_stream_that_cannot_be_welcomed_does_not_stay_open() -> None:
     class Nameless(TinyPipeline):
-        bundle_id = ""
+        def open(self, stream: str, first_index: int) -> TinyStream:
+            opened = super().open(stream, first_index)
+            opened.bundle_id = ""
+            return opened
 
     pipeline = Nameless()
     with serving(pipeline) as server, RawPeer(server.feed_address) as peer:
@@ -235,7 +240,7 @@ def test_a_peer_that_dies_at_its_receive_limit_disturbs_nobody() -> None:
 
     sent_bytes = 0
     with (
-        Server(Wide(), ANY_PORT, ANY_PORT, ANY_PORT) as server,
+        new_server(Wide()) as server,
         RawPeer(server.feed_address) as good,
     ):
         with RawPeer(server.feed_address, messages_to_send=1) as bad:

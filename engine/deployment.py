@@ -1,0 +1,164 @@
+"""A bundle at work in a running engine, and which of several works for which stream.
+
+    current     all streams, but
+    canary      those that were named, if a bundle is tried on some
+    previous    none: it stays ready, so that going back takes no loading
+
+Bundles change places between two batches. A stream keeps its snippets, its open actions and its
+counts; that needs bundles whose features and windows agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.batcher import Batcher
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.localizer import StreamLocalizer
+from hrpro.engine.publish import Publisher
+from hrpro.engine.refine import InstanceScorer
+from hrpro.engine.windows import plan_windows
+from hrpro.engine.wire import HrproError
+from hrpro.export.bundle import SNIPPET_GRAPH, Manifest
+
+if TYPE_CHECKING:
+    from hrpro.engine.stream import Stream
+
+
+class DeployError(HrproError):
+    """A bundle cannot take the place of another one in a running engine."""
+
+
+class Backend(InstanceScorer, Protocol):
+    """Where inference runs: both stages of a bundle."""
+
+    def score_snippets(
+        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+        ...
+
+
+class Deployment:
+    """A bundle and all that works for it. Raises SettingsError for windows that do not fit it."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, config: EngineConfig) -> None:
+        self.manifest = manifest
+        self.bundle_id = manifest.bundle_id
+        self.backend = backend
+        self.config = config
+        self.plan = plan_windows(manifest, config)
+        self.batcher = Batcher(self.plan, config.max_batch)
+        self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
+
+    def warm_up(self) -> None:
+        """Run inference once, so that the first snippets do not wait for it."""
+        shape = (self.config.max_batch, self.plan.window, self.manifest.feature_dim)
+        self.backend.score_snippets(
+            np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=np.bool_)
+        )
+
+    def new_localizer(self, first_index: int) -> StreamLocalizer:
+        """For a stream that begins with this snippet."""
+        return StreamLocalizer(
+            len(self.manifest.classes),
+            self.manifest.embedding_width,
+            self.config.localization,
+            self.backend,
+            self.plan.wait,
+            first_index,
+        )
+
+    def take_over(self, stream: Stream) -> bool:
+        """Work for a stream from its next window on; returns whether that is a change."""
+        before, stream.deployment = stream.deployment, self
+        if before is self:
+            return False
+        embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
+        stream.localizer.use(
+            self.config.localization,
+            self.backend,
+            None if embeds_alike else self.manifest.embedding_width,
+        )
+        return True
+
+
+def check_agreement(running: Deployment, manifest: Manifest, config: EngineConfig) -> None:
+    """Raise DeployError that says in what a bundle differs from those that streams rely on."""
+    old, new = _relied_on(running.manifest, running.config), _relied_on(manifest, config)
+    differing = [
+        f"{name}: expected {value}, got {new[name]}"
+        for name, value in old.items()
+        if new[name] != value
+    ]
+    if differing:
+        raise DeployError(
+            f"bundle {manifest.bundle_id} cannot take over the streams of bundle "
+            f"{running.bundle_id}: {'; '.join(differing)}; an engine of its own can serve it"
+        )
+
+
+def _relied_on(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
+    plan = plan_windows(manifest, config)
+    return {
+        "feature_dim": manifest.feature_dim,
+        "frames_per_s": manifest.frames_per_s,
+        "snippet_frames": manifest.snippet_frames,
+        "classes": ", ".join(manifest.classes),
+        "window": plan.window,
+        "hop": plan.hop,
+        "context": plan.context,
+        "look-ahead": plan.lookahead,
+    }
+
+
+@dataclass
+class Deployments:
+    """The bundles of an engine; all of them agree, see `check_agreement`."""
+
+    current: Deployment
+    previous: Deployment | None = None
+    canary: Deployment | None = None
+    canary_streams: frozenset[str] = field(default_factory=frozenset)
+
+    def of(self, stream: str) -> Deployment:
+        """The one that works for a stream, whether it is open or will be."""
+        if self.canary is not None and stream in self.canary_streams:
+            return self.canary
+        return self.current
+
+    def deploy(self, deployment: Deployment, canary_streams: Collection[str] = ()) -> None:
+        """Let a bundle work for all streams, or for some; for all ends what was tried on some."""
+        if canary_streams:
+            self.canary, self.canary_streams = deployment, frozenset(canary_streams)
+            return
+        if deployment.bundle_id != self.current.bundle_id:
+            self.previous = self.current
+        self.current = deployment
+        self._end_canary()
+
+    def roll_back(self) -> None:
+        """End the trial on some streams; without one, change places with the previous bundle.
+
+        Raises DeployError where there is neither.
+        """
+        if self.canary is not None:
+            self._end_canary()
+        elif self.previous is not None:
+            self.current, self.previous = self.previous, self.current
+        else:
+            raise DeployError(
+                f"roll back: expected a bundle before {self.current.bundle_id}, there was none"
+            )
+
+    def at_work(self) -> list[Deployment]:
+        """Those that have streams."""
+        return [self.current] if self.canary is None else [self.current, self.canary]
+
+    def _end_canary(self) -> None:
+        self.canary, self.canary_streams = None, frozenset()
