@@ -276,7 +276,11 @@ class Server:
     def _on_deployed(self, changed_streams: int, envelope: tuple[bytes, ...] | None) -> None:
         self.counters.deploys += 1
         reply = DeployReply(*self._bundle_ids(), changed_streams)
-        _log.info("%s", reply)
+        _log.info(
+            "deployed: bundle %s, previous %s, canary %s, changed %d open streams",
+            *self._bundle_ids(),
+            changed_streams,
+        )
         if envelope is not None:
             self._send(self._control, list(envelope), reply)
 
