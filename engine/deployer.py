@@ -118,17 +118,20 @@ class FollowedFolder:
 
     Those that are there at the beginning are not new. A copy may come file by file: a bundle counts
     when its files are the same in two looks. One that turned out bad comes again when it changes.
+    A folder that cannot be read for a while, as one on a network, is what it was.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DeployError(f"{folder}: expected a folder to follow")
         self._folder = folder
-        self._known = self._seen = self._states()
+        self._known = self._seen = self._states() or {}
 
     def appeared(self) -> list[Path]:
         """What is new and complete since the last look, in the order of time."""
         states = self._states()
+        if states is None:
+            return []
         new = [
             folder
             for folder, state in states.items()
@@ -140,15 +143,21 @@ class FollowedFolder:
         self._seen = states
         return sorted(new, key=lambda folder: max(modified for *_, modified in states[folder]))
 
-    def _states(self) -> dict[Path, tuple[tuple[str, int, int, int], ...]]:
-        """Name, inode, size and time of each file, by bundle; hidden folders are half-written."""
+    def _states(self) -> dict[Path, tuple[tuple[str, int, int, int], ...]] | None:
+        """Name, inode, size and time of each file, by bundle; hidden folders are half-written.
+
+        None if the folder cannot be read.
+        """
+        try:
+            folders = list(self._folder.iterdir())
+        except OSError:
+            return None
         states = {}
-        with contextlib.suppress(OSError):  # it may come back
-            for folder in self._folder.iterdir():
-                # What vanishes between two calls is none.
-                with contextlib.suppress(OSError):
-                    if not folder.name.startswith(".") and (folder / MANIFEST).is_file():
-                        states[folder] = _state(folder)
+        for folder in folders:
+            # What vanishes between two calls is none.
+            with contextlib.suppress(OSError):
+                if not folder.name.startswith(".") and (folder / MANIFEST).is_file():
+                    states[folder] = _state(folder)
         return states
 
 

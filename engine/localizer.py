@@ -129,7 +129,8 @@ class StreamLocalizer:
         """
         first, next_index = self._scores.oldest, self._scores.next_index
         scores = self._scores.read(first, next_index)
-        quiet = np.flatnonzero(scores.max(axis=1) <= config.thresholds[0])
+        highest = scores.max(axis=1).astype(np.float64)  # as the detector compares them
+        quiet = np.flatnonzero(highest <= config.thresholds[0])
         if len(quiet):  # its outer region, and what a border may move
             skipped = max(0, int(quiet[-1]) - 2 * config.border_limit)
             first, scores = first + skipped, scores[skipped:]

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
 from hrpro.engine.deployment import Backend, Deployment
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
+from hrpro.engine.refine import InstanceScorer
 from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
@@ -56,6 +57,11 @@ class Recorder:
     def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
         self.scores.append(scores)
         return self._keep(self.inner.advance(scores, embedding))
+
+    def use(
+        self, config: LocalizationConfig, scorer: InstanceScorer | None, width: int | None
+    ) -> None:
+        self.inner.use(config, scorer, width)
 
     def flush(self) -> list[Decision]:
         return self._keep(self.inner.flush())
