@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from commands import Trained, command_lines, hrpro, hrpro_json, refusal
+from commands import ANY_PORT, Trained, command_lines, hrpro, hrpro_json, refusal, running
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from onnx import numpy_helper
 from tiny_model import CLASSES, tiny_config, tiny_description, tiny_model, tiny_recording
 
+from hrpro.clients import request_status
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
@@ -334,17 +336,32 @@ def test_the_guide_can_be_followed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(keys / "private.pem", tmp_path)
-    followed = []
     meant = {"RUN": trained.run, "OTHER_RUN": trained.run, "DATA": trained.data}
     meant["0.01"] = 0.1  # of the gate: the run had a few steps
-    for line in command_lines(GUIDE):
-        words = [str(meant.get(word, word)) for word in shlex.split(line)[1:]]
-        if words[0] == "serve":  # other tests do
-            continue
-        hrpro(*words, status=int(words[:2] == ["bundle", "diff"]))
-        followed.append(words[1] if words[0] == "bundle" else words[0])
+    followed = []
+    with contextlib.ExitStack() as stack:
+        for line in command_lines(GUIDE):
+            words = [str(meant.get(word, word)) for word in shlex.split(line)[1:]]
+            if "..." in words:  # a part of one; other tests run it as a whole
+                continue
+            if words[0] == "serve":
+                anywhere = [
+                    ANY_PORT if word.startswith("tcp://127.0.0.1:") else word for word in words
+                ]
+                process = stack.enter_context(running(*anywhere, "--json", "--set", "threads=1"))
+                assert process.stdout is not None
+                meant["tcp://127.0.0.1:7773"] = json.loads(process.stdout.readline())["control"]
+            else:
+                hrpro(*words, status=int(words[:2] == ["bundle", "diff"]))
+            followed.append(words[1] if words[0] == "bundle" else words[0])
+        status = request_status(meant["tcp://127.0.0.1:7773"])
     assert set(followed) == {
-        "export", "show", "verify", "diff", "set", "prototypes", "sign", "triton",
+        "export", "show", "verify", "diff", "set", "prototypes", "sign", "serve", "deploy",
+        "triton",
     }  # fmt: skip
+    # A canary, for all, and back again.
+    assert status["bundle_id"] == read_bundle(tmp_path / "bundle").manifest.bundle_id
+    assert status["previous_bundle_id"] == read_bundle(tmp_path / "bundle-int8").manifest.bundle_id
+    assert (status["canary_bundle_id"], status["counters"]["deploys"]) == (None, 3)
     assert hrpro("bundle", "verify", "bundle", "--trusted-key", keys / "public.pem")
     assert read_bundle(tmp_path / "bundle").manifest.display_names == {"Jog": "Jogging"}

@@ -142,6 +142,21 @@ def test_the_mean_is_over_action_snippets_and_background_adds_up() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_classes_of_a_snippet_do_not_hold_each_other_down() -> None:
+    # Cosines 0.6, 0.8 and 0; the classes 0 and 1 are the snippet's, against 2 alone, with e^0.
+    embedding = torch.tensor([[[0.6, 0.8, 0.0]]], requires_grad=True)
+    nowhere = torch.zeros(1, 1, dtype=torch.bool)
+    mined = PseudoSnippets(torch.tensor([[[True, True, False]]]), nowhere, nowhere)
+    loss = contrastive_loss(embedding, torch.eye(3), mined, temperature=1.0)
+    expected = (math.log(1 + math.exp(-0.6)) + math.log(1 + math.exp(-0.8))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    everything = PseudoSnippets(torch.ones(1, 1, 3, dtype=torch.bool), nowhere, nowhere)
+    loss = contrastive_loss(embedding, torch.eye(3), everything, temperature=1.0)
+    loss.backward()
+    assert loss.item() == 0  # there is nothing to hold it against
+    assert embedding.grad is not None and torch.isfinite(embedding.grad).all()
+
+
 def test_background_is_that_of_the_own_recording() -> None:
     embedding = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]])
     action = torch.zeros(2, 2, 2, dtype=torch.bool)

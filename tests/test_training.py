@@ -36,9 +36,7 @@ from hrpro.training.train import TrainedModel, train
 QUICK = TrainingConfig(
     threads=1,
     model=ModelConfig(blocks=1, attention_heads=2, attention_past=8, instance_width=16),
-    snippet_stage=SnippetStageConfig(
-        contrastive_weight=0.1, steps=60, batch_size=8, crop_snippets=40, learning_rate=1e-2
-    ),
+    snippet_stage=SnippetStageConfig(steps=60, batch_size=8, crop_snippets=40, learning_rate=1e-2),
     instance_stage=InstanceStageConfig(steps=60, batch_size=64, learning_rate=1e-2),
 )
 

@@ -70,7 +70,7 @@ class SnippetStageConfig(Settings):
         ge=0,
         description="weight of a focal term of P on background (not in the paper)",
     )
-    contrastive_weight: float = Field(1.0, ge=0, description="lambda_1 of eq. 8")
+    contrastive_weight: float = Field(0.1, ge=0, description="lambda_1 of eq. 8 (the paper: 1)")
     temperature: float = Field(0.1, gt=0, description="tau of the contrastive loss")
     prototype_momentum: float = Field(
         0.999, ge=0, lt=1, description="mu of eq. 3 for the prototypes that snippets attend to"

@@ -72,11 +72,15 @@ def contrastive_loss(
     background, eq. 7 as printed is -1/C sum_c sum_i log(a + b). Here it is -log a - log b, so that
     each has its own gradient: in the sum, the one that is high hides the other. And the mean runs
     over the pseudo-action snippets, so that the weight does not depend on how many were mined.
+
+    A snippet with several classes (two at one point, or mined from the points on both sides) is not
+    held against the prototypes of any of them: otherwise each class would push the others away.
     """
     x = F.normalize(embedding, dim=-1)
     m = F.normalize(prototypes, dim=-1)
     similarity = x @ m.T / temperature  # (B, T, C), logarithms
-    among_classes = similarity.log_softmax(dim=-1)
+    others = torch.where(pseudo.action, -torch.inf, similarity).logsumexp(dim=-1, keepdim=True)
+    among_classes = similarity - torch.logaddexp(similarity, others)
     background = torch.where(pseudo.confident_background[..., None], similarity, -torch.inf)
     background = background.logsumexp(dim=1, keepdim=True)  # (B, 1, C): the recording's own
     against_background = similarity - torch.logaddexp(similarity, background)
