@@ -43,7 +43,9 @@ class Dropout(nn.Module):
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None)  # all 64 bits
         bytes_ = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * (bytes_ >= self.dropped).to(x.dtype).mul_(256 / (256 - self.dropped))
+        # A comparison into bytes, and then those into numbers, takes three times as long.
+        kept = torch.ge(bytes_, self.dropped, out=torch.empty_like(x))
+        return x * kept.mul_(256 / (256 - self.dropped))
 
 
 class Band:
