@@ -8,30 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hrpro.training.attention import (
-    Attended,
-    Band,
-    Dropout,
-    ReliabilityAwareBlock,
-    reliability_attention,
-)
+from hrpro.training.attention import Band, Dropout, ReliabilityAwareBlock, reliability_attention
 
 
 def test_attention_by_hand() -> None:
     # d = 4: weights are softmax(q k / 2). The first of two snippets sees itself and the prototype.
     query = torch.tensor([[2.0, 0, 0, 0], [0.0, 0, 0, 0]])[None, None]
-    key = Attended(
-        torch.tensor([[1.0, 0, 0, 0], [9.0, 0, 0, 0]])[None, None],
-        torch.tensor([[[0, 1.0, 0, 0]]]),
-    )
-    value = Attended(
-        torch.tensor([[1.0, 0, 0, 0], [4.0, 5, 5, 5]])[None, None],
-        torch.tensor([[[0, 2.0, 0, 0]]]),
-    )
-    band = Band(2, 1, 0)
-    bias = band.bias(torch.ones(1, 2, dtype=torch.bool), 1)
+    key = torch.tensor([[1.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 1.0, 0, 0]])[None, None]
+    value = torch.tensor([[1.0, 0, 0, 0], [4.0, 5, 5, 5], [0, 2.0, 0, 0]])[None, None]
+    bias = Band(2, 1, 0).bias(torch.ones(1, 2, dtype=torch.bool), 1)
     assert bias.tolist() == [[[[0, -math.inf, 0], [0, 0, 0]]]]
-    mixed = reliability_attention(query, key, value, bias, band)[0, 0]
+    mixed = reliability_attention(query, key, value, bias)[0, 0]
     first = math.e / (math.e + 1)  # exp(2 * 1 / 2) against exp(0)
     assert mixed[0].tolist() == pytest.approx([first, 2 * (1 - first), 0, 0])
     # The second one sees all alike: the mean of the three.
@@ -93,17 +80,30 @@ def dense(
     return block.feed_forward_norm(x + block.feed_forward(x))
 
 
+def test_what_a_block_sees() -> None:
+    """Two recordings of two blocks: nothing of the one is seen in the other."""
+    band = Band(191, 2, 1)
+    assert (band.blocks, band.block) == (2, 96)
+    recordings = torch.stack([torch.arange(1.0, 192), torch.arange(1001.0, 1192)])
+    seen = band.around(band.padded(recordings[..., None]), torch.tensor([[-7.0]]))[..., 0]
+    for number, first in enumerate((1, 1001)):
+        before, after = seen[2 * number : 2 * number + 2].tolist()
+        assert before == [0, 0, *range(first, first + 97), -7]
+        assert after == [*range(first + 94, first + 191), 0, 0, -7]  # one of padding, none behind
+
+
 @pytest.mark.parametrize(
     ("length", "past", "future", "blocks"),
     [
         (1, 8, 0, 1),
-        (32, 8, 0, 1),  # two blocks of 16 would save nothing
-        (33, 8, 0, 3),
-        (48, 16, 16, 3),  # no padding, the longest reach of a block
-        (50, 3, 2, 4),
-        (70, 0, 0, 5),  # nothing but the snippet itself
-        (97, 20, 1, 5),
-        (97, 2, 24, 5),
+        (127, 8, 0, 1),  # there is no shorter block than 64
+        (128, 8, 0, 2),  # no padding
+        (129, 8, 0, 2),  # the last block is padded by one
+        (211, 3, 2, 3),
+        (260, 0, 0, 4),  # nothing but the snippet itself
+        (200, 100, 100, 2),  # the longest reach of a block
+        (201, 70, 1, 2),
+        (170, 2, 80, 2),
     ],
 )
 @pytest.mark.parametrize("heads", [1, 2])
@@ -112,14 +112,21 @@ def test_blocks_give_what_the_whole_matrix_gives(
 ) -> None:
     torch.manual_seed(0)
     B, W, C = 3, 8, 2
-    block = ReliabilityAwareBlock(W, heads, 12, "relu", dropout=0.5).eval()
-    x, memory = torch.randn(B, length, W), torch.randn(C, W)
+    block = ReliabilityAwareBlock(W, heads, 12, "relu", dropout=0.0).double()
+    x = torch.randn(B, length, W, dtype=torch.double, requires_grad=True)
+    memory = torch.randn(C, W, dtype=torch.double, requires_grad=True)
     valid = torch.rand(B, length) > 0.2
+    valid[1, length // 2 :] = False  # a recording that ends early
     band = Band(length, past, future)
     assert band.blocks == blocks
-    with torch.no_grad():
-        got = block(band.padded(x), memory, band.bias(valid, C), band)[:, :length]
-        torch.testing.assert_close(got, dense(block, x, memory, valid, band), atol=1e-5, rtol=0)
+    got = block(band.padded(x), memory, band.bias(valid, C), band)[:, :length]
+    expected = dense(block, x, memory, valid, band)
+    torch.testing.assert_close(got, expected)
+    learnt = [x, memory, *block.parameters()]
+    towards = torch.randn_like(got)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, learnt, towards), torch.autograd.grad(expected, learnt, towards)
+    )
 
 
 def test_without_a_band_the_length_is_one_block() -> None:

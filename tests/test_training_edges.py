@@ -18,6 +18,7 @@ from hrpro.training.config import (
 from hrpro.training.data import read_test_split, read_training_split
 from hrpro.training.data_config import DataError
 from hrpro.training.evaluate import evaluate
+from hrpro.training.optimisation import precision
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel, train
 
@@ -136,11 +137,37 @@ def test_an_empty_recording_is_refused(folder: Path) -> None:
         read_training_split(folder)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_model_learns_in_either_precision(folder: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "hardware", "expected"),
+    [
+        ("auto", {"avx512_bf16": True, "amx_bf16": False}, True),
+        ("auto", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("auto", {"avx512_bf16": False, "amx_bf16": False}, False),
+        ("auto", {"neon": True}, False),
+        ("float32", {"avx512_bf16": True}, False),
+        ("bfloat16", {}, True),
+    ],
+)
+def test_precision_is_that_of_the_hardware_unless_it_is_set(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, hardware: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hardware)
+    config = TrainingConfig.model_validate({"precision": chosen})
+    with precision(config, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == expected
+
+
+def test_an_older_torch_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    with precision(TrainingConfig(), torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_a_model_learns_in_either_precision(folder: Path, chosen: str) -> None:
     config = QUICK.model_copy(
         update={
-            "precision": precision,
+            "precision": chosen,
             "snippet_stage": QUICK.snippet_stage.model_copy(update={"steps": 60}),
             "instance_stage": QUICK.instance_stage.model_copy(update={"steps": 60}),
         }

@@ -1,11 +1,11 @@
 """Reliability-aware attention (paper, eq. 4 to 6), limited to a band and computed in blocks.
 
 A snippet sees the `past` snippets before it, itself, the `future` ones after it and all
-prototypes. Snippets are cut into blocks that are as long as the band reaches; a block sees itself,
-the one before and the head of the next, so cost grows with T times the band, not with T squared:
+prototypes. Snippets are cut into blocks; a block sees itself, the tail of the one before and the
+head of the next, so cost grows with T times the band, not with T squared:
 
-    band past 4, future 1, blocks of 4       queries   keys
-    snippets 0 1 2 3 | 4 5 6 7 | 8 9 . .     4 5 6 7   0 1 2 3  4 5 6 7  8  and the prototypes
+    band past 2, future 1, blocks of 4       queries   keys
+    snippets 0 1 2 3 | 4 5 6 7 | 8 9 . .     4 5 6 7   2 3  4 5 6 7  8  and the prototypes
 
 Without a band (full attention), and in an exported graph, whose windows are hardly longer than the
 band, the whole length is one block.
@@ -13,13 +13,13 @@ band, the whole length is one block.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SHORTEST_BLOCK = 16
+_SHORTEST_BLOCK = 64  # as quick as 32 for a band of 32; a shorter band makes no tiny products
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 Activation = Literal["gelu", "relu"]
@@ -43,27 +43,27 @@ class Dropout(nn.Module):
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None)  # all 64 bits
         bytes_ = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * (bytes_ >= self.dropped).to(x.dtype).mul_(256 / (256 - self.dropped))
+        # A comparison into bytes, and then those into numbers, takes three times as long.
+        kept = torch.ge(bytes_, self.dropped, out=torch.empty_like(x))
+        return x * kept.mul_(256 / (256 - self.dropped))
 
 
 class Band:
-    """How T snippets are cut into blocks for a band; ``past`` None is full attention.
-
-    Blocks of all recordings of a batch stand one after the other, (B * blocks, block, ...): the
-    one before is a view of the same numbers, and where it is of another recording it is not seen.
-    """
+    """How T snippets are cut into blocks for a band; ``past`` None is full attention."""
 
     def __init__(self, length: int, past: int | None, future: int) -> None:
         self.length = length
         self.past, self.future = past, future
-        self.blocks = 1
-        self.block = length
+        self.blocks, self.block = 1, length
+        self.before = self.after = 0  # how many snippets around it a block sees
         # The exporter's T is no number: it must not be compared.
         if past is None or torch.compiler.is_exporting():
             return
-        block = max(past, future, _SHORTEST_BLOCK)
-        if length > 2 * block:
-            self.blocks, self.block = -(-length // block), block
+        # At least as long as the band: no block sees further than its neighbours.
+        blocks = length // max(past, future, _SHORTEST_BLOCK)
+        if blocks > 1:
+            self.blocks, self.block = blocks, -(-length // blocks)
+            self.before, self.after = past, future
 
     def padded(self, x: Tensor) -> Tensor:
         """(B, T, W) -> (B, blocks * block, W), zeros behind the end."""
@@ -71,27 +71,28 @@ class Band:
             return x
         return F.pad(x, (0, 0, 0, self.blocks * self.block - self.length))
 
+    def around(self, x: Tensor, memory: Tensor) -> Tensor:
+        """What each block sees: (B, blocks * block, W), (C, W) -> (B * blocks, keys, W).
+
+        Keys are those before the block (zeros where nothing is), its own, those after it, and
+        the memory.
+        """
+        if self.blocks == 1:
+            return torch.cat([x, memory.expand(x.shape[0], -1, -1)], dim=1)
+        seen: Tensor = _Around.apply(x, memory, self)
+        return seen
+
     def bias(self, valid: Tensor, prototype_count: int) -> Tensor:
         """0 where a snippet sees a key and -inf where not, (B * blocks, 1, block, keys).
 
-        ``valid`` is (B, T). Keys are those of the own block, of the one before, the head of the
-        next, and the prototypes.
+        ``valid`` is (B, T); keys are those of `around`.
         """
-        B = valid.shape[0]
-        there = self.padded(valid[..., None])[..., 0].reshape(B * self.blocks, self.block)
-        index = torch.arange(self.block, device=valid.device)
-        offset = index - index[:, None]  # key position minus query position
-        seen = [self._reaches(offset) & there[:, None]]
-        if self.blocks > 1:
-            number = torch.arange(B * self.blocks, device=valid.device) % self.blocks
-            before = there.roll(1, 0) & (number > 0)[:, None]
-            after = there.roll(-1, 0) & (number < self.blocks - 1)[:, None]
-            head = self.future
-            seen.append(self._reaches(offset - self.block) & before[:, None])
-            seen.append(self._reaches(offset + self.block)[:, :head] & after[:, None, :head])
-        seen.append(seen[0].new_ones(there.shape[0], self.block, prototype_count))
-        visible = torch.cat(seen, dim=-1)[:, None]
-        return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
+        # (B * blocks, keys, 1)
+        there = self.around(self.padded(valid[..., None]), valid.new_ones(prototype_count, 1))
+        query = torch.arange(self.block, device=valid.device)
+        key = torch.arange(-self.before, self.block + self.after, device=valid.device)
+        reached = F.pad(self._reaches(key - query[:, None]), (0, prototype_count), value=True)
+        return torch.where(there.mT & reached, 0.0, -torch.inf)[:, None]
 
     def _reaches(self, offset: Tensor) -> Tensor:
         if self.past is None:
@@ -99,38 +100,45 @@ class Band:
         return (offset >= -self.past) & (offset <= self.future)
 
 
-class Attended(NamedTuple):
-    """What queries attend to: (N, H, block, d) of snippets, (H, C, d) of prototypes."""
+class _Around(torch.autograd.Function):
+    """`Band.around` of several blocks, with one pass over memory each way: as slices, padded and
+    joined, all that is between would be written too."""
 
-    snippets: Tensor
-    prototypes: Tensor
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: Tensor, band: Band) -> Tensor:
+        ctx.band = band
+        own = slice(band.before, band.before + band.block)
+        after = slice(own.stop, own.stop + band.after)
+        x = x.unflatten(1, (band.blocks, band.block))  # (B, blocks, block, W)
+        seen = x.new_empty(*x.shape[:2], after.stop + len(memory), x.shape[-1])
+        seen[:, 0, : band.before] = 0
+        seen[:, 1:, : band.before] = x[:, :-1, band.block - band.before :]
+        seen[:, :, own] = x
+        seen[:, :-1, after] = x[:, 1:, : band.after]
+        seen[:, -1, after] = 0
+        seen[:, :, after.stop :] = memory
+        return seen.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        band: Band = ctx.band
+        own = slice(band.before, band.before + band.block)
+        after = slice(own.stop, own.stop + band.after)
+        gradient = gradient.unflatten(0, (-1, band.blocks))
+        x = gradient[:, :, own].clone(memory_format=torch.contiguous_format)
+        x[:, :-1, band.block - band.before :] += gradient[:, 1:, : band.before]
+        x[:, 1:, : band.after] += gradient[:, :-1, after]
+        return x.flatten(1, 2), gradient[:, :, after.stop :].sum(dim=(0, 1)), None
 
 
-def reliability_attention(
-    query: Tensor, key: Attended, value: Attended, bias: Tensor, band: Band
-) -> Tensor:
+def reliability_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Eq. 6: softmax(Q K^T / sqrt(d)) V over snippets and prototypes, in blocks.
 
-    ``query`` (N, H, block, d), N = B * blocks; ``bias`` is `Band.bias` -> (N, H, block, d).
+    ``query`` (N, H, block, d), ``key`` and ``value`` (N, H, keys, d), N = B * blocks; ``bias`` is
+    `Band.bias` -> (N, H, block, d).
     """
-    query = query * query.shape[-1] ** -0.5
-    L, head = band.block, band.future
-    scores = [query @ key.snippets.mT]
-    if band.blocks > 1:
-        # Shifted by one block; the missing first and last one are invisible.
-        before = query[1:] @ key.snippets[:-1].mT
-        after = query[:-1] @ key.snippets[1:, :, :head].mT
-        scores += [F.pad(before, (0, 0, 0, 0, 0, 0, 1, 0)), F.pad(after, (0, 0, 0, 0, 0, 0, 0, 1))]
-    scores.append(query @ key.prototypes.mT)
-    weight = (torch.cat(scores, dim=-1) + bias).softmax(dim=-1)
-    first = weight.shape[-1] - key.prototypes.shape[-2]  # key that is a prototype
-    mixed = weight[..., :L] @ value.snippets + weight[..., first:] @ value.prototypes
-    if band.blocks > 1:
-        before = weight[1:, ..., L : 2 * L] @ value.snippets[:-1]
-        after = weight[:-1, ..., 2 * L : first] @ value.snippets[1:, :, :head]
-        mixed = mixed + F.pad(before, (0, 0, 0, 0, 0, 0, 1, 0))
-        mixed = mixed + F.pad(after, (0, 0, 0, 0, 0, 0, 0, 1))
-    return mixed
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    return (scores + bias).softmax(dim=-1) @ value
 
 
 class ReliabilityAwareBlock(nn.Module):
@@ -161,22 +169,20 @@ class ReliabilityAwareBlock(nn.Module):
         ``bias`` is `Band.bias`, the same for all blocks of the model.
         """
         B, T, W = x.shape  # recordings or windows, snippets, width
-        query, key, value = (
-            self._split(each, band) for each in self.query_key_value(x).chunk(3, dim=-1)
-        )
-        _, memory_key, memory_value = (  # prototypes ask for nothing
-            each.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, C, W / H)
-            # As a batch of one: exported as the same product as that of the snippets.
-            for each in self.query_key_value(memory[None])[0].chunk(3, dim=-1)
-        )
+        query, key, value = self.query_key_value(x).chunk(3, dim=-1)
+        # As a batch of one: exported as the same product as that of the snippets. Prototypes ask
+        # for nothing.
+        _, memory_key, memory_value = self.query_key_value(memory[None])[0].chunk(3, dim=-1)
         mixed = reliability_attention(
-            query, Attended(key, memory_key), Attended(value, memory_value), bias, band
+            self._split(query.reshape(B * band.blocks, band.block, W)),
+            self._split(band.around(key, memory_key)),
+            self._split(band.around(value, memory_value)),
+            bias,
         )
         mixed = mixed.transpose(1, 2).reshape(B, T, W)
         x = self.attention_norm(x + self.dropout(self.output(mixed)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
-    def _split(self, x: Tensor, band: Band) -> Tensor:
-        """(B, T, W) -> (B * blocks, H, block, W / H)."""
-        x = x.reshape(x.shape[0] * band.blocks, band.block, self.heads, -1)
-        return x.transpose(1, 2)
+    def _split(self, x: Tensor) -> Tensor:
+        """(N, L, W) -> (N, H, L, W / H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

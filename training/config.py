@@ -133,8 +133,8 @@ class TrainingConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to train (auto: a GPU if there is one)"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products in training"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the model in training (auto: bfloat16 where the hardware has it)"
     )
     compile: bool = Field(False, description="compile the models with torch.compile")
     checkpoint_s: float = Field(

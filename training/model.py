@@ -86,6 +86,10 @@ class SnippetModel(nn.Module):
         """The forward pass with the given prototypes (C, D) in the memory."""
         x = self._input(features)  # (B, T, W)
         memory = self._input(prototypes)  # (C, W)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # The residuals too: float32 beside the products would be converted at each of them.
+            x, memory = (each.to(torch.get_autocast_dtype(device)) for each in (x, memory))
         band = Band(x.shape[1], self.config.attention_past, self.config.attention_future)
         bias = band.bias(valid, len(memory))
         x = band.padded(x)

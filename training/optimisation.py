@@ -76,8 +76,21 @@ def as_run(model: nn.Module, config: TrainingConfig) -> Callable[..., Any]:
 
 
 def precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[None]:
-    """Within, matrix products are computed in the configured precision; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    """Within, a model is computed in the configured precision; weights stay float32."""
+    chosen = config.precision
+    if chosen == "auto":
+        chosen = "bfloat16" if _has_bfloat16(device) else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bfloat16")
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; torch does it on any, by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def over_processes(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
