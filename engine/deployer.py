@@ -55,6 +55,7 @@ class Deployer:
         self._followed = None if follow is None else FollowedFolder(follow)
         self._orders: queue.Queue[Order | None] = queue.Queue(_MOST_ORDERS)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.asked: list[Order] = []  # and not among the outcomes yet
         self._closing = False
         self._wake: Callable[[], None] = lambda: None
         # Not waited for at the end of the process: what it does may take minutes.
@@ -80,12 +81,15 @@ class Deployer:
             raise DeployError(
                 f"expected at most {_MOST_ORDERS} bundles to wait to be loaded, they do already"
             ) from None
+        self.asked.append(order)
 
     def outcomes(self) -> Iterator[Outcome]:
         """What is ready."""
         with contextlib.suppress(queue.Empty):
             while True:
-                yield self._outcomes.get_nowait()
+                outcome = self._outcomes.get_nowait()
+                self.asked = [order for order in self.asked if order is not outcome.order]
+                yield outcome
 
     def _run(self) -> None:
         timeout_s = None if self._followed is None else FOLLOW_INTERVAL_S

@@ -133,8 +133,11 @@ class Server:
             while not (self._stop_requested or self._drained()):
                 poller.poll(0 if self._pipeline.pending() else None)
                 self._turn()
-        while self._drain_envelopes and self._drained():
-            self._send(self._control, self._drain_envelopes.pop(), DrainReply())
+        if self._drained():
+            for order in self._deployer.asked:
+                self._refuse_deploy(_draining(), order.envelope)
+            for envelope in self._drain_envelopes:
+                self._send(self._control, envelope, DrainReply())
 
     def stop(self) -> None:
         """Ends `run` after its current turn; what is not processed yet stays unprocessed."""
@@ -250,8 +253,8 @@ class Server:
 
     def _order(self, request: DeployRequest, envelope: tuple[bytes, ...]) -> None:
         try:
-            if self._feeds.draining:
-                raise DeployError("the engine is draining")
+            if self._drain_requested:
+                raise _draining()
             self._deployer.ask(Order(Path(request.folder), request.canary_streams, envelope))
         except DeployError as error:
             self._refuse_deploy(error, envelope)
@@ -259,6 +262,8 @@ class Server:
     def _deploy(self, outcome: Outcome) -> None:
         """Let a bundle that was loaded work from the next batch on."""
         order, loaded = outcome.order, outcome.loaded
+        if self._drain_requested:
+            loaded = _draining()
         if isinstance(loaded, HrproError):
             self._refuse_deploy(loaded, order.envelope)
         else:
@@ -340,3 +345,7 @@ class Server:
 
     def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
         return sockets.try_send(target, envelope + protocol.encode(message))
+
+
+def _draining() -> DeployError:
+    return DeployError("the engine is draining")
