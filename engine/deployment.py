@@ -88,22 +88,8 @@ class Deployment:
         return True
 
 
-def check_agreement(running: Deployment, manifest: Manifest, config: EngineConfig) -> None:
-    """Raise DeployError that says in what a bundle differs from those that streams rely on."""
-    old, new = _relied_on(running.manifest, running.config), _relied_on(manifest, config)
-    differing = [
-        f"{name}: expected {value}, got {new[name]}"
-        for name, value in old.items()
-        if new[name] != value
-    ]
-    if differing:
-        raise DeployError(
-            f"bundle {manifest.bundle_id} cannot take over the streams of bundle "
-            f"{running.bundle_id}: {'; '.join(differing)}; an engine of its own can serve it"
-        )
-
-
-def _relied_on(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
+def relied_on(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
+    """What the streams of an engine rely on, of a bundle with these settings."""
     plan = plan_windows(manifest, config)
     return {
         "feature_dim": manifest.feature_dim,
@@ -115,6 +101,21 @@ def _relied_on(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
         "context": plan.context,
         "look-ahead": plan.lookahead,
     }
+
+
+def check_agreement(expected: dict[str, Any], manifest: Manifest, config: EngineConfig) -> None:
+    """Raise DeployError that says in what a bundle differs from what streams rely on."""
+    new = relied_on(manifest, config)
+    differing = [
+        f"{name}: expected {value}, got {new[name]}"
+        for name, value in expected.items()
+        if new[name] != value
+    ]
+    if differing:
+        raise DeployError(
+            f"bundle {manifest.bundle_id} cannot take over the streams of this engine: "
+            f"{'; '.join(differing)}; an engine of its own can serve it"
+        )
 
 
 @dataclass

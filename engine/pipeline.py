@@ -124,6 +124,7 @@ class Pipeline:
         return self._hand_over()
 
     def _hand_over(self) -> int:
+        self._served = self.deployments.current  # the one before need not stay in memory
         streams = self.streams.values()
         return sum(self.deployments.of(each.stream).take_over(each) for each in streams)
 

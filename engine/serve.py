@@ -10,7 +10,7 @@ from pathlib import Path
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
-from hrpro.engine.deployment import Deployment, check_agreement
+from hrpro.engine.deployment import Deployment, check_agreement, relied_on
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
 from hrpro.engine.settings import load_settings
@@ -60,17 +60,17 @@ def serve(
     the bound addresses once snippets can come.
     """
     bundle, config = read(folder)
-    first = new_deployment(bundle, config)
 
     def load(other: Path) -> Deployment:
-        bundle, own = read(other)
+        new, own = read(other)
         # Of the settings only those that a bundle brings may change while the engine runs.
         brought = {"window": own.window, "localization": own.localization}
         changed = config.model_copy(update=brought)
-        check_agreement(first, bundle.manifest, changed)
-        return new_deployment(bundle, changed)
+        check_agreement(relied_on(bundle.manifest, config), new.manifest, changed)
+        return new_deployment(new, changed)
 
-    pipeline, deployer = Pipeline(first), Deployer(load, follow)
+    deployer = Deployer(load, follow)  # what appears from here on is new
+    pipeline = Pipeline(new_deployment(bundle, config))
     with Server(pipeline, addresses.feed, addresses.events, addresses.control, deployer) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())

@@ -259,7 +259,7 @@ def test_a_bundle_that_cannot_work_is_refused(
 
 def test_a_bundle_with_another_hop_is_refused(served: Deploying, shelf: Shelf) -> None:
     expected = (
-        f"bundle {shelf.id('hop')} cannot take over the streams of bundle {shelf.id('first')}: "
+        f"bundle {shelf.id('hop')} cannot take over the streams of this engine: "
         "window: expected 17, got 18; hop: expected 1, got 2; an engine of its own can serve it"
     )
     assert served.refuses(shelf["hop"]) == expected
@@ -461,7 +461,7 @@ def test_bundles_that_appear_in_a_folder_are_deployed(shelf: Shelf, tmp_path: Pa
         feeder.send(tiny_recording(20))
         assert feeder.end().next_index == 40
     refused = [line for line in engine.said if line.startswith("not deployed: ")]
-    hop = f"not deployed: bundle {shelf.id('hop')} cannot take over the streams of bundle "
+    hop = f"not deployed: bundle {shelf.id('hop')} cannot take over the streams of this "
     assert len(refused) == 1 and refused[0].startswith(hop)
     assert "hop: expected 1, got 2" in refused[0]
 
@@ -603,3 +603,15 @@ def settled(footprints: list[Footprint]) -> Footprint:
     """What the last ten have in the middle: a connection may come or go at any moment."""
     columns = zip(*(astuple(each) for each in footprints[-10:]), strict=True)
     return Footprint(*(statistics.median_low(column) for column in columns))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_more_than_two_bundles_stay(shelf: Shelf) -> None:
+    # Each session of inference has a thread of its own beside the one that calls it.
+    with deploying(shelf["first"], "--set", "threads=2") as engine:
+        threads = [Footprint.of(engine.process.pid).threads]
+        for name in ("renamed", "reweighted", "set", "renamed"):
+            engine.deploy(shelf[name])
+            threads.append(Footprint.of(engine.process.pid).threads)
+        # Two sessions in a bundle: those of the current one and of the previous one.
+        assert threads == [threads[0]] + [threads[0] + 2] * 4

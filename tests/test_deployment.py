@@ -21,7 +21,7 @@ from tiny_model import tiny_recording
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
 from hrpro.engine.deployer import FollowedFolder
-from hrpro.engine.deployment import DeployError, Deployment, check_agreement
+from hrpro.engine.deployment import DeployError, Deployment, check_agreement, relied_on
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, Publication
 from hrpro.engine.pipeline import Pipeline
@@ -626,22 +626,24 @@ def test_a_bundle_that_differs_is_refused_with_the_difference(
     others: dict[str, Loaded], case: str
 ) -> None:
     in_manifest, in_window, said = DIFFERENCES[case]
-    running = others["a"].deployment()
-    manifest = running.manifest.model_copy(update={"bundle_id": "0" * 16, **in_manifest})
-    config = running.config.model_copy(update={"window": WindowConfig(**in_window)})
+    first = others["a"].manifest
+    expected = relied_on(first, engine_config(first))
+    manifest = first.model_copy(update={"bundle_id": "0" * 16, **in_manifest})
+    config = engine_config(first).model_copy(update={"window": WindowConfig(**in_window)})
     with pytest.raises(DeployError) as refused:
-        check_agreement(running, manifest, config)
+        check_agreement(expected, manifest, config)
     assert str(refused.value) == (
-        f"bundle {'0' * 16} cannot take over the streams of bundle "
-        f"{running.bundle_id}: {said}; an engine of its own can serve it"
+        f"bundle {'0' * 16} cannot take over the streams of this engine: {said}; "
+        "an engine of its own can serve it"
     )
 
 
 def test_what_streams_do_not_rely_on_may_differ(others: dict[str, Loaded]) -> None:
-    running = others["a"].deployment()
+    first = others["a"].manifest
     for name in ("renamed", "reweighted", "wide", "apart"):
         other = others[name]
-        check_agreement(running, other.manifest, engine_config(other.manifest))
+        expected = relied_on(first, engine_config(first))
+        check_agreement(expected, other.manifest, engine_config(other.manifest))
 
 
 # --- a folder that is followed -------------------------------------------------------------------
