@@ -53,6 +53,7 @@ def stage_of(
     recordings: list[Recording], thresholds: tuple[float, ...], **settings: Any
 ) -> InstanceStage:
     config = TrainingConfig(
+        precision="float32",  # that of the figures by hand
         localization=LocalizationConfig(thresholds=thresholds),
         instance_stage=InstanceStageConfig(steps=10, **settings),
     )
