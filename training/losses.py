@@ -76,9 +76,10 @@ def contrastive_loss(
     A snippet with several classes (two at one point, or mined from the points on both sides) is not
     held against the prototypes of any of them: otherwise each class would push the others away.
     """
-    x = F.normalize(embedding, dim=-1)
-    m = F.normalize(prototypes, dim=-1)
-    similarity = x @ m.T / temperature  # (B, T, C), logarithms
+    # Divided by the length after the product, which is narrower than the embedding.
+    length = embedding.norm(dim=-1, keepdim=True).clamp(min=_PROBABILITY_FLOOR)
+    similarity = embedding @ F.normalize(prototypes, dim=-1).T / length  # (B, T, C), cosines
+    similarity = similarity / temperature  # logarithms
     others = torch.where(pseudo.action, -torch.inf, similarity).logsumexp(dim=-1, keepdim=True)
     among_classes = similarity - torch.logaddexp(similarity, others)
     background = torch.where(pseudo.confident_background[..., None], similarity, -torch.inf)
