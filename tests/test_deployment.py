@@ -27,6 +27,7 @@ from hrpro.engine.messages import ActionEvent, Publication
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.proposals import Run, RunDetector
 from hrpro.engine.refine import Proposal
+from hrpro.engine.ring import Ring
 from hrpro.export.bundle import Bundle, Manifest
 
 Floats = np.ndarray
@@ -354,8 +355,11 @@ def key(proposal: Proposal) -> tuple[int, int]:
 # --- other settings ------------------------------------------------------------------------------
 
 levels = st.sampled_from([0.0, 0.1, 0.1875, 0.25, 0.3, 0.375, 0.5, 0.625, 0.875, 1.0])
-tracks = st.lists(st.tuples(levels, levels), min_size=1, max_size=60).map(
-    lambda track: np.array(track, np.float32)
+stretches = st.tuples(st.tuples(levels, levels), st.integers(1, 9))
+tracks = st.lists(stretches, min_size=1, max_size=12).map(
+    lambda parts: np.repeat(
+        np.array([values for values, _ in parts], np.float32), [n for _, n in parts], axis=0
+    )[:60]
 )
 configs = st.builds(
     LocalizationConfig,
@@ -369,6 +373,18 @@ configs = st.builds(
 )
 
 
+def test_an_open_run_keeps_what_lies_left_of_it() -> None:
+    old = LocalizationConfig(thresholds=(0.5,), peak_gate=0.0)
+    localizer = StreamLocalizer(1, 1, old, None, 3)
+    track = np.array([[0.25]] * 6 + [[0.75]] * 12 + [[0.0]], np.float32)
+    localizer.advance(track[:10], track[:10])
+    localizer.use(old.model_copy(update={"thresholds": (0.375,)}), None, None)
+    runs = [run for row in track[10:] for run in localizer._detector.push(row)]
+    # From a quarter of the way from 0.25 to 0.75, to half of the way from 0.75 to 0.
+    assert runs == [Run(0, 6, 18, 5.75, 18.0, 3, 0.75, left_sum=3 * 0.25, left_count=3)]
+
+
+@settings(max_examples=300)
 @given(track=tracks, old=configs, new=configs, at=st.integers(0, 60), first_index=st.integers(0, 3))
 def test_open_runs_are_found_as_if_the_settings_had_been_there_from_the_beginning(
     track: Floats, old: LocalizationConfig, new: LocalizationConfig, at: int, first_index: int
@@ -450,6 +466,21 @@ def test_a_run_that_is_longer_than_what_is_remembered_begins_there() -> None:
     # 53 snippets came, the last 32 of them are remembered. From 0.75 at 52.5 down to 0 at 53.5.
     assert (final.start, final.end) == (21.0, pytest.approx(52.5 + 0.125 / 0.75))
     assert final.score == pytest.approx(0.75)  # nothing left of it, 0 right of it
+
+
+@pytest.mark.parametrize("count", [3, 8, 11])
+def test_a_resized_ring_has_the_newest_rows(count: int) -> None:
+    ring = Ring(8, (1,), first_index=5)
+    for row in range(5, 5 + count):
+        ring.append(np.array([[row]], np.float32))
+    for capacity in (4, 8, 16):
+        resized = ring.resized(capacity)
+        assert (resized.capacity, resized.next_index) == (capacity, 5 + count)
+        newest = range(max(ring.oldest, 5 + count - capacity), 5 + count)
+        assert resized.oldest == newest[0]
+        assert resized.read(newest[0], 5 + count)[:, 0].tolist() == list(newest)
+        resized.append(np.array([[-1]], np.float32))
+        assert resized.row(5 + count - 1).tolist() == [5 + count - 1]
 
 
 def test_thresholds_of_events_change_at_the_swap() -> None:
