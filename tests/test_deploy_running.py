@@ -476,7 +476,7 @@ def test_a_folder_to_follow_must_be_there(shelf: Shelf, tmp_path: Path) -> None:
 
 SWAPS = 100
 STREAMS = ("cam1", "cam2", "cam3", "cam4")
-# What may be left over after fifty swaps; a bundle that stayed would be 50 times about 0.6 MB.
+# Fifty swaps leave less than 1 MB more; bundles that all stayed took 108 MB.
 MEMORY_BOUND_BYTES = 6 * 2**20
 
 
