@@ -89,10 +89,15 @@ def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path, tmp_path:
     assert by_two("train", data, "--out", whole, *dropping).returncode == 0
     command = torchrun("train", data, "--out", run, *dropping)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        while process.poll() is None and not (run / "metrics.jsonl").exists():
+        # Once both have made steps: before, one of them may not be in training yet.
+        while process.poll() is None and not _size(run / "metrics.jsonl"):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
         _, said = process.communicate(timeout=60)
     assert not (run / "run.json").exists() and (run / "checkpoint.pt").exists(), said
     assert by_two("train", data, "--out", run, *dropping, "--resume").returncode == 0
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
