@@ -267,16 +267,14 @@ def test_a_bundle_with_another_hop_is_refused(served: Deploying, shelf: Shelf) -
 
 
 def test_a_refusal_disturbs_no_stream(served: Deploying, shelf: Shelf) -> None:
-    with (
-        EventSubscriber(served.events, stream="cam") as subscriber,
-        FeatureFeeder(served.feed, "cam", DIM) as feeder,
-    ):
+    with EventSubscriber(served.events, stream="cam") as subscriber:
         subscriber.wait_connected(PATIENCE_S)
-        for part in np.split(tiny_recording(40), 4):
-            feeder.send(part)
-            with pytest.raises(StreamError):
-                served.deploy(shelf["hop"])
-        ended = feeder.end()
+        with FeatureFeeder(served.feed, "cam", DIM) as feeder:
+            for part in np.split(tiny_recording(40), 4):
+                feeder.send(part)
+                with pytest.raises(StreamError):
+                    served.deploy(shelf["hop"])
+            ended = feeder.end()
         heard = hear_until_ended(subscriber, "cam")
     assert ended.next_index == 40
     assert numbered(heard, "cam", ended)
