@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +94,16 @@ class Deployer:
 
     def _run(self) -> None:
         timeout_s = None if self._followed is None else FOLLOW_INTERVAL_S
+        looked_s = time.monotonic()
         while not self._closing:
-            try:
+            with contextlib.suppress(queue.Empty):
                 order = self._orders.get(timeout=timeout_s)
-            except queue.Empty:
-                assert self._followed is not None
-                for folder in self._followed.appeared():
-                    self._carry_out(Order(folder))
-            else:
                 if order is not None:
                     self._carry_out(order)
+            if self._followed is not None and time.monotonic() - looked_s >= FOLLOW_INTERVAL_S:
+                looked_s = time.monotonic()
+                for folder in self._followed.appeared():
+                    self._carry_out(Order(folder))
 
     def _carry_out(self, order: Order) -> None:
         loaded: Deployment | HrproError

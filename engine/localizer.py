@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.proposals import Run, RunDetector
+from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
 from hrpro.engine.refine import InstanceScorer, Proposal, refine_runs
 from hrpro.engine.ring import Ring
 from hrpro.engine.soft_nms import soft_nms, subtract_published
@@ -111,11 +111,12 @@ class StreamLocalizer:
         if embedding_width is not None or config != self._config:
             ready, self._closed = self._closed, []
             self._refine(ready)
-        if config != self._config:
+        if any(getattr(config, name) != getattr(self._config, name) for name in DETECTION_SETTINGS):
             self._detector = self._replayed(config)
-            self._tracker.config = config
+        if config.history_snippets != self._config.history_snippets:
             self._scores = self._scores.resized(config.history_snippets)
             self._history = self._history.resized(config.history_snippets)
+        self._tracker.config = config
         if embedding_width is not None:
             self._embedded_from = self._detector.next_index
             self._history = Ring(config.history_snippets, (embedding_width,), self._embedded_from)

@@ -25,6 +25,8 @@ from hrpro.engine.ring import Ring
 
 Floats = NDArray[np.float64]
 
+DETECTION_SETTINGS = ("thresholds", "peak_gate", "border_ratio", "border_limit")
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

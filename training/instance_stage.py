@@ -39,10 +39,10 @@ from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 
 
 def new_instance_model(
-    config: TrainingConfig, snippet: SnippetModel, points: int | None = None
+    config: TrainingConfig, snippet: SnippetModel, points: Tensor | None = None
 ) -> InstanceModel:
-    """An untrained stage 2 for the embedding of ``snippet``, to be trained on so many ``points``
-    (None: its trust is going to be read)."""
+    """An untrained stage 2 for the embedding of ``snippet``, to be trained on so many ``points`` of
+    each class, (C,); None: its trust is going to be read."""
     localization, stage = config.localization, config.instance_stage
     heads = InstanceHeads(
         width=snippet.width,
@@ -52,8 +52,10 @@ def new_instance_model(
     )
     pooling = RegionPooling(localization.border_ratio, float(localization.border_limit))
     trust = 1.0
-    if points:  # shrinkage as of James and Stein: what is learnt from nearly nothing is left out
-        trust = max(0.0, 1 - stage.trust_points * snippet.class_count / points)
+    if points is not None:
+        # Shrinkage as of James and Stein: what is learnt from nearly nothing is left out. The mean
+        # over classes, as that of mAP: a few classes with many points do not speak for the others.
+        trust = float((1 - stage.trust_points / points).clamp(min=0).mean())
     return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0, trust)
 
 
@@ -144,7 +146,8 @@ class InstanceStage(Stage[InstanceModel]):
             )
         self._positives = (~table.negative).nonzero()[:, 0]
         self._negatives = table.negative.nonzero()[:, 0]
-        points = sum(len(recording.point_index) for recording in data.recordings)
+        labels = np.concatenate([recording.point_label for recording in data.recordings])
+        points = torch.from_numpy(np.bincount(labels, minlength=snippet.class_count))
         model = new_instance_model(config, snippet, points).to(device)
         super().__init__(model, stage, stage.average_decay, config.seed)
         self._config = config
