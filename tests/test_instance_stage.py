@@ -177,14 +177,15 @@ def test_share_of_negative_proposals(share: float, batch: int, negatives: int) -
     ("points", "trust"),
     [
         (None, 1.0),  # to be read from a file
-        ([10, 10], 0.5),  # 1 - 5 / 10
-        ([50, 50], 0.9),
-        ([5, 2], 0.0),
-        ([1000, 3], 0.4975),  # the mean of 0.995 and 0: many points of one class help it alone
+        ([20, 20, 20], 0.5),  # 1 - 10 / 20
+        ([100, 100, 100], 0.9),
+        ([15, 1000, 100], 0.9),  # by the median: neither the rare nor the frequent class counts
+        ([10, 10, 10], 0.0),
+        ([5, 2, 4], 0.0),
     ],
 )
 def test_few_points_are_not_trusted(points: list[int] | None, trust: float) -> None:
-    snippet = SnippetModel(4, 2, ModelConfig(blocks=0))
+    snippet = SnippetModel(4, 3, ModelConfig(blocks=0))
     counts = None if points is None else torch.tensor(points)
     model = new_instance_model(TrainingConfig(), snippet, counts)
     assert model.trust.item() == pytest.approx(trust)

@@ -112,11 +112,11 @@ class InstanceStageConfig(Settings):
         description="a proposal regresses from this IoU with its reliable proposal on",
     )
     trust_points: float = Field(
-        5.0,
+        10.0,
         ge=0,
-        description="of n points of a class stage 2 deserves the share 1 - trust_points / n, at "
-        "least 0; by the mean share of the classes it moves borders and weighs in scores (0: "
-        "always in full, as in the paper)",
+        description="with n points in the median class, stage 2 moves borders and weighs in scores "
+        "by the share 1 - trust_points / n of what it learnt, at least 0 (0: always in full, as in "
+        "the paper)",
     )
     negative_share: float = Field(0.25, ge=0, lt=1, description="negative proposals in a batch")
     negative_thresholds: tuple[float, ...] = Field(

@@ -53,9 +53,9 @@ def new_instance_model(
     pooling = RegionPooling(localization.border_ratio, float(localization.border_limit))
     trust = 1.0
     if points is not None:
-        # Shrinkage as of James and Stein: what is learnt from nearly nothing is left out. The mean
-        # over classes, as that of mAP: a few classes with many points do not speak for the others.
-        trust = float((1 - stage.trust_points / points).clamp(min=0).mean())
+        # Shrinkage as of James and Stein: what is learnt from nearly nothing is left out. By the
+        # median: mAP is the mean over classes, and a few with many points do not speak for it.
+        trust = max(0.0, 1 - stage.trust_points / float(points.double().quantile(0.5)))
     return InstanceModel(heads, pooling, stage.score_weight > 0, stage.regression_weight > 0, trust)
 
 
