@@ -3,6 +3,15 @@
 The localizer takes one snippet at a time and decides by what it has seen up to that snippet, so
 what it publishes depends neither on chunks, windows nor batches. Offline, it is given a whole
 recording and publishes at the end.
+
+What is published is final, and counts against all that comes later: soft-NMS lowers a proposal by
+what it shares with those before it. So the best one of an action has to be the first. A high
+threshold's run closes before the action is over, and would go out before the run that holds it.
+Therefore a proposal waits, beside its look-ahead, for the end of the action that it is a part of:
+
+    P            0.6  0.9  0.4  0.8  0.7  0.1        event_end 0.25
+    above 0.5    |-------|     |--------|            two runs; the first waits for the action
+    above 0.3    |----------------------|            the best of them, published first
 """
 
 from __future__ import annotations
@@ -167,27 +176,37 @@ class StreamLocalizer:
         """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""
         finals: list[Final] = []
         for label_index, pool in enumerate(self._pool):
-            if any(proposal.due_from <= due_until for proposal in pool):
+            if pool:
                 finals += self._publish_class(label_index, due_until)
         return [*finals, *self._tracker.conclude(due_until)]
 
     def _publish_class(self, label_index: int, due_until: int) -> list[Final]:
         pool, published = self._pool[label_index], self._published[label_index]
+        # What goes on: the action, and runs that are over and not yet scored.
+        goes_on_from = min(
+            [self._tracker.open_since(label_index, self._detector.next_index)]
+            + [run.start for run in self._closed if run.label_index == label_index]
+        )
+        # An action may last for hours: nothing waits for longer than what is remembered.
+        latest = due_until - self._config.history_snippets
+        is_final = [
+            p.due_from <= due_until and (p.end <= goes_on_from or p.due_from <= latest)
+            for p in pool
+        ]
+        if not any(is_final):
+            return []
         self._forget(label_index)
         sigma = self._config.soft_nms_sigma
         start, end, score = _columns(pool)
         added = subtract_published(start, end, score, sigma, *_columns(list(published)))
         scores = soft_nms(start, end, added, sigma)
         finals = []
-        for proposal, score in sorted(
-            zip(pool, scores.tolist(), strict=True), key=lambda pair: -pair[1]
-        ):
-            if proposal.due_from > due_until or score <= self._config.score_floor:
-                continue
-            final = replace(proposal, score=score)
-            published.append(final)
-            finals.append(Final(final, self._tracker.assign(final)))
-        self._pool[label_index] = [p for p in pool if p.due_from > due_until]
+        for n in np.argsort(-scores, kind="stable").tolist():
+            if is_final[n] and scores[n] > self._config.score_floor:
+                final = replace(pool[n], score=float(scores[n]))
+                published.append(final)
+                finals.append(Final(final, self._tracker.assign(final)))
+        self._pool[label_index] = [p for p, out in zip(pool, is_final, strict=True) if not out]
         return finals
 
     def _forget(self, label_index: int) -> None:

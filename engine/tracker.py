@@ -73,6 +73,11 @@ class ActionTracker:
         """Actions whose end is not published yet."""
         return len(self._open) + len(self._ending)
 
+    def open_since(self, label_index: int, otherwise: int) -> int:
+        """The first snippet of the action of a class that goes on; ``otherwise`` if none does."""
+        action = self._open.get(label_index)
+        return otherwise if action is None else action.first_index
+
     def push(self, scores: NDArray[np.float32]) -> list[ActionChange]:
         """Take P of the next snippet, shape (C,); actions start, grow, or are over."""
         t, current = self._next_index, scores.astype(np.float64)

@@ -13,7 +13,7 @@ from hrpro.engine.deployment import Backend, Deployment
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
-from hrpro.engine.refine import InstanceScorer
+from hrpro.engine.refine import InstanceScorer, Proposal
 from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
@@ -71,9 +71,9 @@ class Recorder:
         return decisions
 
     @property
-    def run_stops(self) -> list[int]:
-        """Of the final proposals, in order."""
-        return [each.proposal.run_stop for each in self.decisions if isinstance(each, Final)]
+    def proposals(self) -> list[Proposal]:
+        """The final ones, in order."""
+        return [each.proposal for each in self.decisions if isinstance(each, Final)]
 
 
 class Drive:
@@ -133,6 +133,30 @@ class Drive:
     def scores(self, name: str) -> Floats:
         """What reached the localizer of a stream."""
         return np.concatenate(self.recorders[name].scores)
+
+
+def last_stop(
+    scores: Floats, config: LocalizationConfig, proposal: Proposal, first_index: int, known: int
+) -> int:
+    """When the last of what a proposal is a part of was over, its own run, other runs or an action
+    of its class, as far as the snippets below ``known`` tell. What goes on then is over there if
+    the scores end, and does not count otherwise."""
+    track = scores[: known - first_index, proposal.label_index].astype(float).tolist()
+    levels = [(threshold, threshold) for threshold in config.thresholds]
+    stops = [proposal.run_stop]
+    for start, end in [*levels, (config.event_start, config.event_end)]:
+        begun = None
+        over_at_last = [None] if known == first_index + len(scores) else []
+        for t, p in enumerate([*track, *over_at_last], first_index):
+            # A run is over at its threshold, an action only below its end.
+            over = p is None or p < end or (start == end and p <= end)
+            if begun is not None and over:
+                if begun < proposal.end and t > proposal.start:
+                    stops.append(t)
+                begun = None
+            elif begun is None and p is not None and p > start:
+                begun = t
+    return max(stops)
 
 
 def of_stream(published: Iterable[Publication], name: str) -> list[Publication]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from driving import last_stop
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -116,8 +117,29 @@ def test_offline_the_better_of_two_nested_runs_decays_the_other() -> None:
     assert [each.score for each in got] == pytest.approx([2 / 3, 0.5 * (1 - OVERLAP)])
 
 
-def test_live_a_published_proposal_keeps_its_share() -> None:
+def test_what_is_a_part_of_an_action_waits_for_its_end() -> None:
+    # The inner run is due with snippet 3, but P is above event_end until snippet 4.
     decisions = by_snippet(new_localizer(TWO, 1), NESTED)
+    assert [finals(each) for each in decisions[:4]] == [[]] * 4
+    assert finals(decisions[4]) == [
+        Proposal(0, 1.0, 4.0, pytest.approx(2 / 3), 4),
+        Proposal(0, 2.0, 3.0, pytest.approx(0.5 * (1 - OVERLAP)), 3),
+    ]
+    assert sum(len(finals(each)) for each in decisions) == 2
+
+
+def test_an_action_is_not_waited_for_longer_than_it_is_remembered() -> None:
+    config = TWO.model_copy(update={"history_snippets": 32})
+    track = rows([0, 0.5, 1, *[0.5] * 60, 0, 0, 0])
+    decisions = by_snippet(new_localizer(config, 1), track)
+    # The run above 0.75 ends with snippet 3, and is due one snippet later.
+    assert [t for t, each in enumerate(decisions) if finals(each)] == [3 + 32, 63]
+
+
+def test_live_a_published_proposal_keeps_its_share() -> None:
+    # The action is over with snippet 3, the run above 0.25 goes on.
+    config = TWO.model_copy(update={"event_start": 0.7, "event_end": 0.6})
+    decisions = by_snippet(new_localizer(config, 1), NESTED)
     inner, outer = finals(decisions[3]), finals(decisions[4])
     assert inner == [Proposal(0, 2.0, 3.0, pytest.approx(0.5), 3)]
     assert outer == [Proposal(0, 1.0, 4.0, pytest.approx(2 / 3 - 0.5 * OVERLAP), 4)]
@@ -186,9 +208,12 @@ def test_a_proposal_is_published_when_it_is_due(
         for proposal in finals(decisions):
             # That a run is over shows in the snippet behind it, even if nothing is waited for. A
             # proposal that ends before its run goes out earlier, once there is enough evidence.
-            assert proposal.due_from + wait <= newest + 1 <= proposal.run_stop + max(wait, 1)
+            assert proposal.due_from + wait <= newest + 1
+            stop = last_stop(track, MANY, proposal, first_index, newest + 1)
+            assert newest + 1 <= stop + max(wait, 1)
     end = first_index + len(track)
-    assert all(proposal.run_stop + max(wait, 1) > end for proposal in finals(last))
+    for proposal in finals(last):
+        assert last_stop(track, MANY, proposal, first_index, end) + max(wait, 1) > end
 
 
 @given(tracks, st.integers(1, 9))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from driving import Drive, Turn, assert_same, engine_config, finals, of_stream, renamed
+from driving import Drive, Turn, assert_same, engine_config, finals, last_stop, of_stream, renamed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import CLASSES, CONTEXT, DIM, LOOKAHEAD, tiny_recording
@@ -197,11 +197,11 @@ def test_a_lookahead_is_refused_or_kept(
         assert lookahead_snippets < LOOKAHEAD + hop
         return
     got = finals(drive.finish(chunk=5))
-    delays = [
-        final.published_index + 1 - run_stop
-        for final, run_stop in zip(got, drive.recorders["x"].run_stops, strict=True)
-    ]
-    assert max(delays) <= lookahead_snippets
+    scores = drive.scores("x")
+    for final, proposal in zip(got, drive.recorders["x"].proposals, strict=True):
+        known = final.published_index + 1 - LOOKAHEAD  # scores, when it was published
+        stop = last_stop(scores, config.localization, proposal, 2, known)
+        assert final.published_index + 1 <= stop + lookahead_snippets
 
 
 def test_publications_are_numbered_and_in_time(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
