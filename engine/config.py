@@ -81,7 +81,9 @@ class EngineConfig(Settings):
     window: WindowConfig = WindowConfig()
     localization: LocalizationConfig = LocalizationConfig()
     lookahead_s: float = Field(
-        4.0, ge=0, description="a proposal is final this long after its end, and not while its action goes on"
+        4.0,
+        ge=0,
+        description="a proposal is final this long after its end, and not while its action goes on",
     )
     max_batch: int = Field(16, ge=1, description="windows in one inference call")
     backlog_snippets: int = Field(
