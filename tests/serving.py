@@ -59,6 +59,10 @@ class TinyStream:
     sequence: int = 0
     waiting: list[NDArray[np.float32]] = field(default_factory=list)
 
+    @property
+    def lag(self) -> int:
+        return len(self.waiting)
+
 
 class TinyPipeline:
     """The pipeline's interface, with 4 snippets a step and room for 16 in a stream."""
@@ -72,7 +76,9 @@ class TinyPipeline:
     lookahead_snippets = 1
     lookahead_s = 0.64
     bundle_id = "tiny"
-    deployments = Deployments(SimpleNamespace(bundle_id="tiny"))  # type: ignore[arg-type]
+    deployments = Deployments(
+        SimpleNamespace(bundle_id="tiny", config=SimpleNamespace(provider="cpu"))  # type: ignore[arg-type]
+    )
     max_chunk_snippets = 8
     room_snippets = 16
     step_snippets = 4

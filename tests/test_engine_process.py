@@ -144,10 +144,11 @@ def test_sigterm_ends_the_streams_and_publishes_their_tails(trained: Trained) ->
 
 # An engine without a model, which starts at once.
 _BARE_ENGINE = """
+from types import SimpleNamespace
 from serving import ANY_PORT, TinyPipeline
 from hrpro.engine import serve
 
-serve.new_deployment = lambda *_: None
+serve.new_deployment = lambda *_: SimpleNamespace(backend=None)
 serve.Pipeline = lambda _: TinyPipeline()
 serve.serve(
     None,
