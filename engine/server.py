@@ -402,9 +402,11 @@ class Server:
     def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
         if isinstance(message, Error) and message.code != DEPLOY_REFUSED:
             self.refused[message.code] += 1
+            # From a recoverable one the feeder goes on by itself, after each start of the engine.
+            recoverable = message.code in protocol.RECOVERABLE_CODES
             self._peer_log.say(
-                logging.WARNING,
-                "refused",
+                logging.INFO if recoverable else logging.WARNING,
+                "recoverable" if recoverable else "refused",
                 f"refused, {message.code}: {message.message}",
                 stream=message.stream,
                 code=message.code,

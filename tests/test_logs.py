@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from commands import engine, hrpro, refusal
-from serving import RawPeer, hello
+from serving import RawPeer, chunk, hello
 from tiny_model import DIM, tiny_recording
 
 from hrpro.clients import FeatureFeeder, request_status
@@ -115,6 +115,7 @@ def test_json_lines_of_an_engine(bundle: Bundle, tmp_path: Path) -> None:
             ended = feeder.end()
         with RawPeer(served.feed) as peer:
             peer.ask(hello("cam2", dim=DIM + 1))
+            peer.ask(chunk(0, 1, "cam3"))
         refusal("deploy", tmp_path / "nowhere", "--to", served.control)
         hrpro("deploy", bundle.folder, "--to", served.control)
         bundle_id = request_status(served.control)["bundle_id"]
@@ -126,6 +127,7 @@ def test_json_lines_of_an_engine(bundle: Bundle, tmp_path: Path) -> None:
         {"level": "info", "event": "stream_opened", "stream": "cam1", "session": 1},
         {"level": "info", "event": "stream_ended", "stream": "cam1", "session": 1},
         {"level": "warning", "event": "refused", "stream": "cam2", "code": "wrong_dimension"},
+        {"level": "info", "event": "recoverable", "stream": "cam3", "code": "unknown_stream"},
         {"level": "warning", "event": "deploy_refused", "code": "deploy_refused"},
         {"level": "info", "event": "deployed", "bundle_id": bundle_id, "changed_streams": 0},
         {"level": "info", "event": "draining", "streams": 0},
