@@ -406,7 +406,7 @@ class Server:
             recoverable = message.code in protocol.RECOVERABLE_CODES
             self._peer_log.say(
                 logging.INFO if recoverable else logging.WARNING,
-                "recoverable" if recoverable else "refused",
+                "refused_recoverable" if recoverable else "refused",
                 f"refused, {message.code}: {message.message}",
                 stream=message.stream,
                 code=message.code,

@@ -127,7 +127,12 @@ def test_json_lines_of_an_engine(bundle: Bundle, tmp_path: Path) -> None:
         {"level": "info", "event": "stream_opened", "stream": "cam1", "session": 1},
         {"level": "info", "event": "stream_ended", "stream": "cam1", "session": 1},
         {"level": "warning", "event": "refused", "stream": "cam2", "code": "wrong_dimension"},
-        {"level": "info", "event": "recoverable", "stream": "cam3", "code": "unknown_stream"},
+        {
+            "level": "info",
+            "event": "refused_recoverable",
+            "stream": "cam3",
+            "code": "unknown_stream",
+        },
         {"level": "warning", "event": "deploy_refused", "code": "deploy_refused"},
         {"level": "info", "event": "deployed", "bundle_id": bundle_id, "changed_streams": 0},
         {"level": "info", "event": "draining", "streams": 0},
