@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import timeit
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,41 +22,40 @@ Floats = NDArray[np.float32]
 class _Idle:
     """A backend that computes nothing."""
 
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        return features, features
+    def score_snippets(self, *windows: Floats) -> tuple[Floats, Floats]:
+        return windows[0], windows[0]
 
-    def score_instances(
-        self, embedding: Floats, proposals: Floats
-    ) -> tuple[Floats, Floats, Floats]:
-        return embedding, embedding, embedding
+    def score_instances(self, *proposals: Floats) -> tuple[Floats, Floats, Floats]:
+        return proposals[0], proposals[0], proposals[0]
 
 
 def main() -> None:
     """Print a line for each."""
     metrics, idle = Metrics(), _Idle()
     timed = metrics.timed(idle)
-    features, valid = np.zeros((4, 2), np.float32), np.ones(4, np.bool_)
+    features, valid = np.zeros((4, 2, 2), np.float32), np.ones((4, 2), np.bool_)
     indices = itertools.count(1)
 
     def arrived() -> None:
         index = next(indices)
         metrics.arrivals.came("cam", index, processed=index - 2)
 
-    arrival = _us(arrived, 100_000)
+    arrival = _us(arrived, 20_000)
     final = FinalProposal(
         stream="cam", session=1, sequence=0, id=0, label="a", start_s=0.0, end_s=1.0, score=0.5,
         published_index=next(indices) - 2, published_s=4.0, action_id=None, bundle_id="b",
     )  # fmt: skip
-    batch = _us(lambda: timed.score_snippets(features, valid), 100_000)
-    batch -= _us(lambda: idle.score_snippets(features, valid), 100_000)
+    batch = _us(lambda: timed.score_snippets(features, valid), 20_000)
+    batch -= _us(lambda: idle.score_snippets(features), 20_000)
     print(f"a chunk    {arrival:.1f} us")
     print(f"a batch    {batch:.1f} us")
-    print(f"a message  {_us(lambda: metrics.published(final), 100_000):.1f} us")
-    print(f"an answer  {_us(lambda: generate_latest(metrics.registry), 100):.0f} us")
+    print(f"a message  {_us(lambda: metrics.published(final), 20_000):.1f} us")
+    print(f"an answer  {_us(lambda: generate_latest(metrics.registry), 20):.0f} us")
 
 
-def _us(call: object, count: int) -> float:
-    return min(timeit.repeat(call, number=count // 5, repeat=5)) / (count // 5) * 1e6  # type: ignore[arg-type]
+def _us(call: Callable[[], object], count: int) -> float:
+    """The best of five."""
+    return min(timeit.repeat(call, number=count, repeat=5)) / count * 1e6
 
 
 if __name__ == "__main__":
