@@ -28,6 +28,7 @@ from serving import PATIENCE_S, RawPeer, TinyPipeline, chunk, hello, open_files,
 from tiny_model import CLASSES, DIM, tiny_recording
 
 from hrpro.clients import FeatureFeeder, request_status
+from hrpro.engine.feeds import Counters, Feeds
 from hrpro.engine.messages import ActionEvent, Publication
 from hrpro.engine.metrics import Arrivals, Metrics
 from hrpro.engine.metrics_http import metrics_server
@@ -351,6 +352,25 @@ def test_the_last_snippets_have_waited_for_the_end() -> None:
     clock.now_s = 51.0
     assert arrivals.age_s("cam", 3) == 41.0
     assert arrivals.age_s("cam", 7) == 1.0
+
+
+def test_feeders_make_arrivals_and_a_drain_makes_an_end() -> None:
+    clock, counters = Clock(), Counters()
+    arrivals = Arrivals(clock)
+    feeds = Feeds(TinyPipeline(), counters, lambda *_: True, clock, arrivals)  # type: ignore[arg-type]
+    for stream in ("left", "drained"):
+        clock.now_s = 5.0
+        feeds.handle(b"peer", hello(stream))
+        for clock.now_s, first in ((10.0, 0), (11.0, 4), (12.0, 4)):  # the last one is a duplicate
+            feeds.handle(b"peer", chunk(first, first + 4, stream))
+    clock.now_s = 50.0
+    feeds.handle(b"peer", End("left", 8))
+    clock.now_s = 60.0
+    feeds.drain()
+    clock.now_s = 61.0
+    assert [arrivals.age_s("left", index) for index in (3, 7)] == [51.0, 11.0]
+    assert [arrivals.age_s("drained", index) for index in (3, 7)] == [51.0, 1.0]
+    assert (counters.chunks_in, counters.chunks_duplicate) == (6, 2)
 
 
 def test_no_more_is_kept_than_is_waiting() -> None:
