@@ -20,6 +20,7 @@ from hrpro.clients import (
     cli_data,
     cli_deploy,
     cli_plot,
+    cli_status,
     cli_training,
 )
 from hrpro.clients.cli_shared import (
@@ -32,6 +33,7 @@ from hrpro.clients.cli_shared import (
     progress,
     say,
 )
+from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
@@ -60,6 +62,9 @@ app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
+app.command()(cli_status.status)
+app.command()(cli_status.streams)
+app.command()(cli_status.drain)
 app.command("config")(cli_training.show_config)
 
 
@@ -75,28 +80,48 @@ def serve(
     follow: Annotated[
         Path | None, typer.Option(help="Deploy bundles that appear in this folder.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Answer /metrics, /healthz and /readyz over HTTP."),
+    ] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Form of the lines on stderr.")] = "human",
+    log_level: Annotated[
+        LogLevel | None, typer.Option(help="Default: warning for human, info for json.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
     from hrpro.engine import serve as engine
+    from hrpro.engine.metrics import Metrics
+    from hrpro.engine.metrics_http import metrics_server
 
-    logging.getLogger("hrpro.engine").setLevel(logging.INFO)
+    configure_logs(log_format, log_level)
+    measured = Metrics()
 
     def read(folder: Path) -> tuple[Bundle, EngineConfig]:
         loaded = cli_bundle.read_checked(folder, trusted_key)
         return loaded, engine.load_engine_config(loaded, config, set_ or [])
 
-    def ready(bound: Addresses, pipeline: Pipeline) -> None:
-        for line in _ready_lines(bound, pipeline, as_json):
-            say(line)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(address_errors(feed, events, control))
+        # Before the bundle is loaded, so that it can be seen that the engine starts.
+        url = stack.enter_context(metrics_server(metrics, measured)) if metrics else None
 
-    with address_errors(feed, events, control):
-        engine.serve(bundle, read, engine.Addresses(feed, events, control), ready, follow)
+        def ready(bound: Addresses, pipeline: Pipeline) -> None:
+            for line in _ready_lines(bound, url, pipeline, as_json):
+                say(line)
+
+        addresses = engine.Addresses(feed, events, control)
+        engine.serve(bundle, read, addresses, ready, follow, measured)
 
 
-def _ready_lines(bound: Addresses, pipeline: Pipeline, as_json: bool) -> list[str]:
+def _ready_lines(
+    bound: Addresses, metrics: str | None, pipeline: Pipeline, as_json: bool
+) -> list[str]:
     if as_json:
         said = {"feed": bound.feed, "events": bound.events, "control": bound.control}
+        if metrics is not None:
+            said["metrics"] = metrics
         return [json.dumps({**said, "bundle_id": pipeline.bundle_id, "state": "READY"})]
     clock = pipeline.clock
     window_s = clock.seconds(pipeline.window_snippets)
@@ -108,6 +133,7 @@ def _ready_lines(bound: Addresses, pipeline: Pipeline, as_json: bool) -> list[st
         f"feed     {bound.feed}",
         f"events   {bound.events}",
         f"control  {bound.control}",
+        *([f"metrics  {metrics}"] if metrics else []),
         "READY",
     ]
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from hrpro.clients.connection import Connection, Deadline
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
+    RECOVERABLE_CODES,
     Ack,
     Chunk,
     End,
@@ -43,8 +44,6 @@ from hrpro.engine.protocol import (
 )
 from hrpro.engine.timebase import SnippetClock
 
-# Errors that only say that feeder and engine have lost sight of each other.
-_RECOVERABLE = frozenset({"unknown_stream", "out_of_order", "no_credit"})
 _OWN_HIGH_WATER_MESSAGES = 64
 
 
@@ -343,7 +342,7 @@ class FeatureFeeder:
         self._talk = _Talk.ENDED
 
     def _on_error(self, error: Error) -> None:
-        if error.code not in _RECOVERABLE:
+        if error.code not in RECOVERABLE_CODES:
             self._refuse(error.code, error.message, error.next_index)
         if self._talk is not _Talk.HELLO_SENT:  # else it speaks of what came before the Hello
             self._talk = _Talk.HELLO_DUE

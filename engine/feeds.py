@@ -33,6 +33,7 @@ from hrpro.engine.messages import (
     StreamNotice,
     Welcome,
 )
+from hrpro.engine.metrics import Arrivals
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import MAX_FIRST_INDEX, MAX_INDEX, ProtocolError, StreamError
 
@@ -86,6 +87,7 @@ class Feeds:
         counters: Counters,
         send: Callable[[bytes, Message], bool],
         now_s: Callable[[], float] = time.monotonic,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.live: dict[str, Feed] = {}
         self.draining = False
@@ -93,6 +95,7 @@ class Feeds:
         self._counters = counters
         self._send = send
         self._now_s = now_s
+        self._arrivals = arrivals or Arrivals(now_s)
         self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
 
@@ -115,7 +118,7 @@ class Feeds:
         self.draining = True
         for stream in list(self._pipeline.streams.values()):
             if not stream.ended:
-                self._pipeline.end(stream.stream, stream.next_index)
+                self._end(stream)
         self.admit_waiting()
 
     def admit_waiting(self) -> None:
@@ -150,7 +153,7 @@ class Feeds:
         live = self._pipeline.streams.get(hello.stream)
         if live is not None and not live.ended and hello.first_index > live.next_index:
             # The snippets between can never come: this session is over, another one begins.
-            self._pipeline.end(hello.stream, live.next_index)
+            self._end(live)
         if live is not None and live.ended:
             self._waiting[hello.stream] = (identity, hello)
             return
@@ -166,7 +169,7 @@ class Feeds:
             welcome = self._welcome(stream)
         except ProtocolError:
             if live is None:  # nobody could feed it
-                self._pipeline.end(hello.stream, stream.next_index)
+                self._end(stream)
             raise
         reachable = self._send(identity, welcome)
         self.live[hello.stream] = Feed(identity, self._now_s(), _state(stream), reachable)
@@ -181,7 +184,7 @@ class Feeds:
         idle = min(open_feeds, key=lambda each: open_feeds[each].heard_s, default=None)
         if idle is None or self._now_s() - open_feeds[idle].heard_s < IDLE_S:
             return False
-        self._pipeline.end(idle, streams[idle].next_index)
+        self._end(streams[idle])
         return True
 
     def _check_fits(self, hello: Hello) -> None:
@@ -246,7 +249,9 @@ class Feeds:
         self._pipeline.append(chunk.stream, chunk.first_index, chunk.features)
         self._counters.chunks_in += 1
         self._counters.snippets_in += stream.next_index - before
-        if stream.next_index == before:
+        if stream.next_index > before:
+            self._arrivals.came(chunk.stream, stream.next_index, stream.processed)
+        else:
             self._counters.chunks_duplicate += 1
             feed.told = None  # whoever sends a chunk again has missed the Ack
 
@@ -264,7 +269,11 @@ class Feeds:
                 stream.next_index,
             )
         if not stream.ended:
-            self._pipeline.end(end.stream, end.next_index)
+            self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        self._pipeline.end(stream.stream, stream.next_index)
+        self._arrivals.ended(stream.stream, stream.next_index)
 
     def _fed_by(self, identity: bytes, message: Chunk | End) -> tuple[Stream, Feed]:
         """The live stream of a message and its connection, which must be the sender's."""

@@ -45,6 +45,7 @@ from hrpro.engine.messages import (
 )
 from hrpro.engine.wire import (
     ERROR_CODES,
+    RECOVERABLE_CODES,
     VERSION,
     HrproError,
     NoReplyError,
@@ -56,6 +57,7 @@ __all__ = [
     "ERROR_CODES",
     "MAX_ERROR_CHARACTERS",
     "MAX_REQUEST_HEADER_BYTES",
+    "RECOVERABLE_CODES",
     "VERSION",
     "Ack",
     "ActionEvent",

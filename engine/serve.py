@@ -11,6 +11,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
+from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
 from hrpro.engine.settings import load_settings
@@ -52,13 +53,15 @@ def serve(
     addresses: Addresses,
     ready: Callable[[Addresses, Pipeline], None],
     follow: Path | None = None,
+    metrics: Metrics | None = None,
 ) -> None:
     """Serve until a drain is asked for, by SIGTERM, SIGINT or the control socket, and complete.
 
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
-    the bound addresses once snippets can come.
+    the bound addresses once snippets can come. ``metrics`` measures from here on.
     """
+    metrics = metrics or Metrics()
     bundle, config = read(folder)
 
     def load(other: Path) -> Deployment:
@@ -67,11 +70,17 @@ def serve(
         brought = {"window": own.window, "localization": own.localization}
         changed = config.model_copy(update=brought)
         check_agreement(relied_on(bundle.manifest, config), new.manifest, changed)
-        return new_deployment(new, changed)
+        return measured(new_deployment(new, changed))
+
+    def measured(deployment: Deployment) -> Deployment:
+        deployment.backend = metrics.timed(deployment.backend)
+        return deployment
 
     deployer = Deployer(load, follow)  # what appears from here on is new
-    pipeline = Pipeline(new_deployment(bundle, config))
-    with Server(pipeline, addresses.feed, addresses.events, addresses.control, deployer) as server:
+    pipeline = Pipeline(measured(new_deployment(bundle, config)))
+    with Server(
+        pipeline, addresses.feed, addresses.events, addresses.control, deployer, metrics
+    ) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())
         bound = Addresses(server.feed_address, server.events_address, server.control_address)

@@ -18,11 +18,13 @@ import secrets
 import signal
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import zmq
 
@@ -30,11 +32,14 @@ from hrpro.engine import protocol, sockets
 from hrpro.engine.deployer import Deployer, Order, Outcome
 from hrpro.engine.deployment import DeployError
 from hrpro.engine.feeds import Counters, Feeds, error_message
+from hrpro.engine.logs import PeerLog, fact
+from hrpro.engine.metrics import DEPLOY_REFUSED, Metrics
 from hrpro.engine.protocol import (
     DeployReply,
     DeployRequest,
     DrainReply,
     DrainRequest,
+    Error,
     FinalProposal,
     HrproError,
     Message,
@@ -66,23 +71,36 @@ class Server:
             server.run()
 
     A port `*` or 0 takes a free one; `feed_address`, `events_address` and `control_address` name
-    what was bound. `stop` and `drain` may be called from any thread and from a signal handler,
-    everything else only from the thread that runs. Raises zmq.ZMQError when an address cannot
-    be bound.
+    what was bound. `stop` and `drain` may be called from any thread and from a signal handler, and
+    `metrics` reads from others; everything else only from the thread that runs. Raises
+    zmq.ZMQError when an address cannot be bound.
     """
 
     def __init__(
-        self, pipeline: Pipeline, feed: str, events: str, control: str, deployer: Deployer
+        self,
+        pipeline: Pipeline,
+        feed: str,
+        events: str,
+        control: str,
+        deployer: Deployer,
+        metrics: Metrics | None = None,
     ) -> None:
         self.counters = Counters()
+        self.refused: Counter[str] = Counter()  # messages, by the code of their Error
         self.instance = secrets.token_hex(8)
+        self.turn_began_s: float | None = None  # monotonic; None while it waits for messages
         self._pipeline = pipeline
         self._deployer = deployer
-        self._feeds = Feeds(pipeline, self.counters, self._send_to_feeder)
+        self._metrics = metrics or Metrics()
+        self._peer_log = PeerLog(_log)
+        self._feeds = Feeds(
+            pipeline, self.counters, self._send_to_feeder, arrivals=self._metrics.arrivals
+        )
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
         self._open(feed, events, control)
+        self._metrics.watch(self, pipeline)
 
     def _open(self, feed: str, events: str, control: str) -> None:
         feed_bytes = protocol.max_frame_bytes(
@@ -124,20 +142,32 @@ class Server:
 
     # ---- life cycle ----------------------------------------------------------------------------
 
+    @property
+    def state(self) -> Literal["serving", "draining"]:
+        """Whether it takes snippets."""
+        return "draining" if self._drain_requested else "serving"
+
     def run(self) -> None:
         """Serves until `stop()`, or until a drain is complete."""
+        bundle_id = self._pipeline.bundle_id
+        _log.info("serving: bundle %s", bundle_id, extra=fact("serving", bundle_id=bundle_id))
         poller = zmq.Poller()
         for source in (self._feed, self._events, self._control, self._wake_reader):
             poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
             while not (self._stop_requested or self._drained()):
-                poller.poll(0 if self._pipeline.pending() else None)
+                poller.poll(0 if self._pipeline.pending() else self._peer_log.due_ms())
+                self.turn_began_s = time.monotonic()
                 self._turn()
+                self.turn_began_s = None
         if self._drained():
             for order in self._deployer.asked:
                 self._refuse_deploy(_draining(), order.envelope)
             for envelope in self._drain_envelopes:
                 self._send(self._control, envelope, DrainReply())
+        self._peer_log.say_left_out(now=True)
+        how = "drained" if self._drained() else "stopped"
+        _log.info("%s", how, extra=fact(how))
 
     def stop(self) -> None:
         """Ends `run` after its current turn; what is not processed yet stays unprocessed."""
@@ -185,12 +215,15 @@ class Server:
         for outcome in self._deployer.outcomes():
             self._deploy(outcome)
         if self._drain_requested and not self._feeds.draining:
+            count = len(self._pipeline.streams)
+            _log.info("draining: %d open streams", count, extra=fact("draining", streams=count))
             self._feeds.drain()
         if self._pipeline.pending():
             for publication in self._pipeline.step():
                 self._publish(publication)
         self._feeds.admit_waiting()
         self._feeds.acknowledge()
+        self._peer_log.say_left_out()
 
     def _read(self, source: zmq.Socket[bytes], handle: Callable[[list[bytes]], None]) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -201,13 +234,31 @@ class Server:
 
     def _publish(self, publication: Publication) -> None:
         sockets.try_send(self._events, protocol.encode(publication))
+        self._metrics.published(publication)
         if isinstance(publication, FinalProposal):
             self.counters.proposals += 1
         elif not isinstance(publication, StreamNotice):
             self.counters.events += 1
-        elif publication.kind == "ended":
+        else:
+            self._on_notice(publication)
+
+    def _on_notice(self, notice: StreamNotice) -> None:
+        if notice.kind == "opened":
+            how = f"session {notice.session} from snippet {notice.first_index}"
+        else:
+            how = (
+                f"session {notice.session} at snippet {notice.next_index}, "
+                f"{notice.proposals} proposals, {notice.events} events"
+            )
             self.counters.ended_streams += 1
-            self._feeds.on_ended(publication)
+            self._feeds.on_ended(notice)
+        self._peer_log.say(
+            logging.INFO,
+            f"stream_{notice.kind}",
+            f"stream {notice.stream!r}: {notice.kind} {how}",
+            stream=notice.stream,
+            session=notice.session,
+        )
 
     # ---- the three sockets ---------------------------------------------------------------------
 
@@ -285,16 +336,17 @@ class Server:
             "deployed: bundle %s, previous %s, canary %s, changed %d open streams",
             *self._bundle_ids(),
             changed_streams,
+            extra=fact("deployed", bundle_id=reply.bundle_id, changed_streams=changed_streams),
         )
         if envelope is not None:
             self._send(self._control, list(envelope), reply)
 
     def _refuse_deploy(self, error: HrproError, envelope: tuple[bytes, ...] | None) -> None:
         self.counters.deploys_refused += 1
-        _log.warning("not deployed: %s", error)
+        _log.warning("not deployed: %s", error, extra=fact(DEPLOY_REFUSED, code=DEPLOY_REFUSED))
         if envelope is not None:
             text = str(error)[: protocol.MAX_ERROR_CHARACTERS]
-            refusal = protocol.Error(None, "deploy_refused", text, None)
+            refusal = Error(None, DEPLOY_REFUSED, text, None)
             self._send(self._control, list(envelope), refusal)
 
     def _bundle_ids(self) -> tuple[str, str | None, str | None]:
@@ -316,12 +368,13 @@ class Server:
             bundle_id=bundle_id,
             previous_bundle_id=previous_bundle_id,
             canary_bundle_id=canary_bundle_id,
-            state="draining" if self._feeds.draining else "serving",
+            state=self.state,
             streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
             counters={
                 **asdict(self.counters),
                 "snippets_processed": pipeline.snippets_scored,
                 "batches": pipeline.batches,
+                **{f"refused_{code}": count for code, count in self.refused.items()},
             },
         )
 
@@ -333,6 +386,9 @@ class Server:
             "bundle_id": stream.bundle_id,
             "next_index": stream.next_index,
             "processed": stream.processed,
+            "lag_snippets": stream.lag,
+            "lag_ms": round(stream.lag * self._pipeline.clock.snippet_s * 1000),
+            "credit_snippets": stream.send_until - stream.next_index,
             "open_actions": stream.open_actions,
             "proposals": stream.proposals,
             "events": stream.events,
@@ -344,6 +400,17 @@ class Server:
         return self._send(self._feed, [identity], message)
 
     def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
+        if isinstance(message, Error) and message.code != DEPLOY_REFUSED:
+            self.refused[message.code] += 1
+            # From a recoverable one the feeder goes on by itself, after each start of the engine.
+            recoverable = message.code in protocol.RECOVERABLE_CODES
+            self._peer_log.say(
+                logging.INFO if recoverable else logging.WARNING,
+                "refused_recoverable" if recoverable else "refused",
+                f"refused, {message.code}: {message.message}",
+                stream=message.stream,
+                code=message.code,
+            )
         return sockets.try_send(target, envelope + protocol.encode(message))
 
 

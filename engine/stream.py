@@ -68,6 +68,11 @@ class Stream:
         """Whether the stream is over and all its scores are final."""
         return self.ended and self.processed == self.next_index
 
+    @property
+    def lag(self) -> int:
+        """Snippets whose scores could be computed now and are not."""
+        return max(0, self.ready_until() - self.processed)
+
     def append(self, first_index: int, features: NDArray[np.float32]) -> None:
         """Take the chunk (n, D) of consecutive snippets; what is there already is dropped.
 

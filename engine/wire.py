@@ -56,6 +56,8 @@ ERROR_CODES: Mapping[str, str] = {
     "draining": "the engine is finishing and takes nothing new",
     "deploy_refused": "the bundle cannot work here, or there is none to go back to",
 }
+# Those that only say that feeder and engine have lost sight of each other.
+RECOVERABLE_CODES = frozenset({"unknown_stream", "out_of_order", "no_credit"})
 
 
 class HrproError(Exception):

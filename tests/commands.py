@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def command_lines(document: Path) -> list[str]:
 class Engine:
     process: subprocess.Popen[str]
     addresses: Addresses
+    metrics: str = ""
+    said: list[str] = field(default_factory=list)  # on stderr, once it has left
 
     @property
     def feed(self) -> str:
@@ -95,6 +98,10 @@ class Engine:
     @property
     def events(self) -> str:
         return self.addresses.events
+
+    @property
+    def control(self) -> str:
+        return self.addresses.control
 
     def kill(self) -> None:
         """As `kill -9` does; returns when it is gone."""
@@ -117,8 +124,10 @@ def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str
 
 
 @contextlib.contextmanager
-def engine(bundle: Path, *options: object, addresses: Addresses = ANYWHERE) -> Iterator[Engine]:
-    """An engine as a process; leaves, unless it was killed, in peace and without a word."""
+def engine(
+    bundle: Path, *options: object, addresses: Addresses = ANYWHERE, quiet: bool = True
+) -> Iterator[Engine]:
+    """An engine as a process; leaves, unless it was killed, in peace and, if quiet, silently."""
     sides = [part for side, at in vars(addresses).items() for part in (f"--{side}", at)]
     with running("serve", bundle, "--json", *sides, "--set", "threads=1", *options) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -126,11 +135,36 @@ def engine(bundle: Path, *options: object, addresses: Addresses = ANYWHERE) -> I
         assert line, process.stderr.read()
         ready = json.loads(line)
         assert ready["state"] == "READY"
-        yield Engine(process, Addresses(*(ready[side] for side in vars(addresses))))
+        bound = Addresses(*(ready[side] for side in vars(addresses)))
+        served = Engine(process, bound, ready.get("metrics", ""))
+        yield served
         process.terminate()
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
-        assert (stdout, stderr) == ("", "")
+        served.said.extend(stderr.splitlines())
+        assert stdout == ""
+        assert not (quiet and stderr), stderr
+        assert "Traceback" not in stderr
         assert process.returncode in (0, -9)
+
+
+class Screen:
+    """What a program writes to a terminal."""
+
+    def __init__(self, terminal: int) -> None:
+        self._terminal = terminal
+        self.text = ""
+
+    def shows(self, wanted: str) -> bool:
+        """Whether it has been on the screen; waits a moment for more."""
+        while select.select([self._terminal], [], [], 0.05)[0]:
+            try:
+                data = os.read(self._terminal, 65536)
+            except OSError:  # the program has left its terminal
+                break
+            if not data:
+                break
+            self.text += data.decode(errors="replace")
+        return wanted in self.text
 
 
 def wait_for(happened: Callable[[], bool]) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from hrpro.engine import protocol
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import DeployError, Deployment, Deployments
+from hrpro.engine.metrics import Metrics
 from hrpro.engine.protocol import (
     ActionEvent,
     Chunk,
@@ -59,6 +60,10 @@ class TinyStream:
     sequence: int = 0
     waiting: list[NDArray[np.float32]] = field(default_factory=list)
 
+    @property
+    def lag(self) -> int:
+        return len(self.waiting)
+
 
 class TinyPipeline:
     """The pipeline's interface, with 4 snippets a step and room for 16 in a stream."""
@@ -72,7 +77,9 @@ class TinyPipeline:
     lookahead_snippets = 1
     lookahead_s = 0.64
     bundle_id = "tiny"
-    deployments = Deployments(SimpleNamespace(bundle_id="tiny"))  # type: ignore[arg-type]
+    deployments = Deployments(
+        SimpleNamespace(bundle_id="tiny", config=SimpleNamespace(provider="cpu"))  # type: ignore[arg-type]
+    )
     max_chunk_snippets = 8
     room_snippets = 16
     step_snippets = 4
@@ -176,9 +183,10 @@ def new_server(
     feed: str = ANY_PORT,
     events: str = ANY_PORT,
     control: str = ANY_PORT,
+    metrics: Metrics | None = None,
 ) -> Server:
     """A server to which no bundle can be deployed."""
-    return Server(pipeline, feed, events, control, Deployer(no_bundle))
+    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics)
 
 
 def no_bundle(folder: Path) -> Deployment:
@@ -191,9 +199,10 @@ def serving(
     feed: str = ANY_PORT,
     events: str = ANY_PORT,
     control: str = ANY_PORT,
+    metrics: Metrics | None = None,
 ) -> Iterator[Server]:
     """A server that runs in a thread until the block is left."""
-    with new_server(pipeline or TinyPipeline(), feed, events, control) as server:
+    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

@@ -21,7 +21,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def served(trained: Trained) -> Iterator[Engine]:
-    with engine(trained.bundle) as running_engine:
+    with engine(trained.bundle, quiet=False) as running_engine:
         yield running_engine
 
 

@@ -121,7 +121,9 @@ def test_a_command_line_of_the_readme_is_one(line: str) -> None:
     command.make_context(line, words)  # raises for an unknown option and for a missing one
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "stream-eval"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "export", "stream-eval", "status", "streams", "drain"]
+)
 def test_these_commands_print_json(command: str) -> None:
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert "--json" in {option for each in parameters for option in each.opts}

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import pty
-import select
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import pytest
 from commands import (
     PATIENCE_S,
     Engine,
+    Screen,
     Trained,
     engine,
     environment,
@@ -289,26 +289,6 @@ def test_a_label_is_shown_as_it_is() -> None:
     board = EventBoard()
     board.take(action("start", label="jump [left]"))
     assert rows(board)[0][1] == "jump [left]"
-
-
-class Screen:
-    """What a program writes to a terminal."""
-
-    def __init__(self, terminal: int) -> None:
-        self._terminal = terminal
-        self.text = ""
-
-    def shows(self, wanted: str) -> bool:
-        """Whether it has been on the screen; waits a moment for more."""
-        while select.select([self._terminal], [], [], 0.05)[0]:
-            try:
-                data = os.read(self._terminal, 65536)
-            except OSError:  # the program has left its terminal
-                break
-            if not data:
-                break
-            self.text += data.decode(errors="replace")
-        return wanted in self.text
 
 
 def test_the_table_is_live(trained: Trained, served: Engine) -> None:

@@ -1,0 +1,149 @@
+"""The answer to a status request, for people: a table that is kept up to date, or lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hrpro.clients.control import request_status
+from hrpro.engine.protocol import NoReplyError
+
+Entry = Mapping[str, Any]
+# (engine's run, session of the stream) -> next snippet, when the engine was asked last
+Positions = dict[tuple[str, str, int], int]
+
+_REFUSED = "refused_"
+
+
+def show_status(control: str, console: Console, interval_s: float, timeout_s: float) -> None:
+    """Ask again and again, until interrupted; an engine that does not answer may come back."""
+    reply: Entry | None = None
+    rates = Rates()
+    answered_s = time.monotonic()
+    with Live(Text(f"asking {control}"), console=console, auto_refresh=False) as live:
+        while True:
+            try:
+                reply = request_status(control, timeout_s)
+            except NoReplyError:
+                live.update(_silent(control, time.monotonic() - answered_s, reply), refresh=True)
+            else:
+                answered_s = time.monotonic()
+                rates.take(reply, answered_s)
+                live.update(status_table(reply, rates), refresh=True)
+            time.sleep(interval_s)
+
+
+class Rates:
+    """Snippets a second of each stream, from two answers."""
+
+    def __init__(self) -> None:
+        self._before: Positions = {}
+        self._rates: dict[tuple[str, str, int], float] = {}
+        self._at_s = 0.0
+
+    def take(self, reply: Entry, at_s: float) -> None:
+        """An answer, and when it came."""
+        now = {_key(reply, each): each["next_index"] for each in reply["streams"]}
+        self._rates = {
+            key: (index - self._before[key]) / (at_s - self._at_s)
+            for key, index in now.items()
+            if key in self._before
+        }
+        self._before, self._at_s = now, at_s
+
+    def of(self, reply: Entry, stream: Entry) -> float | None:
+        """None if the session was not there before."""
+        return self._rates.get(_key(reply, stream))
+
+
+def _key(reply: Entry, stream: Entry) -> tuple[str, str, int]:
+    return reply["instance"], stream["stream"], stream["session"]
+
+
+def status_table(reply: Entry, rates: Rates | None = None) -> Group:
+    """The engine in some lines, then its streams, those that lag first."""
+    table = Table()
+    names = ("stream", "snippets", "lag", "credit", "open", "events", "finals", "feeder")
+    for name in (*names[:2], *(["rate"] if rates else []), *names[2:]):
+        left = name in {"stream", "feeder"}
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for each in sorted(reply["streams"], key=lambda each: (-each["lag_snippets"], each["stream"])):
+        rate = rates.of(reply, each) if rates else None
+        table.add_row(
+            each["stream"],
+            str(each["next_index"]),
+            *([] if rates is None else ["" if rate is None else f"{rate:.1f}/s"]),
+            _lag(each),
+            str(each["credit_snippets"]),
+            str(each["open_actions"]),
+            str(each["events"]),
+            str(each["proposals"]),
+            "" if each["fed_by"] else "gone",
+            style=_style(each),
+        )
+    return Group(*map(Text, _summary(reply)), table)
+
+
+def stream_lines(streams: Sequence[Entry]) -> list[str]:
+    """A heading and a line for each stream, in columns that are as wide as they must be."""
+    names = ("session", "next_index", "processed", "lag_snippets", "open_actions", "bundle_id")
+    rows = [("stream", *names), *((e["stream"], *(str(e[n]) for n in names)) for e in streams)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _summary(reply: Entry) -> list[str]:
+    streams, counters = reply["streams"], reply["counters"]
+    worst = max(streams, key=lambda each: each["lag_snippets"], default=None)
+    duplicates = counters["chunks_duplicate"]
+    refused = {
+        name.removeprefix(_REFUSED): count
+        for name, count in sorted(counters.items())
+        if name.startswith(_REFUSED)
+    }
+    reasons = f" ({', '.join(f'{code} {count}' for code, count in refused.items())})"
+    bundles = [reply["bundle_id"]]
+    bundles += [
+        f"{name} {reply[f'{name}_bundle_id']}"
+        for name in ("canary", "previous")
+        if reply[f"{name}_bundle_id"] is not None
+    ]
+    return [
+        f"state     {reply['state']}",
+        f"bundle    {', '.join(bundles)}",
+        f"streams   {len(streams)} open, {counters['ended_streams']} ended, "
+        f"worst lag {_lag(worst) if worst else 'none'}",
+        f"snippets  {counters['snippets_in']} in, {counters['snippets_processed']} processed, "
+        f"{sum(each['lag_snippets'] for each in streams)} waiting",
+        f"actions   {sum(each['open_actions'] for each in streams)} open, "
+        f"{counters['events']} events, {counters['proposals']} final proposals",
+        f"refused   {sum(refused.values())} messages{reasons if refused else ''}; "
+        f"dropped {duplicates} duplicate chunks",
+        f"deploys   {counters['deploys']}, {counters['deploys_refused']} refused",
+    ]
+
+
+def _lag(stream: Entry) -> str:
+    return f"{stream['lag_snippets']} ({stream['lag_ms'] / 1000:.1f} s)"
+
+
+def _style(stream: Entry) -> str:
+    if not stream["fed_by"]:
+        return "dim"
+    return "yellow" if stream["credit_snippets"] == 0 else ""
+
+
+def _silent(control: str, silent_s: float, reply: Entry | None) -> Group:
+    said = Text(f"no answer from {control} for {silent_s:.0f} s", style="bold red")
+    if reply is None:
+        return Group(said)
+    return Group(said, Text("it was, when it answered last:"), status_table(reply))
