@@ -118,7 +118,7 @@ def test_sigterm_ends_the_streams_and_publishes_their_tails(trained: Trained) ->
             said[name] = value.strip()
         assert list(said) == ["bundle", "window", "feed", "events", "control", "READY"]
         assert said["bundle"].startswith(f"{trained.exported['bundle_id']}, 6 classes, 96 features")
-        assert said["window"].endswith("final within 4 s")
+        assert said["window"].endswith("look-ahead 4 s")
         with EventSubscriber(said["events"], stream="cam") as subscriber:
             subscriber.wait_connected(PATIENCE_S)
             with FeatureFeeder(said["feed"], "cam", DIM) as feeder:
