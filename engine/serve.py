@@ -11,9 +11,10 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
+from hrpro.engine.inference import Backend
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
-from hrpro.engine.settings import load_settings
+from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.export.bundle import Bundle, check_fixed_settings
 from hrpro.export.golden import check_golden
 
@@ -38,12 +39,24 @@ def load_engine_config(
 
 
 def new_deployment(bundle: Bundle, config: EngineConfig) -> Deployment:
-    """A bundle on ONNX Runtime, checked on this machine and warm."""
-    backend = OnnxRuntimeBackend(bundle, config)
+    """A bundle on its backend, checked there and warm."""
+    backend = _new_backend(bundle, config)
     check_golden(bundle, backend)
     deployment = Deployment(bundle.manifest, backend, config)
     deployment.warm_up()
     return deployment
+
+
+def _new_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+    if config.backend == "onnxruntime":
+        return OnnxRuntimeBackend(bundle, config)
+    try:
+        from hrpro.engine.backends.triton import TritonBackend
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"backend triton: expected the package {error.name}: pip install hrpro-stream[triton]"
+        ) from None
+    return TritonBackend(bundle, config)
 
 
 def serve(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import zmq
 
@@ -82,6 +82,8 @@ class Server:
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
+        self._waited_for: str | None = None
+        pipeline.wake = self._wake
         self._open(feed, events, control)
 
     def _open(self, feed: str, events: str, control: str) -> None:
@@ -189,6 +191,7 @@ class Server:
         if self._pipeline.pending():
             for publication in self._pipeline.step():
                 self._publish(publication)
+            self._report_waiting()
         self._feeds.admit_waiting()
         self._feeds.acknowledge()
 
@@ -208,6 +211,14 @@ class Server:
         elif publication.kind == "ended":
             self.counters.ended_streams += 1
             self._feeds.on_ended(publication)
+
+    def _report_waiting(self) -> None:
+        reason, before = self._pipeline.waits_for, self._waited_for
+        if reason is not None and reason != before:
+            _log.warning("waiting, the streams are held: %s", reason)
+        elif reason is None and before is not None:
+            _log.info("serving again")
+        self._waited_for = reason
 
     # ---- the three sockets ---------------------------------------------------------------------
 
@@ -316,7 +327,7 @@ class Server:
             bundle_id=bundle_id,
             previous_bundle_id=previous_bundle_id,
             canary_bundle_id=canary_bundle_id,
-            state="draining" if self._feeds.draining else "serving",
+            state=self._state(),
             streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
             counters={
                 **asdict(self.counters),
@@ -324,6 +335,11 @@ class Server:
                 "batches": pipeline.batches,
             },
         )
+
+    def _state(self) -> Literal["serving", "waiting", "draining"]:
+        if self._feeds.draining:
+            return "draining"
+        return "serving" if self._pipeline.waits_for is None else "waiting"
 
     def _stream_status(self, stream: Stream) -> dict[str, int | str | bool]:
         feed = self._feeds.live.get(stream.stream)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
-from hrpro.engine.deployment import Backend, Deployment
+from hrpro.engine.deployment import Deployment
+from hrpro.engine.inference import Backend
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline

@@ -72,6 +72,7 @@ class TinyPipeline:
     lookahead_snippets = 1
     lookahead_s = 0.64
     bundle_id = "tiny"
+    waits_for = None
     deployments = Deployments(SimpleNamespace(bundle_id="tiny"))  # type: ignore[arg-type]
     max_chunk_snippets = 8
     room_snippets = 16
