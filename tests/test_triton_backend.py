@@ -50,6 +50,7 @@ class Place:
     repository: Path
     scratch: Path
     port: int = field(default_factory=free_port)
+    server: TritonServer | None = None
 
     @property
     def address(self) -> str:
@@ -58,6 +59,7 @@ class Place:
     @contextlib.contextmanager
     def served(self) -> Iterator[TritonServer]:
         with triton_server(self.repository, self.scratch, [MODEL], self.port) as server:
+            self.server = server
             yield server
         sys.stderr.write("".join(server.log))  # pytest shows it beside a failure
 
@@ -155,13 +157,14 @@ def test_a_swap_to_another_version_with_batches_in_flight(
         drive.take_turns([("a", 60, 0), ("b", 40, 0)])
         drive.settle()
         drive.take_turns([("a", 20, 0), ("b", 20, 0)])
-    remote = drives[0].pipeline
-    published = remote.step()
-    drives[0].published += published
-    if not published:  # else Triton was quicker than this thread
-        assert any(each.asked > each.processed for each in remote.streams.values())
-        for drive, deployment in zip(drives, others, strict=True):
-            drive.pipeline.deploy(deployment)
+    assert both.server is not None
+    both.server.stop()
+    drives[0].step()
+    streams = drives[0].pipeline.streams
+    assert any(each.asked > each.processed for each in streams.values())
+    for drive, deployment in zip(drives, others, strict=True):
+        drive.pipeline.deploy(deployment)
+    both.server.go_on()
     got, expected = (drive.finish() for drive in drives)
     for name in RECORDINGS:
         assert_same(of_stream(got, name), of_stream(expected, name))
@@ -324,8 +327,9 @@ def test_another_bundle_in_its_place_is_not_asked(
         drive.send("b", 20)
         while drive.pipeline.waits_for is None or "expected" not in drive.pipeline.waits_for:
             drive.woken.clear()
-            drive.step()
-            if not drive.pipeline.pending():
+            if drive.pipeline.pending():
+                drive.step()
+            else:
                 assert drive.woken.wait(PATIENCE_S)
         assert drive.pipeline.waits_for == (
             f"Triton at {place.address}: {MODEL}: expected a version with bundle "

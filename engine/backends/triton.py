@@ -74,7 +74,8 @@ class TritonBackend(InstanceStage):
         time.sleep(self._pause_s)
         try:
             scores, embedding = self._infer(features, valid)
-        except (InferenceServerException, BackendError) as error:
+        except (InferenceServerException, BackendError, ValueError) as error:
+            # A ValueError comes from an answer that is not what it says.
             # Not closed here: another thread may wait for its answer, which is as good as ever.
             self._connection = None
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
