@@ -33,9 +33,9 @@ class Batcher:
         Windows of one stream stand in the order of time.
         """
         waiting = [
-            (stream, stream.processed)
+            (stream, stream.asked)
             for stream in self._in_turn(streams)
-            if stream.processed < stream.ready_until()
+            if stream.asked < stream.ready_until()
         ]
         jobs: list[Job] = []
         while waiting and len(jobs) < self._max_batch:

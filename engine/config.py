@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hrpro.engine.settings import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
+BackendName = Literal["onnxruntime", "triton"]
 
 
 class LocalizationConfig(Settings):
@@ -75,6 +76,21 @@ class WindowConfig(Settings):
     )
 
 
+class TritonConfig(Settings):
+    """A Triton Inference Server that computes the windows."""
+
+    address: str = Field("127.0.0.1:8001", min_length=1, description="host and port of its gRPC")
+    name: str = Field(
+        "hrpro", min_length=1, description="name of the models, before -snippet and -instance"
+    )
+    deadline_s: float = Field(
+        10.0, gt=0, description="a request without an answer for so long is made again"
+    )
+    batches_in_flight: int = Field(
+        2, ge=1, le=64, description="batches that are asked for before the first is answered"
+    )
+
+
 class EngineConfig(Settings):
     """The engine as a process."""
 
@@ -92,7 +108,14 @@ class EngineConfig(Settings):
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
+    backend: BackendName = Field("onnxruntime", description="what computes the windows")
+    triton: TritonConfig = TritonConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )
+
+    @property
+    def batches_in_flight(self) -> int:
+        """How many may be computed elsewhere at a time; 0 where the engine computes them itself."""
+        return self.triton.batches_in_flight if self.backend == "triton" else 0

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.inference import Backend, Inference
 from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.publish import Publisher
-from hrpro.engine.refine import InstanceScorer
 from hrpro.engine.windows import plan_windows
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import SNIPPET_GRAPH, Manifest
@@ -34,16 +33,6 @@ class DeployError(HrproError):
     """A bundle cannot take the place of another one in a running engine."""
 
 
-class Backend(InstanceScorer, Protocol):
-    """Where inference runs: both stages of a bundle."""
-
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
-        ...
-
-
 class Deployment:
     """A bundle and all that works for it. Raises SettingsError for windows that do not fit it."""
 
@@ -52,14 +41,15 @@ class Deployment:
         self.bundle_id = manifest.bundle_id
         self.backend = backend
         self.config = config
+        self.inference = Inference(backend, config.batches_in_flight)
         self.plan = plan_windows(manifest, config)
         self.batcher = Batcher(self.plan, config.max_batch)
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
 
-    def warm_up(self) -> None:
-        """Run inference once, so that the first snippets do not wait for it."""
+    def warm_up(self, backend: Backend) -> None:
+        """Let a backend compute a batch of this size, so that the first snippets do not wait."""
         shape = (self.config.max_batch, self.plan.window, self.manifest.feature_dim)
-        self.backend.score_snippets(
+        backend.score_snippets(
             np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=np.bool_)
         )
 
@@ -79,6 +69,7 @@ class Deployment:
         before, stream.deployment = stream.deployment, self
         if before is self:
             return False
+        before.inference.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
         stream.localizer.use(
             self.config.localization,

@@ -270,7 +270,9 @@ class StatusReply(Message):
     bundle_id: str = _wire(wire.text(256))
     previous_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
     canary_bundle_id: str | None = _wire(wire.optional(wire.text(256)))
-    state: Literal["serving", "draining"] = _wire(wire.one_of("serving", "draining"))
+    state: Literal["serving", "waiting", "draining"] = _wire(
+        wire.one_of("serving", "waiting", "draining")
+    )
     streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
     counters: dict[str, int | str | bool] = _wire(wire.plain_map)
 

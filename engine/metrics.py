@@ -34,7 +34,7 @@ from hrpro.engine.messages import ActionEvent, FinalProposal, Publication
 from hrpro.engine.wire import ERROR_CODES
 
 if TYPE_CHECKING:
-    from hrpro.engine.deployment import Backend
+    from hrpro.engine.inference import Backend
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.server import Server
 
@@ -123,7 +123,7 @@ class Metrics(Collector):
     # ---- read by whoever asks ------------------------------------------------------------------
 
     @property
-    def state(self) -> Literal["starting", "serving", "draining"]:
+    def state(self) -> Literal["starting", "serving", "waiting", "draining"]:
         """Whether the engine takes snippets."""
         return "starting" if self._server is None else self._server.state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.deployment import Backend
+from hrpro.engine.inference import Backend
 from hrpro.engine.localizer import localize
 from hrpro.engine.refine import Proposal
 from hrpro.engine.windows import Floats, in_pieces

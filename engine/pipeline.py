@@ -3,12 +3,13 @@
     append -> ring -> [ window -> batch -> infer -> stitch -> localize -> publish ]
                         a step
 
-No I/O happens here; the server calls `append` with what came and sends what `step` returns.
+No I/O happens here; the server calls `append` with what came and sends what `step` returns. A
+backend on another machine answers in a later step: `wake` is called, in any thread, when it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class Pipeline:
     def __init__(self, deployment: Deployment) -> None:
         manifest, config, plan = deployment.manifest, deployment.config, deployment.plan
         self.deployments = Deployments(deployment)
+        self.wake: Callable[[], None] = lambda: None
         self._served = deployment  # the one that had the last batch
         self._max_streams = config.max_streams
         self._sessions: dict[str, int] = {}
@@ -57,15 +59,16 @@ class Pipeline:
         return self.deployments.current.bundle_id
 
     def step(self) -> list[Publication]:
-        """At most one micro-batch of inference; returns what is to be published, in order."""
+        """At most one micro-batch of inference a bundle; returns what is to be published."""
         published, self._announcements = self._announcements, []
         deployment, jobs = self._next_batch()
         if jobs:
-            features, valid = self._fill_windows(jobs)
-            scores, embedding = deployment.backend.score_snippets(features, valid)
-            self.batches += 1
-            for row, job in enumerate(jobs):
-                stitched = stitch(job, scores[row], embedding[row])
+            deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
+        for deployment in self.deployments.at_work():
+            scored = deployment.inference.take()
+            self.batches += bool(scored)
+            for job, scores, embedding in scored:
+                stitched = stitch(job, scores, embedding)
                 decisions = job.stream.localizer.advance(*stitched)
                 job.stream.processed = job.until
                 self.snippets_scored += len(stitched[0])
@@ -77,10 +80,21 @@ class Pipeline:
 
     def pending(self) -> bool:
         """Whether a step has something to do."""
-        return bool(self._announcements) or any(
-            stream.finished or stream.processed < stream.ready_until()
-            for stream in self.streams.values()
+        return (
+            bool(self._announcements)
+            or any(each.inference.has_answer for each in self.deployments.at_work())
+            or any(
+                stream.finished
+                or (stream.deployment.inference.has_room and stream.asked < stream.ready_until())
+                for stream in self.streams.values()
+            )
         )
+
+    @property
+    def waits_for(self) -> str | None:
+        """Why a backend on another machine does not answer, if it does not."""
+        reasons = [each.inference.waits_for for each in self.deployments.at_work()]
+        return next((each for each in reasons if each is not None), None)
 
     def open(self, stream: str, first_index: int) -> Stream:
         """A new session of a stream, or the live one. Raises StreamError if there is no room."""
@@ -131,6 +145,8 @@ class Pipeline:
     def _next_batch(self) -> tuple[Deployment, list[Job]]:
         """Windows of one bundle; where two have some, they take turns."""
         for deployment in sorted(self.deployments.at_work(), key=lambda each: each is self._served):
+            if not deployment.inference.has_room:
+                continue
             of_it = {n: each for n, each in self.streams.items() if each.deployment is deployment}
             jobs = deployment.batcher.take(of_it)
             if jobs:

@@ -11,10 +11,11 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
+from hrpro.engine.inference import Backend
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
-from hrpro.engine.settings import load_settings
+from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.export.bundle import Bundle, check_fixed_settings
 from hrpro.export.golden import check_golden
 
@@ -38,13 +39,28 @@ def load_engine_config(
     return config
 
 
-def new_deployment(bundle: Bundle, config: EngineConfig) -> Deployment:
-    """A bundle on ONNX Runtime, checked on this machine and warm."""
-    backend = OnnxRuntimeBackend(bundle, config)
+def new_deployment(
+    bundle: Bundle, config: EngineConfig, metrics: Metrics | None = None
+) -> Deployment:
+    """A bundle on its backend, checked there and warm; from then on it is measured."""
+    backend = _new_backend(bundle, config)
     check_golden(bundle, backend)
-    deployment = Deployment(bundle.manifest, backend, config)
-    deployment.warm_up()
+    measured = backend if metrics is None else metrics.timed(backend)
+    deployment = Deployment(bundle.manifest, measured, config)
+    deployment.warm_up(backend)
     return deployment
+
+
+def _new_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+    if config.backend == "onnxruntime":
+        return OnnxRuntimeBackend(bundle, config)
+    try:
+        from hrpro.engine.backends.triton import TritonBackend
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"backend triton: expected the package {error.name}: pip install hrpro-stream[triton]"
+        ) from None
+    return TritonBackend(bundle, config)
 
 
 def serve(
@@ -70,14 +86,10 @@ def serve(
         brought = {"window": own.window, "localization": own.localization}
         changed = config.model_copy(update=brought)
         check_agreement(relied_on(bundle.manifest, config), new.manifest, changed)
-        return measured(new_deployment(new, changed))
-
-    def measured(deployment: Deployment) -> Deployment:
-        deployment.backend = metrics.timed(deployment.backend)
-        return deployment
+        return new_deployment(new, changed, metrics)
 
     deployer = Deployer(load, follow)  # what appears from here on is new
-    pipeline = Pipeline(measured(new_deployment(bundle, config)))
+    pipeline = Pipeline(new_deployment(bundle, config, metrics))
     with Server(
         pipeline, addresses.feed, addresses.events, addresses.control, deployer, metrics
     ) as server:

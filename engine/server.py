@@ -99,6 +99,8 @@ class Server:
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
+        self._waited_for: str | None = None
+        pipeline.wake = self._wake
         self._open(feed, events, control)
         self._metrics.watch(self, pipeline)
 
@@ -143,9 +145,11 @@ class Server:
     # ---- life cycle ----------------------------------------------------------------------------
 
     @property
-    def state(self) -> Literal["serving", "draining"]:
-        """Whether it takes snippets."""
-        return "draining" if self._drain_requested else "serving"
+    def state(self) -> Literal["serving", "waiting", "draining"]:
+        """Whether it takes snippets, and computes them."""
+        if self._drain_requested:
+            return "draining"
+        return "serving" if self._pipeline.waits_for is None else "waiting"
 
     def run(self) -> None:
         """Serves until `stop()`, or until a drain is complete."""
@@ -221,6 +225,7 @@ class Server:
         if self._pipeline.pending():
             for publication in self._pipeline.step():
                 self._publish(publication)
+            self._report_waiting()
         self._feeds.admit_waiting()
         self._feeds.acknowledge()
         self._peer_log.say_left_out()
@@ -259,6 +264,14 @@ class Server:
             stream=notice.stream,
             session=notice.session,
         )
+
+    def _report_waiting(self) -> None:
+        reason, before = self._pipeline.waits_for, self._waited_for
+        if reason is not None and reason != before:
+            _log.warning("waiting, the streams are held: %s", reason)
+        elif reason is None and before is not None:
+            _log.info("serving again")
+        self._waited_for = reason
 
     # ---- the three sockets ---------------------------------------------------------------------
 

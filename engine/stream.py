@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Stream:
     """One live stream; ``session`` counts how often its id was opened, ``deployment`` works for it.
 
-    Snippets below ``next_index`` have come, scores below ``processed`` are final.
+    Snippets below ``next_index`` have come, scores below ``asked`` are asked for and below
+    ``processed`` final.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Stream:
         self.stream = stream
         self.session = session
         self.first_index = first_index
+        self.asked = first_index
         self.processed = first_index
         self.deployment = deployment
         self.localizer = deployment.new_localizer(first_index)

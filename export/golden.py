@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hrpro.export.bundle import Bundle, BundleError
 
 if TYPE_CHECKING:
-    from hrpro.engine.deployment import Backend
+    from hrpro.engine.inference import Backend
 
 Floats = NDArray[np.float32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
-from hrpro.engine.deployment import Backend, Deployment
+from hrpro.engine.deployment import Deployment
+from hrpro.engine.inference import Backend
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
@@ -18,6 +20,8 @@ from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
 
+# Far more than any step of a test takes; it only bounds how long a failure takes to show.
+PATIENCE_S = 60.0
 # (stream, snippets to send, steps to make after that)
 Turn = tuple[str, int, int]
 
@@ -88,6 +92,8 @@ class Drive:
         first_index: int = 0,
     ) -> None:
         self.pipeline = Pipeline(Deployment(manifest, backend, config))
+        self.woken = threading.Event()
+        self.pipeline.wake = self.woken.set
         self.recordings = recordings
         self.first_index = first_index
         self.published: list[Publication] = []
@@ -101,8 +107,15 @@ class Drive:
         self.published += self.pipeline.step()
 
     def settle(self) -> None:
-        while self.pipeline.pending():
-            self.step()
+        """Until nothing is left to do, nor in flight."""
+        while True:
+            self.woken.clear()
+            if self.pipeline.pending():
+                self.step()
+            elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
+                assert self.woken.wait(PATIENCE_S), "no answer came"
+            else:
+                return
 
     def send(self, name: str, count: int) -> None:
         """The next snippets of a recording, as many as there are and as have room."""

@@ -77,6 +77,7 @@ class TinyPipeline:
     lookahead_snippets = 1
     lookahead_s = 0.64
     bundle_id = "tiny"
+    waits_for = None
     deployments = Deployments(
         SimpleNamespace(bundle_id="tiny", config=SimpleNamespace(provider="cpu"))  # type: ignore[arg-type]
     )

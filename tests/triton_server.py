@@ -8,14 +8,16 @@ uses here: that asks for an older numpy.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -27,6 +29,7 @@ PATIENCE_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 _LIBRARY = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
 _READY = "Started GRPCInferenceService"
+_NUMBERS = itertools.count()  # of the servers of this process
 _WHEEL = Path(sys.prefix) / "triton-server" / "pytriton"
 
 
@@ -35,6 +38,20 @@ class TritonServer:
     url: str
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
+    killed: bool = False
+
+    def kill(self) -> None:
+        """As `kill -9` does, with the processes of its models; returns when it is gone."""
+        self.killed = True
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE_S)
+
+    def stop(self) -> None:
+        """It answers nothing until `go_on`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
 
 def wheel() -> Path:
@@ -63,13 +80,19 @@ def _stub(found: Path) -> Path:
     return stubs / version / "triton_python_backend_stub"
 
 
-@contextlib.contextmanager
-def triton_server(repository: Path, scratch: Path) -> Iterator[TritonServer]:
-    """A server that is ready and has no model loaded; at the end it leaves nothing."""
-    region = f"hrpro_test_{os.getpid()}_"
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def triton_server(
+    repository: Path, scratch: Path, models: Sequence[str] = (), port: int | None = None
+) -> Iterator[TritonServer]:
+    """A server that is ready, with these models; at the end it leaves nothing."""
+    region = f"hrpro_test_{os.getpid()}_{next(_NUMBERS)}_"
+    port = port or free_port()
     found = wheel()
     process = subprocess.Popen(
         [
@@ -83,7 +106,9 @@ def triton_server(repository: Path, scratch: Path) -> Iterator[TritonServer]:
             "--allow-metrics=false",
             "--grpc-address=127.0.0.1",
             f"--grpc-port={port}",
+            *(f"--load-model={model}" for model in models),
         ],
+        start_new_session=True,
         env=_environment(found),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -94,13 +119,13 @@ def triton_server(repository: Path, scratch: Path) -> Iterator[TritonServer]:
     leftovers = [path.name for path in SHARED_MEMORY.glob(f"{region}*")]
     for name in leftovers:
         (SHARED_MEMORY / name).unlink()
-    assert leftovers == []
+    assert leftovers == [] or server.killed
 
 
 def _executable(found: Path, scratch: Path) -> list[str]:
     """The server with its backend, put together in ``scratch``."""
     backends = scratch / "backends"
-    shutil.copytree(found / "tritonserver" / "backends", backends)
+    shutil.copytree(found / "tritonserver" / "backends", backends, dirs_exist_ok=True)
     stub = backends / "python" / "triton_python_backend_stub"
     server = scratch / "tritonserver"
     shutil.copy(_stub(found), stub)
@@ -120,8 +145,9 @@ def _reading(process: subprocess.Popen[str], url: str) -> Iterator[TritonServer]
     try:
         assert ready.wait(PATIENCE_S) and ready.is_ready, "".join(server.log)
         yield server
-        process.terminate()
-        assert process.wait(PATIENCE_S) == 0, "".join(server.log)
+        if not server.killed:
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0, "".join(server.log)
     finally:
         if process.poll() is None:
             process.kill()

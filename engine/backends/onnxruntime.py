@@ -30,37 +30,17 @@ class ProviderError(HrproError):
     """ONNX Runtime does not compute where it was told to."""
 
 
-class OnnxRuntimeBackend:
-    """Both graphs of a bundle as ONNX Runtime sessions.
+class InstanceStage:
+    """Stage 2 as an ONNX Runtime session.
 
-    Stage 2 runs on the CPU whatever the provider: its inputs have another size each time, and a
-    few proposals are less work than the way to a GPU. Raises ProviderError.
+    It runs on this machine's CPU, wherever stage 1 does: its inputs have another size each time,
+    and a few proposals are less work than the way to a GPU or to another machine.
     """
 
-    def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
-        options = onnxruntime.SessionOptions()
-        # The pool would count the machine's cores, not the ones this process may use.
-        options.intra_op_num_threads = config.threads or _usable_cores()
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        # Threads that spin between calls take the cores that feeders and subscribers need.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        cpu = [_PROVIDERS["cpu"]]
-        self._snippet = onnxruntime.InferenceSession(
-            bundle.snippet_graph, options, _providers(bundle.manifest, config)
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        self._instance = onnxruntime.InferenceSession(
+            bundle.instance_graph, _options(config), [_PROVIDERS["cpu"]]
         )
-        _check_provider(self._snippet, config.provider)
-        self._instance = onnxruntime.InferenceSession(bundle.instance_graph, options, cpu)
-
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
-        scores, embedding = self._snippet.run(
-            ["scores", "embedding"], {"features": features, "valid": valid}
-        )
-        return scores, embedding
 
     def score_instances(
         self, embedding: NDArray[np.float32], proposals: NDArray[np.float32]
@@ -71,6 +51,38 @@ class OnnxRuntimeBackend:
             {"features": embedding, "proposals": proposals},
         )
         return completeness, refined, refined_completeness
+
+
+class OnnxRuntimeBackend(InstanceStage):
+    """Both graphs of a bundle as ONNX Runtime sessions. Raises ProviderError."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        super().__init__(bundle, config)
+        self._snippet = onnxruntime.InferenceSession(
+            bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
+        )
+        _check_provider(self._snippet, config.provider)
+
+    def score_snippets(
+        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+        scores, embedding = self._snippet.run(
+            ["scores", "embedding"], {"features": features, "valid": valid}
+        )
+        return scores, embedding
+
+
+def _options(config: EngineConfig) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    # The pool would count the machine's cores, not the ones this process may use.
+    options.intra_op_num_threads = config.threads or _usable_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Threads that spin between calls take the cores that feeders and subscribers need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
