@@ -85,6 +85,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) ->
 
 def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
     dropping = (*SET, "--set", "model.dropout=0.3", "--set", "instance_stage.dropout=0.3")
+    dropping += ("--set", "snippet_stage.steps=200")  # the signal comes long before the end
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert by_two("train", data, "--out", whole, *dropping).returncode == 0
     command = torchrun("train", data, "--out", run, *dropping)
