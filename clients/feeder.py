@@ -9,18 +9,16 @@ engine that was killed can be given its context again:
     oldest                           acked            sent        next_index
                                                             send_until ^ (credit)
 
-Whatever goes wrong - a lost connection, a lost message, a restarted engine - is met in one way:
-Hello, Welcome, and on from `Welcome.next_index`.
+Whatever goes wrong - a lost connection, a restarted engine - is met in one way: Hello, Welcome,
+and on from `Welcome.next_index`. Where a message was lost alone, an Ack says what is missing.
 """
 
 from __future__ import annotations
 
 import enum
 import secrets
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -37,8 +35,10 @@ from hrpro.engine.protocol import (
     End,
     Ended,
     Error,
+    Gap,
     Hello,
     NoReplyError,
+    Policy,
     StreamError,
     Welcome,
 )
@@ -76,6 +76,11 @@ class FeatureFeeder:
     the engine has accepted or processed snippets, so that a busy engine may take its time. None
     waits for ever. The methods take one of their own, too.
 
+    `policy` says what becomes of snippets that there is no room for: `wait` lets `send` wait, as a
+    recording may; with `drop_newest` and `drop_oldest`, for cameras, `send` never waits. What the
+    engine has no room for is then dropped there, and here what is more than `buffer_snippets` while
+    the engine is away. `dropped` counts both. Such a feeder reads and sends while a method runs.
+
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
     """
@@ -87,22 +92,32 @@ class FeatureFeeder:
         feature_dim: int,
         clock: SnippetClock | None = None,
         first_index: int = 0,
+        policy: Policy = "wait",
+        buffer_snippets: int = 256,
         history_snippets: int | None = None,
         timeout_s: float | None = 30.0,
         retry_s: float = 2.0,
     ) -> None:
         clock = clock or SnippetClock()
         self._hello = Hello(
-            stream, feature_dim, clock.frames_per_s, clock.snippet_frames, first_index
+            stream, feature_dim, clock.frames_per_s, clock.snippet_frames, first_index, policy
         )
+        if buffer_snippets < 1:
+            raise ValueError(f"buffer_snippets: expected at least 1, came {buffer_snippets}")
         self.stream = stream
         self.welcome: Welcome | None = None
         self._history_given = history_snippets is not None
         self._history_snippets = history_snippets or 0
         self._timeout_s = timeout_s
         self._retry_s = retry_s
-        self._kept: deque[NDArray[np.float32]] = deque()  # each (D,)
-        self._oldest = first_index
+        # By index, ascending, each (D,); what is not here below `next_index` does not exist.
+        self._kept: dict[int, NDArray[np.float32]] = {}
+        self._buffer_snippets = buffer_snippets
+        self._dropped_here = 0
+        self._dropped_there = self._dropped_before = 0  # by this and by earlier sessions
+        self._sent_again_from: int | None = None
+        self.next_index = first_index
+        """The snippet index of the next snippet to be given to `send`."""
         self._acked = first_index
         self._sent = first_index
         self._send_until = first_index
@@ -144,14 +159,14 @@ class FeatureFeeder:
     # ---- what a caller does --------------------------------------------------------------------
 
     @property
-    def next_index(self) -> int:
-        """The snippet index of the next snippet to be given to `send`."""
-        return self._oldest + len(self._kept)
-
-    @property
     def lag(self) -> int:
         """How many snippets were given to `send` and are not known to be accepted yet."""
         return max(0, self.next_index - self._acked)
+
+    @property
+    def dropped(self) -> int:
+        """How many snippets there was no room for, here and in the engine, as far as is known."""
+        return self._dropped_here + self._dropped_before + self._dropped_there
 
     def connect(self, timeout_s: float | None = None) -> Welcome:
         """Waits for the engine's Welcome; `send` and `end` do so, too, where it is still due.
@@ -164,20 +179,34 @@ class FeatureFeeder:
     def send(self, features: NDArray[np.float32], timeout_s: float | None = None) -> None:
         """Hands (n, D) or (D,) float32 features of the next snippets to the engine.
 
-        Returns when all are sent; `flush` waits until they are accepted, too. Blocks while the
-        engine gives no credit or is away. Raises StreamError when the engine refuses them, or
-        before any of them is taken when no engine would take them. Raises NoReplyError when nothing
-        moves for `timeout_s`: snippets below `next_index` are then kept and will be sent, those
-        from there on were not taken and should be given again.
+        Returns when all are sent; `flush` waits until they are accepted, too. With the policy
+        `wait` it blocks while the engine gives no credit or is away. Raises StreamError when the
+        engine refuses them, or before any of them is taken when no engine would take them. Raises
+        NoReplyError when nothing moves for `timeout_s`: snippets below `next_index` are then kept
+        and will be sent, those from there on were not taken and should be given again.
         """
         rows = self._checked(features)
+        if self._hello.policy != "wait":
+            for row in rows:
+                self._keep(row)
+            self._exchange()
+            return
         chunk_snippets = self._connected(timeout_s).max_chunk_snippets
         for first in range(0, len(rows), chunk_snippets):
             self._wait(self._all_sent, timeout_s, "credit")
-            # Copied: the caller may change its array, and a view would keep all of it alive.
-            self._kept.extend(rows[first : first + chunk_snippets].copy())
-            self._forget_history()
+            for row in rows[first : first + chunk_snippets]:
+                self._keep(row)
         self._wait(self._all_sent, timeout_s, "credit")
+
+    def skip(self, snippets: int) -> None:
+        """The next snippets do not exist: the source has left them out, and `next_index` moves on.
+
+        The engine goes on behind such a gap. Raises ValueError for less than 0.
+        """
+        if snippets < 0:
+            raise ValueError(f"snippets: expected at least 0, came {snippets}")
+        self.next_index += snippets
+        self._exchange()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until the engine has accepted every snippet. Raises as `send` does."""
@@ -219,6 +248,25 @@ class FeatureFeeder:
             )
         return rows
 
+    def _keep(self, row: NDArray[np.float32]) -> None:
+        """Take a snippet, or drop one, where too many wait that may be dropped."""
+        index, self.next_index = self.next_index, self.next_index + 1
+        if self._hello.policy != "wait" and index - self._sent >= self._buffer_snippets:
+            waiting = [each for each in self._kept if each >= self._sent]
+            if len(waiting) >= self._buffer_snippets:
+                self._dropped_here += 1
+                if self._hello.policy == "drop_newest":
+                    return
+                del self._kept[waiting[0]]
+        # Copied: the caller may change its array, and a view would keep all of it alive.
+        self._kept[index] = row.copy()
+        self._forget_history()
+
+    @property
+    def _oldest(self) -> int:
+        """The oldest snippet that can still be sent."""
+        return next(iter(self._kept), self.next_index)
+
     # ---- the conversation ----------------------------------------------------------------------
 
     def _connected(self, timeout_s: float | None) -> Welcome:
@@ -255,6 +303,11 @@ class FeatureFeeder:
             else:
                 self._connection.wait(min(deadline.at_s, retry.at_s), for_room=needs_room)
 
+    def _exchange(self) -> None:
+        """Reads and sends what can be at once."""
+        self._read()
+        self._send_due()
+
     def _break_silence(self) -> None:
         # An End is asked for again as such: after a Hello it would end another, empty session.
         self._talk = _Talk.WELCOMED if self._talk is _Talk.END_SENT else _Talk.HELLO_DUE
@@ -269,19 +322,27 @@ class FeatureFeeder:
                     self._talk = _Talk.HELLO_SENT
                 case Chunk():
                     self._sent += len(message.features)
+                case Gap():
+                    self._sent = message.next_index
                 case End():
                     self._talk = _Talk.END_SENT
         return False
 
-    def _due(self) -> Hello | Chunk | End | None:
+    def _due(self) -> Hello | Chunk | Gap | End | None:
         if self._talk is _Talk.HELLO_DUE:
             return replace(self._hello, first_index=self._oldest)
         if self._talk is not _Talk.WELCOMED or self.welcome is None:
             return None
-        until = min(self.next_index, self._send_until, self._sent + self.welcome.max_chunk_snippets)
-        if self._sent < until:
-            rows = islice(self._kept, self._sent - self._oldest, until - self._oldest)
-            return Chunk(self.stream, self._sent, np.stack(list(rows)))
+        first = self._sent
+        if first < self.next_index and first not in self._kept:
+            behind = (index for index in self._kept if index > first)
+            return Gap(self.stream, first, next(behind, self.next_index))
+        until = min(self.next_index, self._send_until, first + self.welcome.max_chunk_snippets)
+        rows = []
+        while first + len(rows) < until and (row := self._kept.get(first + len(rows))) is not None:
+            rows.append(row)
+        if rows:
+            return Chunk(self.stream, first, np.stack(rows))
         if self._ending and self.lag == 0:
             return End(self.stream, self._acked)
         return None
@@ -307,7 +368,15 @@ class FeatureFeeder:
     def _on_welcome(self, welcome: Welcome) -> None:
         if self._talk is not _Talk.HELLO_SENT:
             # The answer to a repeated Hello: what was sent since is on its way.
-            self._on_ack(Ack(welcome.stream, welcome.next_index, welcome.send_until))
+            self._on_ack(
+                Ack(
+                    welcome.stream,
+                    welcome.next_index,
+                    welcome.send_until,
+                    None,
+                    self._dropped_there,
+                )
+            )
             return
         if welcome.next_index < self._oldest:
             self._refuse(
@@ -321,6 +390,7 @@ class FeatureFeeder:
         self._talk = _Talk.WELCOMED
         self._acked = self._sent = welcome.next_index
         self._send_until = welcome.send_until
+        self._sent_again_from = None
         self._forget_history()
 
     def _on_ack(self, ack: Ack) -> None:
@@ -329,6 +399,12 @@ class FeatureFeeder:
         self._acked = max(self._acked, ack.next_index)
         self._sent = max(self._sent, self._acked)
         self._send_until = max(self._send_until, ack.send_until)
+        if ack.missing_until is not None and ack.next_index != self._sent_again_from:
+            # Lost on the way, or still on it. What comes twice does no harm.
+            self._sent = self._sent_again_from = ack.next_index
+        if ack.dropped < self._dropped_there:  # another session, whose count begins anew
+            self._dropped_before += self._dropped_there
+        self._dropped_there = ack.dropped
         self._forget_history()
 
     def _on_ended(self, ended: Ended) -> None:
@@ -353,9 +429,8 @@ class FeatureFeeder:
 
     def _forget_history(self) -> None:
         """Lets go of accepted snippets, except the newest `history_snippets` of them."""
-        while self._kept and self._oldest < self._acked - self._history_snippets:
-            self._kept.popleft()
-            self._oldest += 1
+        while self._oldest < min(self._acked - self._history_snippets, self.next_index):
+            del self._kept[self._oldest]
 
 
 def _history_snippets(welcome: Welcome) -> int:

@@ -170,6 +170,9 @@ def _counts(server: Server, pipeline: Pipeline) -> Iterator[Metric]:
         ("snippets_processed", "Snippets whose scores are final.", pipeline.snippets_scored),
         ("chunks_received", "Chunks that were accepted.", counters.chunks_in),
         ("chunks_duplicate", "Accepted chunks without a new snippet.", counters.chunks_duplicate),
+        ("snippets_duplicate", "That came again, or too late.", counters.snippets_duplicate),
+        ("snippets_missing", "That never came, or were dropped.", counters.snippets_missing),
+        ("gaps", "Stretches of missing snippets.", counters.gaps),
         ("events", "ActionEvents published.", counters.events),
         ("proposals", "FinalProposals published.", counters.proposals),
         ("streams_ended", "Sessions that are complete.", counters.ended_streams),
@@ -177,6 +180,12 @@ def _counts(server: Server, pipeline: Pipeline) -> Iterator[Metric]:
         ("deploys_refused", "Bundles that could not work here.", counters.deploys_refused),
     ):
         yield CounterMetricFamily(f"hrpro_{name}", help_text, count)
+    dropped = CounterMetricFamily(
+        "hrpro_snippets_dropped", "Snippets that there was no room for.", labels=["policy"]
+    )
+    dropped.add_metric(["drop_oldest"], counters.snippets_dropped_oldest)
+    dropped.add_metric(["drop_newest"], counters.snippets_dropped_newest)
+    yield dropped
     refused = CounterMetricFamily(
         "hrpro_refused", "Messages that were answered with an Error.", labels=["code"]
     )
@@ -193,6 +202,8 @@ def _streams(pipeline: Pipeline) -> Iterator[Metric]:
     worst, waiting = max(lags, default=0), sum(lags)
     held = sum(stream.send_until <= stream.next_index for stream in streams)
     yield _gauge("streams_open", "Streams that are live or ending.", len(streams))
+    idle = sum(stream.idle for stream in streams)
+    yield _gauge("streams_idle", "Streams that nothing comes of.", idle)
     yield _gauge("streams_held", "Streams whose feeders have no credit left.", held)
     yield _gauge("open_actions", "Actions going on.", sum(each.open_actions for each in streams))
     yield _gauge("snippets_waiting", "Snippets that could be processed now.", waiting)

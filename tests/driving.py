@@ -58,6 +58,10 @@ class Recorder:
     def open_actions(self) -> int:
         return self.inner.open_actions
 
+    @property
+    def next_action_id(self) -> int:
+        return self.inner.next_action_id
+
     def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
         self.scores.append(scores)
         return self._keep(self.inner.advance(scores, embedding))

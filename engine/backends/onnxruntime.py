@@ -103,8 +103,8 @@ def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any
         name: f"features:{batch}x{length}x{manifest.feature_dim},valid:{batch}x{length}"
         for name, batch, length in (
             ("min", 1, 1),
-            ("opt", config.max_batch, longest),
-            ("max", max(2, config.max_batch), longest),  # there are two golden windows
+            ("opt", config.batch_limit, longest),
+            ("max", max(2, config.batch_limit), longest),  # there are two golden windows
         )
     }
     options: dict[str, Any] = {
