@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -78,8 +79,9 @@ class FeatureFeeder:
 
     `policy` says what becomes of snippets that there is no room for: `wait` lets `send` wait, as a
     recording may; with `drop_newest` and `drop_oldest`, for cameras, `send` never waits. What the
-    engine has no room for is then dropped there, and here what is more than `buffer_snippets` while
-    the engine is away. `dropped` counts both. Such a feeder reads and sends while a method runs.
+    engine has no room for then waits here, and of more than `buffer_snippets` the newest or the
+    oldest are dropped, counted in `dropped`, and the engine is told. Such a feeder reads and sends
+    while one of its methods runs, so call `send` as snippets come.
 
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
@@ -93,7 +95,7 @@ class FeatureFeeder:
         clock: SnippetClock | None = None,
         first_index: int = 0,
         policy: Policy = "wait",
-        buffer_snippets: int = 256,
+        buffer_snippets: int = 64,
         history_snippets: int | None = None,
         timeout_s: float | None = 30.0,
         retry_s: float = 2.0,
@@ -113,8 +115,10 @@ class FeatureFeeder:
         # By index, ascending, each (D,); what is not here below `next_index` does not exist.
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._buffer_snippets = buffer_snippets
-        self._dropped_here = 0
-        self._dropped_there = self._dropped_before = 0  # by this and by earlier sessions
+        self._dropped: set[int] = set()  # below `next_index`, the engine is not told yet
+        self.dropped = 0
+        """How many snippets there was no room for."""
+        self._heard_s = time.monotonic()
         self._sent_again_from: int | None = None
         self.next_index = first_index
         """The snippet index of the next snippet to be given to `send`."""
@@ -162,11 +166,6 @@ class FeatureFeeder:
     def lag(self) -> int:
         """How many snippets were given to `send` and are not known to be accepted yet."""
         return max(0, self.next_index - self._acked)
-
-    @property
-    def dropped(self) -> int:
-        """How many snippets there was no room for, here and in the engine, as far as is known."""
-        return self._dropped_here + self._dropped_before + self._dropped_there
 
     def connect(self, timeout_s: float | None = None) -> Welcome:
         """Waits for the engine's Welcome; `send` and `end` do so, too, where it is still due.
@@ -254,9 +253,11 @@ class FeatureFeeder:
         if self._hello.policy != "wait" and index - self._sent >= self._buffer_snippets:
             waiting = [each for each in self._kept if each >= self._sent]
             if len(waiting) >= self._buffer_snippets:
-                self._dropped_here += 1
+                self.dropped += 1
                 if self._hello.policy == "drop_newest":
+                    self._dropped.add(index)
                     return
+                self._dropped.add(waiting[0])
                 del self._kept[waiting[0]]
         # Copied: the caller may change its array, and a view would keep all of it alive.
         self._kept[index] = row.copy()
@@ -304,8 +305,12 @@ class FeatureFeeder:
                 self._connection.wait(min(deadline.at_s, retry.at_s), for_room=needs_room)
 
     def _exchange(self) -> None:
-        """Reads and sends what can be at once."""
-        self._read()
+        """Reads and sends what can be at once; says Hello again in silence."""
+        if self._read() or not self.lag:
+            self._heard_s = time.monotonic()
+        elif time.monotonic() - self._heard_s > self._retry_s:
+            self._heard_s = time.monotonic()
+            self._break_silence()
         self._send_due()
 
     def _break_silence(self) -> None:
@@ -335,10 +340,9 @@ class FeatureFeeder:
             return None
         first = self._sent
         if first < self.next_index and first not in self._kept:
-            behind = (index for index in self._kept if index > first)
-            return Gap(self.stream, first, next(behind, self.next_index))
+            return self._gap(first)
         until = min(self.next_index, self._send_until, first + self.welcome.max_chunk_snippets)
-        rows = []
+        rows: list[NDArray[np.float32]] = []
         while first + len(rows) < until and (row := self._kept.get(first + len(rows))) is not None:
             rows.append(row)
         if rows:
@@ -346,6 +350,15 @@ class FeatureFeeder:
         if self._ending and self.lag == 0:
             return End(self.stream, self._acked)
         return None
+
+    def _gap(self, first: int) -> Gap:
+        """What does not exist from here on, or what was dropped."""
+        dropped, stop = first in self._dropped, first + 1
+        while stop < self.next_index and stop not in self._kept:
+            if (stop in self._dropped) != dropped:
+                break
+            stop += 1
+        return Gap(self.stream, first, stop, dropped)
 
     def _read(self) -> bool:
         """Takes in what has come from the engine; False when nothing has."""
@@ -368,15 +381,7 @@ class FeatureFeeder:
     def _on_welcome(self, welcome: Welcome) -> None:
         if self._talk is not _Talk.HELLO_SENT:
             # The answer to a repeated Hello: what was sent since is on its way.
-            self._on_ack(
-                Ack(
-                    welcome.stream,
-                    welcome.next_index,
-                    welcome.send_until,
-                    None,
-                    self._dropped_there,
-                )
-            )
+            self._on_ack(Ack(welcome.stream, welcome.next_index, welcome.send_until))
             return
         if welcome.next_index < self._oldest:
             self._refuse(
@@ -402,9 +407,6 @@ class FeatureFeeder:
         if ack.missing_until is not None and ack.next_index != self._sent_again_from:
             # Lost on the way, or still on it. What comes twice does no harm.
             self._sent = self._sent_again_from = ack.next_index
-        if ack.dropped < self._dropped_there:  # another session, whose count begins anew
-            self._dropped_before += self._dropped_there
-        self._dropped_there = ack.dropped
         self._forget_history()
 
     def _on_ended(self, ended: Ended) -> None:
@@ -431,6 +433,8 @@ class FeatureFeeder:
         """Lets go of accepted snippets, except the newest `history_snippets` of them."""
         while self._oldest < min(self._acked - self._history_snippets, self.next_index):
             del self._kept[self._oldest]
+        if self._dropped:
+            self._dropped = {index for index in self._dropped if index >= self._oldest}
 
 
 def _history_snippets(welcome: Welcome) -> int:

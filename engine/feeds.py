@@ -301,10 +301,7 @@ class Feeds:
         counters.chunks_in += 1
         counters.snippets_in += stream.received - came
         counters.snippets_duplicate += stream.duplicates - duplicates
-        if stream.policy == "drop_oldest":
-            counters.snippets_dropped_oldest += stream.dropped - dropped
-        else:
-            counters.snippets_dropped_newest += stream.dropped - dropped
+        self._count_dropped(stream, stream.dropped - dropped)
         self._touched.add(chunk.stream)
         if stream.next_index > next_index:
             self._arrivals.came(chunk.stream, stream.next_index, stream.processed)
@@ -313,6 +310,12 @@ class Feeds:
             feed.told = None  # whoever sends a chunk again has missed the Ack
         if stream.missing_until is not None:
             self._holes.setdefault(chunk.stream, (stream.next_index, self._now_s()))
+
+    def _count_dropped(self, stream: Stream, snippets: int) -> None:
+        if stream.policy == "drop_oldest":
+            self._counters.snippets_dropped_oldest += snippets
+        else:
+            self._counters.snippets_dropped_newest += snippets
 
     def _on_gap(self, identity: bytes, gap: Gap) -> None:
         self._refuse_when_draining(gap.stream)
@@ -327,6 +330,9 @@ class Feeds:
         feed.told = None
         self._touched.add(gap.stream)
         over = stream.ended or gap.next_index <= stream.next_index
+        if gap.dropped and not over:
+            stream.dropped += gap.next_index - stream.next_index
+            self._count_dropped(stream, gap.next_index - stream.next_index)
         if not over and not self._give_up(stream, gap.next_index):
             # The feeder did not end it, and goes on in the next session.
             del self.live[gap.stream]

@@ -86,12 +86,14 @@ class Chunk(Message):
 
 @dataclass(frozen=True)
 class Gap(Message):
-    """The snippets `first_index <= index < next_index` do not exist: the source left them out."""
+    """The snippets `first_index <= index < next_index` will not come: the source left them out,
+    or, with `dropped`, the feeder had no room for them."""
 
     TYPE: ClassVar[str] = "gap"
     stream: str = _wire(wire.stream_id)
     first_index: int = _wire(wire.index)
     next_index: int = _wire(wire.index)
+    dropped: bool = _wire(wire.flag, False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -127,7 +127,7 @@ class Pipeline:
         live = self._live(stream)
         live.check(first_index, features)
         stop = first_index + len(features)
-        if live.policy == "drop_oldest" and stop > live.room_until:
+        if live.policy == "drop_oldest" and stop > live.send_until:
             live.drop_oldest(stop)
             self._announcements += self._pass_over(live)
         received, silent_from = live.received, live.next_index

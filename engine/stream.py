@@ -88,14 +88,9 @@ class Stream:
         return self._snippets.missing_until
 
     @property
-    def room_until(self) -> int:
+    def send_until(self) -> int:
         """There is room for the snippets below this index."""
         return self._plan.stop(self.processed) + self._backlog
-
-    @property
-    def send_until(self) -> int:
-        """The feeder may send snippets below this index; not all of them need find room."""
-        return self.room_until if self.policy == "wait" else self.next_index + self._backlog
 
     @property
     def open_actions(self) -> int:
@@ -128,9 +123,12 @@ class Stream:
         if self._snippets.feature_dim != D:
             expected = self._snippets.feature_dim
             raise self._error("wrong_dimension", first_index, f"expected D = {expected}, got {D}")
-        if first_index + n > self.send_until:
+        taken_until = self.send_until
+        if self.policy != "wait":  # what there is no room for is dropped
+            taken_until = max(taken_until, self.next_index + self._backlog)
+        if first_index + n > taken_until:
             raise self._error(
-                "no_credit", first_index, f"room up to snippet {self.send_until}, got {n} snippets"
+                "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
         finite = np.isfinite(features).all(axis=1)
         if not finite.all():
@@ -140,7 +138,7 @@ class Stream:
     def append(self, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a checked chunk: what is there already, or was given up, is a duplicate, and what
         there is no room for is dropped."""
-        stop, room = first_index + len(features), self.room_until
+        stop, room = first_index + len(features), self.send_until
         fitting = min(max(first_index, room), stop) - first_index
         if fitting:
             repeated = self._snippets.write(first_index, features[:fitting], room)
@@ -153,7 +151,7 @@ class Stream:
     def give_up(self, until: int) -> None:
         """The snippets below this index that are not here will never come."""
         self._gone_until = max(self._gone_until, until)
-        self._snippets.give_up(until, self.room_until)
+        self._snippets.give_up(until, self.send_until)
 
     def drop_oldest(self, stop: int) -> None:
         """Do without the scores of what is not asked for yet, as far as snippets below ``stop``
@@ -266,7 +264,7 @@ class Stream:
         if self._skip is not None and self._skip[1] <= self.processed:
             self._skip = None
         if self.known_until < self.next_index:  # it waited for room
-            self._snippets.settle(self.room_until)
+            self._snippets.settle(self.send_until)
         return decisions
 
     def _error(self, code: str, index: int, text: str) -> StreamError:

@@ -121,6 +121,13 @@ def integer(lowest: int, highest: int) -> Check:
     return check
 
 
+def flag(value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise _Unfit("true or false")
+    return value
+
+
 def number(value: object) -> float:
     """A finite number. An integer passes: several msgpack libraries write 25.0 as 25."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -26,7 +26,7 @@ from hrpro.engine.deployment import DeployError, Deployment
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
-from hrpro.engine.protocol import Chunk, Hello, Message
+from hrpro.engine.protocol import Chunk, Hello, Message, Policy
 from hrpro.engine.refine import Proposal
 from hrpro.engine.server import Server
 from hrpro.engine.timebase import SnippetClock
@@ -200,8 +200,10 @@ class RawPeer:
         return self.hear()
 
 
-def hello(stream: str = "cam", first_index: int = 0, dim: int = DIM) -> Hello:
-    return Hello(stream, dim, CLOCK.frames_per_s, CLOCK.snippet_frames, first_index)
+def hello(
+    stream: str = "cam", first_index: int = 0, dim: int = DIM, policy: Policy = "wait"
+) -> Hello:
+    return Hello(stream, dim, CLOCK.frames_per_s, CLOCK.snippet_frames, first_index, policy)
 
 
 def rows(first: int, stop: int, dim: int = DIM) -> NDArray[np.float32]:

@@ -113,6 +113,7 @@ BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "kind unknown": ("event", {"kind": "stop"}, "expected one of start, update, end"),
     "policy": ("hello", {"policy": "drop"}, "expected one of wait, drop_oldest, drop_newest"),
     "empty gap": ("gap", {"next_index": 1843}, "expected a gap that ends behind it"),
+    "dropped as number": ("gap", {"dropped": 1}, "gap.dropped: expected true or false"),
     "missing as text": ("ack", {"missing_until": "9"}, "ack.missing_until: expected an integer"),
     "notice kind": ("stream", {"kind": "start"}, "one of opened, gap, idle, resumed, ended"),
     "code with spaces": ("error", {"code": "a b"}, "error.code: expected"),
