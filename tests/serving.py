@@ -92,7 +92,7 @@ class TinyPipeline(Pipeline):
     step_snippets = 4
     room_snippets = 16
 
-    def __init__(self, max_streams: int = 100, **config: Any) -> None:
+    def __init__(self, **config: Any) -> None:
         manifest = SimpleNamespace(
             bundle_id="tiny",
             clock=CLOCK,
@@ -102,15 +102,14 @@ class TinyPipeline(Pipeline):
             context_snippets=3,
             lookahead_snippets=0,
         )
-        settings = EngineConfig(
-            lookahead_s=0.64,
-            max_batch=self.step_snippets,
-            backlog_snippets=self.room_snippets - 1,
-            max_chunk_snippets=8,
-            max_streams=max_streams,
+        settings = {
+            "lookahead_s": 0.64,
+            "max_batch": self.step_snippets,
+            "backlog_snippets": self.room_snippets - 1,
+            "max_chunk_snippets": 8,
             **config,
-        )
-        super().__init__(TinyDeployment(manifest, TinyBackend(), settings))  # type: ignore[arg-type]
+        }
+        super().__init__(TinyDeployment(manifest, TinyBackend(), EngineConfig(**settings)))  # type: ignore[arg-type]
         self.received: dict[str, list[tuple[int, float]]] = {}
         self.paused = False
 

@@ -219,12 +219,11 @@ def test_what_waits_of_one_peer_is_bounded_in_bytes(frame_bytes: int, messages: 
 
 
 def test_a_peer_that_dies_at_its_receive_limit_disturbs_nobody() -> None:
-    class Wide(TinyPipeline):
-        max_chunk_snippets = 2**16  # frames of 1 MiB, so that 256 messages are the limit
-
+    # Frames of 1 MiB, so that 256 messages are the limit.
+    wide = TinyPipeline(max_chunk_snippets=2**16)
     sent_bytes = 0
     with (
-        new_server(Wide()) as server,
+        new_server(wide) as server,
         RawPeer(server.feed_address) as good,
     ):
         with RawPeer(server.feed_address, messages_to_send=1) as bad:
