@@ -178,7 +178,7 @@ class StreamLocalizer:
         for label_index, pool in enumerate(self._pool):
             if pool:
                 finals += self._publish_class(label_index, due_until)
-        return [*finals, *self._tracker.conclude(due_until)]
+        return [*finals, *self._tracker.conclude(due_until, self._pool)]
 
     def _publish_class(self, label_index: int, due_until: int) -> list[Final]:
         pool, published = self._pool[label_index], self._published[label_index]

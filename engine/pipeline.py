@@ -19,6 +19,7 @@ from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.messages import Publication
 from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
+from hrpro.engine.windows import decision_lookahead_s
 from hrpro.engine.wire import StreamError
 
 # Stream ids whose sessions are counted on; the longest unused ones are forgotten first.
@@ -51,7 +52,7 @@ class Pipeline:
         self.hop_snippets = plan.hop
         self.context_snippets = plan.context
         self.lookahead_snippets = plan.lookahead
-        self.lookahead_s = config.lookahead_s
+        self.lookahead_s = decision_lookahead_s(manifest, config)
 
     @property
     def bundle_id(self) -> str:

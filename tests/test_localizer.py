@@ -88,9 +88,11 @@ def test_one_action(wait: int) -> None:
     proposal = Proposal(0, 2.0, 6.0, 1.0, 6)
     expected: list[list[Decision]] = [[] for _ in range(12)]
     expected[2] = [ActionChange("start", 0, 0, 0, 2.0, None, 1.0)]
+    if wait > 1:  # that it is over is known before it is final
+        expected[6] = [ActionChange("update", 0, 0, 1, 2.0, 6.0, 1.0)]
     expected[6 + wait - 1] = [
         Final(proposal, 0),
-        ActionChange("end", 0, 0, 1, 2.0, 6.0, 1.0),
+        ActionChange("end", 0, 0, 1 if wait == 1 else 2, 2.0, 6.0, 1.0),
     ]
     assert decisions == expected
 
@@ -167,7 +169,7 @@ def test_what_soft_nms_leaves_at_the_floor_is_dropped() -> None:
 # --- properties ----------------------------------------------------------------------------------
 
 MANY = LocalizationConfig(
-    thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.2, event_update=2, history_snippets=64
+    thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.2, event_update_snippets=2, history_snippets=64
 )
 levels = st.sampled_from([0.0, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.875, 1.0])
 tracks = st.lists(st.tuples(levels, levels), max_size=40).map(
@@ -228,6 +230,26 @@ def test_each_run_is_published_at_most_once(track: Floats, wait: int) -> None:
     assert published <= allowed
 
 
+def assert_one_story(first: ActionChange, changes: list[ActionChange]) -> None:
+    """A start, updates, one end or retraction: revisions count up, and nothing is taken back."""
+    assert (first.kind, first.revision, first.end) == ("start", 0, None)
+    assert [each.revision for each in changes] == list(range(1, len(changes) + 1))
+    assert {each.label_index for each in changes} == {first.label_index}
+    *updates, last = changes
+    assert {each.kind for each in updates} <= {"update"}
+    assert {each.start for each in updates} <= {first.start}
+    # That it is over is said once, after all else.
+    assert all(each.end is None for each in updates[:-1])
+    assert last.end is not None
+    assert last.kind in ("end", "retract")
+    if last.kind == "end":
+        assert last.score >= MANY.event_confirm
+        assert last.end > last.start
+    else:
+        assert last.score < MANY.event_confirm
+        assert last.start == first.start
+
+
 @given(tracks, st.integers(0, 9), scorers)
 def test_events_of_an_action_tell_one_story(
     track: Floats, wait: int, scorer: MeanScorer | None
@@ -239,15 +261,57 @@ def test_events_of_an_action_tell_one_story(
         if isinstance(change, ActionChange):
             by_action.setdefault(change.id, []).append(change)
         elif change.action_id is not None:
-            assert by_action[change.action_id][0].label_index == change.proposal.label_index
+            told = by_action[change.action_id]
+            assert told[0].label_index == change.proposal.label_index
+            assert told[-1].kind != "retract"
     assert list(by_action) == list(range(len(by_action)))  # ids count up
     for first, *changes in by_action.values():
-        assert (first.kind, first.revision, first.end) == ("start", 0, None)
-        assert [each.kind for each in changes] == ["update"] * (len(changes) - 1) + ["end"]
-        assert [each.revision for each in changes] == list(range(1, len(changes) + 1))
-        assert {each.label_index for each in changes} == {first.label_index}
-        assert {each.start for each in changes[:-1]} <= {first.start}
-        assert changes[-1].end is not None and changes[-1].end > changes[-1].start
+        assert_one_story(first, changes)
+    assert localizer.open_actions == 0
+
+
+OTHER = MANY.model_copy(
+    update={
+        "thresholds": (0.25, 0.625),
+        "event_start": 0.75,
+        "event_end": 0.5,
+        "event_confirm": 0.75,
+        "history_snippets": 32,
+        "score_floor": 0.25,
+    }
+)
+
+
+@given(
+    tracks,
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([MANY, OTHER]), scorers), max_size=4),
+    st.booleans(),
+)
+def test_each_start_has_one_last_event_whatever_bundles_take_over(
+    track: Floats,
+    wait: int,
+    swaps: list[tuple[int, LocalizationConfig, MeanScorer | None]],
+    embeds_alike: bool,
+) -> None:
+    localizer = new_pair(wait, None)
+    decisions: list[Decision] = []
+    for t, row in enumerate(track):
+        for at, config, scorer in swaps:
+            if at == t:
+                localizer.use(config, scorer, None if embeds_alike else 2)
+        decisions += localizer.advance(row[None], row[None])
+    decisions += localizer.flush()
+    changes = [each for each in decisions if isinstance(each, ActionChange)]
+    started = [each.id for each in changes if each.kind == "start"]
+    assert started == list(range(len(started)))
+    for action in started:
+        first, *others = [each for each in changes if each.id == action]
+        assert first.kind == "start"
+        assert [each.kind in ("end", "retract") for each in others] == [False] * (
+            len(others) - 1
+        ) + [True]
+        assert [each.revision for each in others] == list(range(1, len(others) + 1))
     assert localizer.open_actions == 0
 
 
