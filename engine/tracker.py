@@ -113,6 +113,11 @@ class ActionTracker:
         self._previous = current
         return changes
 
+    def skip(self, scores: NDArray[np.float32]) -> None:
+        """Take P of snippets (n, C) in which no action starts, while none is open: as n `push`."""
+        self._next_index += len(scores)
+        self._previous = scores[-1].astype(np.float64)
+
     def assign(self, proposal: Proposal) -> int | None:
         """The id of the action that a final proposal belongs to, if there is one."""
         action = self._action_of(proposal)
