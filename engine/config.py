@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from hrpro.engine.settings import Settings
 
@@ -49,8 +51,21 @@ class LocalizationConfig(Settings):
     event_end: float = Field(
         0.25, gt=0, lt=1, description="an action is over when P falls below this"
     )
-    event_update: int = Field(
-        4, ge=1, description="an open action is updated when it has grown by so many snippets"
+    event_update_snippets: int = Field(
+        4,
+        ge=1,
+        # The second is its name in bundles and runs of before.
+        validation_alias=AliasChoices("event_update_snippets", "event_update"),
+        description="an action is updated when it has grown by so many snippets",
+    )
+    event_update_score: float = Field(
+        0.1, gt=0, le=1, description="an action is updated when its score has changed by so much"
+    )
+    event_confirm: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="an action is retracted if none of its final proposals has a score of so much",
     )
     history_snippets: int = Field(
         512, ge=32, description="snippets of embedding kept for the refinement of proposals"
@@ -96,10 +111,10 @@ class EngineConfig(Settings):
 
     window: WindowConfig = WindowConfig()
     localization: LocalizationConfig = LocalizationConfig()
-    lookahead_s: float = Field(
+    lookahead_s: float | Literal["strict"] = Field(
         4.0,
-        ge=0,
-        description="a proposal is final this long after its end, and not while its action goes on",
+        description="a proposal is final this long after its end, and not while its action goes "
+        "on; strict: as soon as model and hop can tell that it is over",
     )
     mode: Literal["latency", "throughput"] = Field(
         "latency", description="compute windows as they come, or wait for large batches"
@@ -135,6 +150,19 @@ class EngineConfig(Settings):
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )
+
+    @field_validator("lookahead_s", mode="plain")
+    @classmethod
+    def _lookahead(cls, value: object) -> float | str:
+        if value == "strict":
+            return "strict"
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 <= value < math.inf
+        ):
+            return float(value)
+        raise ValueError(f"expected strict or seconds of at least 0, came {json.dumps(value)}")
 
     @property
     def batch_limit(self) -> int:

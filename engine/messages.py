@@ -19,6 +19,8 @@ MAX_ERROR_CHARACTERS = 1024
 
 Policy = Literal["wait", "drop_oldest", "drop_newest"]
 NoticeKind = Literal["opened", "gap", "idle", "resumed", "ended"]
+EventKind = Literal["start", "update", "end", "retract"]
+LAST_KINDS: tuple[EventKind, ...] = ("end", "retract")
 
 
 def _wire(check: wire.Check, default: Any = MISSING) -> Any:
@@ -180,7 +182,7 @@ class Error(Message):
 
 @dataclass(frozen=True)
 class ActionEvent(Message):
-    """An action as it is seen while it happens. `end_s` is None until it is known; `bundle_id` is
+    """An action as it is seen while it happens. `end_s` is None until it is over; `bundle_id` is
     the bundle that saw it."""
 
     TYPE: ClassVar[str] = "event"
@@ -188,7 +190,7 @@ class ActionEvent(Message):
     session: int = _wire(wire.count)
     sequence: int = _wire(wire.count)
     id: int = _wire(wire.count)
-    kind: Literal["start", "update", "end"] = _wire(wire.one_of("start", "update", "end"))
+    kind: EventKind = _wire(wire.one_of(*get_args(EventKind)))
     revision: int = _wire(wire.count)
     label: str = _wire(wire.label)
     start_s: float = _wire(wire.number)
@@ -197,6 +199,11 @@ class ActionEvent(Message):
     published_index: int = _wire(wire.index)
     published_s: float = _wire(wire.number)
     bundle_id: str = _wire(wire.text(256))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no more is said of this action."""
+        return self.kind in LAST_KINDS
 
 
 @dataclass(frozen=True)

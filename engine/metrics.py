@@ -9,9 +9,9 @@ among the labels, but as the worst of them and as a distribution over them.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from hrpro.engine.messages import ActionEvent, FinalProposal, Publication
+from hrpro.engine.messages import ActionEvent, EventKind, FinalProposal, Publication
 from hrpro.engine.wire import ERROR_CODES
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Metrics(Collector):
         self._started_s = time.monotonic()
         self._server: Server | None = None
         self._pipeline: Pipeline | None = None
+        self._event_kinds: Counter[EventKind] = Counter()
         self._batch = self._histogram("batch_windows", "Windows in a call of stage 1.", _BATCHES)
         inference = self._histogram(
             "inference_seconds", "Time of a call of a stage of the model.", _WORK_S, "stage"
@@ -117,7 +118,9 @@ class Metrics(Collector):
         if isinstance(publication, FinalProposal):
             # Stage 2 may move an end beyond the newest snippet.
             self._final_delay.observe(max(0.0, publication.published_s - publication.end_s))
-        elif publication.kind == "start":
+            return
+        self._event_kinds[publication.kind] += 1
+        if publication.kind == "start":
             self._start_delay.observe(publication.published_s - publication.start_s)
 
     # ---- read by whoever asks ------------------------------------------------------------------
@@ -143,6 +146,13 @@ class Metrics(Collector):
             yield _info(self._server, self._pipeline)
             yield from _counts(self._server, self._pipeline)
             yield from _streams(self._pipeline)
+            yield self._events()
+
+    def _events(self) -> Metric:
+        family = CounterMetricFamily("hrpro_events", "ActionEvents published.", labels=["kind"])
+        for kind in get_args(EventKind):
+            family.add_metric([kind], self._event_kinds[kind])
+        return family
 
     def _up_s(self) -> float:
         return time.monotonic() - self._started_s
@@ -173,7 +183,6 @@ def _counts(server: Server, pipeline: Pipeline) -> Iterator[Metric]:
         ("snippets_duplicate", "That came again, or too late.", counters.snippets_duplicate),
         ("snippets_missing", "That never came, or were dropped.", counters.snippets_missing),
         ("gaps", "Stretches of missing snippets.", counters.gaps),
-        ("events", "ActionEvents published.", counters.events),
         ("proposals", "FinalProposals published.", counters.proposals),
         ("streams_ended", "Sessions that are complete.", counters.ended_streams),
         ("deploys", "Changes of the bundle, those back among them.", counters.deploys),

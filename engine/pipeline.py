@@ -19,6 +19,7 @@ from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.messages import NoticeKind, Policy, Publication
 from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
+from hrpro.engine.windows import decision_lookahead_s
 from hrpro.engine.wire import StreamError
 
 Rows = NDArray[np.float32]
@@ -55,7 +56,7 @@ class Pipeline:
         self.hop_snippets = plan.hop
         self.context_snippets = plan.context
         self.lookahead_snippets = plan.lookahead
-        self.lookahead_s = config.lookahead_s
+        self.lookahead_s = decision_lookahead_s(manifest, config)
         self.gap_wait_s = config.gap_wait_s
         self.idle_s = config.idle_s
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ def engine_config(
     manifest: Manifest,
     hop: int = 1,
     window: int | None = None,
-    lookahead_s: float = 5.12,
+    lookahead_s: float | Literal["strict"] = 5.12,
     max_batch: int = 4,
     backlog: int = 16,
     max_streams: int = 8,
