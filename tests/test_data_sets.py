@@ -272,7 +272,11 @@ def test_points_are_written_as_they_are_read(folder: Path) -> None:
 
 def test_the_points_command(folder: Path) -> None:
     arguments = ("data", "points", folder, "--distribution", "uniform", "--seed", "3")
-    assert "24 points in" in hrpro(*arguments).stdout
+    counted, next_command = hrpro(*arguments).stdout.splitlines()
+    assert counted.startswith("24 points in")
+    assert next_command.endswith("--out run --set data.point_labels=point_uniform.csv")
+    elsewhere = hrpro(*arguments, "--out", folder / "p.csv").stdout.splitlines()[1]
+    assert elsewhere == f"training reads it from {folder / 'point_labels'}"
     path = folder / "point_labels" / "point_uniform.csv"
     first = path.read_text()
     assert "--force overwrites it" in refusal(*arguments)

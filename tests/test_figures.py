@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from commands import Trained, hrpro, hrpro_json, refusal
+from tiny_data import CLASSES, write_tiny_data
 
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import read_truth
@@ -52,6 +53,10 @@ def test_curves_are_read_from_what_was_recorded(tmp_path: Path) -> None:
     rows = [{"stage": "snippet", "step": 10 * n, "loss": 1 / n} for n in (1, 2)]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "inst')
     curves = read_curves(tmp_path)
+    odd = [{"stage": "snippet", "loss": 1.0}, {"stage": "instance", "step": 10, "loss": 1.0}]
+    path.write_text("\n".join(map(json.dumps, [*rows, *odd, {"stage": "instance", "step": 20}])))
+    with pytest.raises(HrproError, match=r"metrics\.jsonl: expected the same losses .*'loss'"):
+        read_curves(tmp_path)
     assert list(curves) == ["snippet"]
     assert curves["snippet"]["step"].tolist() == [10, 20]
     assert curves["snippet"]["loss"].tolist() == [1, 0.5]
@@ -76,6 +81,14 @@ def test_what_is_seen_of_a_recording(trained: Trained) -> None:
     assert len(before) == len(after) > 0
     assert not np.allclose(before.start_s, after.start_s)
     assert ((after.score >= 0) & (after.score <= 1)).all()
+
+
+def test_a_run_of_another_data_set(trained: Trained, tmp_path: Path) -> None:
+    write_tiny_data(tmp_path / "tiny")
+    (tmp_path / "tiny" / "classes.txt").write_text("\n".join(CLASSES))
+    said = refusal("plot", trained.run, "--data", tmp_path / "tiny", "--out", tmp_path / "out")
+    assert "was trained on" in said and "has 2; they differ in" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(trained: Trained, tmp_path: Path) -> None:

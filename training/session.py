@@ -104,7 +104,7 @@ def train_run(
     }
     table = Table("trained", "", show_header=False)
     for name, value in summary.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     return summary
 
