@@ -177,7 +177,7 @@ def rank_correlation(score: NDArray[np.float64], tiou: NDArray[np.float64]) -> f
 
 def _plot_reliability(seen: Sequence[Looked], trust: float, path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    titles = ("before stage 2", f"after stage 2, trusted by {trust:.2f}")
+    titles = ("before stage 2", f"after stage 2, which has a say of {trust:.2f}")
     for after, title in enumerate(titles):
         score = np.concatenate([each.scored[after].score for each in seen])
         tiou = [best_tiou(each.scored[after], each.truth) for each in seen]
