@@ -117,6 +117,8 @@ class Drive:
             self.woken.clear()
             if self.pipeline.pending():
                 self.step()
+            elif (due_in_s := self.pipeline.due_in_s()) is not None:
+                self.woken.wait(due_in_s)  # a batch waits for others
             elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
                 assert self.woken.wait(PATIENCE_S), "no answer came"
             else:
