@@ -147,6 +147,9 @@ class EngineConfig(Settings):
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
+    fall_back_to_cpu: bool = Field(
+        False, description="compute on the CPU where the provider cannot, with a warning"
+    )
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )

@@ -53,6 +53,8 @@ class TritonBackend(InstanceStage):
     request raises it, too, and pauses first if the one before has; the next one connects anew.
     """
 
+    provider = "triton"
+
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         super().__init__(bundle, config)
         self._bundle_id = bundle.manifest.bundle_id
