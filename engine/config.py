@@ -12,6 +12,7 @@ from hrpro.engine.settings import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
+SharedMemory = Literal["auto", "on", "off"]
 
 
 class LocalizationConfig(Settings):
@@ -103,6 +104,11 @@ class TritonConfig(Settings):
     )
     batches_in_flight: int = Field(
         2, ge=1, le=64, description="batches that are asked for before the first is answered"
+    )
+    shared_memory: SharedMemory = Field(
+        "auto",
+        description="windows and scores lie in memory shared with the server, where it is on this "
+        "machine (auto: if the address is loopback and the server takes it)",
     )
 
 
