@@ -148,10 +148,12 @@ def test_live_a_published_proposal_keeps_its_share() -> None:
     assert sum(len(finals(each)) for each in decisions) == 2
 
 
-def test_with_more_lookahead_the_better_one_is_known_in_time() -> None:
-    # All that counts for the outer run, 1 <= t < 4, is known with snippet 5.
+def test_with_more_lookahead_the_better_one_is_known_and_waited_for() -> None:
+    # The inner run is due with snippet 5. All that counts for the outer run, 1 <= t < 4, is known
+    # by then: it is better, and final with snippet 6.
     decisions = by_snippet(new_localizer(TWO, 3), NESTED)
-    assert finals(decisions[5]) == [Proposal(0, 2.0, 3.0, pytest.approx(0.5 * (1 - OVERLAP)), 3)]
+    assert [finals(each) for each in decisions[:6]] == [[]] * 6
+    assert finals(decisions[6]) == localize(NESTED, NESTED, TWO, None)
 
 
 def test_other_classes_suppress_nothing() -> None:
