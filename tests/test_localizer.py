@@ -429,6 +429,30 @@ def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
     ]
 
 
+def test_the_middle_of_a_long_action_is_not_forgotten() -> None:
+    # 40 times as long as what is remembered; P is lower in the middle, of which nothing is left.
+    config = LocalizationConfig(thresholds=(0.25,), peak_gate=0.0, history_snippets=32)
+    track = rows([0.0, 0.0, 0.0, *[1.0] * 100, *[0.5] * 1000, *[1.0] * 180, 0.0, 0.0, 0.0, 0.0])
+    localizer = new_localizer(config, 4)
+    decisions: list[Decision] = []
+    for first in range(0, len(track), 7):
+        decisions += localizer.advance(track[first : first + 7], track[first : first + 7])
+    decisions += localizer.flush()
+    # Mean of P inside 780 / 1280, nothing outside; borders a quarter of the way from 0 to 1.
+    proposal = Proposal(0, 2.75, 1283.25, pytest.approx(780 / 1280), 1283)
+    assert finals(decisions) == [proposal] == localize(track, track, config, None)
+    changes = [each for each in decisions if isinstance(each, ActionChange)]
+    assert {each.id for each in changes} == {0}
+    assert changes[-1] == ActionChange(
+        "end", 0, 0, len(changes) - 1, 2.75, 1283.25, pytest.approx(780 / 1280)
+    )
+    # From half-way between 0 and 1; the mean of P with the last snippet of the middle.
+    in_the_middle = [each for each in changes if each.revision and each.score < 0.546]
+    assert {each.start for each in changes[:-1]} == {3.0}
+    assert min(each.score for each in changes) == pytest.approx(600 / 1100, abs=0.003)
+    assert in_the_middle
+
+
 def test_the_score_weighs_contrast_and_completeness() -> None:
     # 1 inside and 0 outside: p_OIC 1. MeanScorer gives completeness half the mean embedding around
     # it, here 0.5 (0, 0, 1, 1, 1, 0, 0 from two snippets before to two behind): 0.5 * 3 / 7.
