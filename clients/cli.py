@@ -34,6 +34,7 @@ from hrpro.clients.cli_shared import (
     say,
 )
 from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
+from hrpro.engine.protocol import Policy
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
@@ -154,6 +155,9 @@ def feed_features(
     timeout: Annotated[
         float, typer.Option(help="Seconds without progress after which to give up.", min=0)
     ] = 60.0,
+    policy: Annotated[
+        Policy, typer.Option(help="What becomes of snippets that the engine has no room for.")
+    ] = "wait",
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
@@ -174,6 +178,7 @@ def feed_features(
             factor,
             chunk_snippets=8 if factor is None else 1,
             timeout_s=timeout,
+            policy=policy,
             progress=advance,
         )
     if as_json:

@@ -117,7 +117,28 @@ class EngineConfig(Settings):
         "on or a better one that overlaps it waits; strict: as soon as model and hop can tell that "
         "it is over",
     )
-    max_batch: int = Field(16, ge=1, description="windows in one inference call")
+    mode: Literal["latency", "throughput"] = Field(
+        "latency", description="compute windows as they come, or wait for large batches"
+    )
+    max_batch: int | None = Field(
+        None, ge=1, description="windows in one inference call (default: 16, for throughput 64)"
+    )
+    max_wait_ms: float | None = Field(
+        None,
+        ge=0,
+        le=60_000,
+        description="longest wait of a window for others in its batch (default: 0, for "
+        "throughput 50)",
+    )
+    gap_wait_s: float = Field(
+        5.0, ge=0, description="a snippet that is missing for so long is given up: a gap"
+    )
+    idle_s: float = Field(
+        60.0,
+        gt=0,
+        description="a stream that nothing came of for so long is idle: its actions end, and it "
+        "gives way to another one where there are too many",
+    )
     backlog_snippets: int = Field(
         64, ge=1, description="snippets a feeder may be ahead of inference"
     )
@@ -127,6 +148,9 @@ class EngineConfig(Settings):
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
+    fall_back_to_cpu: bool = Field(
+        False, description="compute on the CPU where the provider cannot, with a warning"
+    )
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )
@@ -143,6 +167,17 @@ class EngineConfig(Settings):
         ):
             return float(value)
         raise ValueError(f"expected strict or seconds of at least 0, came {json.dumps(value)}")
+
+    @property
+    def batch_limit(self) -> int:
+        """Most windows in one inference call."""
+        return self.max_batch or (16 if self.mode == "latency" else 64)
+
+    @property
+    def batch_wait_s(self) -> float:
+        """Longest wait of a window for others in its batch."""
+        by_mode_ms = 0.0 if self.mode == "latency" else 50.0
+        return (by_mode_ms if self.max_wait_ms is None else self.max_wait_ms) / 1000
 
     @property
     def batches_in_flight(self) -> int:

@@ -67,13 +67,14 @@ class StreamLocalizer:
         scorer: InstanceScorer | None,
         wait: int | None,
         first_index: int = 0,
+        next_action_id: int = 0,
     ) -> None:
         self._config = config
         self._quiet_level = _quiet_level(config)
         self._scorer = scorer
         self._wait = wait
         self._detector = RunDetector(class_count, config, first_index)
-        self._tracker = ActionTracker(class_count, config, first_index)
+        self._tracker = ActionTracker(class_count, config, first_index, next_action_id)
         self._history = Ring(config.history_snippets, (embedding_width,), first_index)
         self._embedded_from = first_index  # by the model that the scorer belongs to
         self._scores = Ring(config.history_snippets, (class_count,), first_index)
@@ -87,6 +88,11 @@ class StreamLocalizer:
     def open_actions(self) -> int:
         """Actions whose end is not published yet."""
         return self._tracker.open_count
+
+    @property
+    def next_action_id(self) -> int:
+        """The id of the next action that starts."""
+        return self._tracker.next_id
 
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]

@@ -165,7 +165,7 @@ def _info(server: Server, pipeline: Pipeline) -> Metric:
         "What works: the bundles, and the provider that computes the windows.",
         {
             "instance": server.instance,
-            "provider": bundles.current.config.provider,
+            "provider": bundles.current.backend.provider,
             "bundle_id": bundles.current.bundle_id,
             "previous_bundle_id": bundles.previous.bundle_id if bundles.previous else "",
             "canary_bundle_id": bundles.canary.bundle_id if bundles.canary else "",
@@ -180,12 +180,21 @@ def _counts(server: Server, pipeline: Pipeline) -> Iterator[Metric]:
         ("snippets_processed", "Snippets whose scores are final.", pipeline.snippets_scored),
         ("chunks_received", "Chunks that were accepted.", counters.chunks_in),
         ("chunks_duplicate", "Accepted chunks without a new snippet.", counters.chunks_duplicate),
+        ("snippets_duplicate", "That came again, or too late.", counters.snippets_duplicate),
+        ("snippets_missing", "That never came, or were dropped.", counters.snippets_missing),
+        ("gaps", "Stretches of missing snippets.", counters.gaps),
         ("proposals", "FinalProposals published.", counters.proposals),
         ("streams_ended", "Sessions that are complete.", counters.ended_streams),
         ("deploys", "Changes of the bundle, those back among them.", counters.deploys),
         ("deploys_refused", "Bundles that could not work here.", counters.deploys_refused),
     ):
         yield CounterMetricFamily(f"hrpro_{name}", help_text, count)
+    dropped = CounterMetricFamily(
+        "hrpro_snippets_dropped", "Snippets that there was no room for.", labels=["policy"]
+    )
+    dropped.add_metric(["drop_oldest"], counters.snippets_dropped_oldest)
+    dropped.add_metric(["drop_newest"], counters.snippets_dropped_newest)
+    yield dropped
     refused = CounterMetricFamily(
         "hrpro_refused", "Messages that were answered with an Error.", labels=["code"]
     )
@@ -202,6 +211,8 @@ def _streams(pipeline: Pipeline) -> Iterator[Metric]:
     worst, waiting = max(lags, default=0), sum(lags)
     held = sum(stream.send_until <= stream.next_index for stream in streams)
     yield _gauge("streams_open", "Streams that are live or ending.", len(streams))
+    idle = sum(stream.idle for stream in streams)
+    yield _gauge("streams_idle", "Streams that nothing comes of.", idle)
     yield _gauge("streams_held", "Streams whose feeders have no credit left.", held)
     yield _gauge("open_actions", "Actions going on.", sum(each.open_actions for each in streams))
     yield _gauge("snippets_waiting", "Snippets that could be processed now.", waiting)
@@ -227,6 +238,7 @@ class _TimedBackend:
     def __init__(
         self, inner: Backend, batch: Histogram, snippet_s: Histogram, instance_s: Histogram
     ) -> None:
+        self.provider = inner.provider
         self._inner = inner
         self._batch = batch
         self._snippet_s = snippet_s

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import secrets
 import signal
@@ -160,7 +161,7 @@ class Server:
             poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
             while not (self._stop_requested or self._drained()):
-                poller.poll(0 if self._pipeline.pending() else self._peer_log.due_ms())
+                poller.poll(self._idle_ms())
                 self.turn_began_s = time.monotonic()
                 self._turn()
                 self.turn_began_s = None
@@ -172,6 +173,12 @@ class Server:
         self._peer_log.say_left_out(now=True)
         how = "drained" if self._drained() else "stopped"
         _log.info("%s", how, extra=fact(how))
+
+    def _idle_ms(self) -> int | None:
+        """How long there is nothing to do unless a message comes; None is for ever."""
+        parts = (self._pipeline, self._feeds, self._peer_log)
+        due_s = [each for part in parts if (each := part.due_in_s()) is not None]
+        return math.ceil(min(due_s) * 1000) if due_s else None
 
     def stop(self) -> None:
         """Ends `run` after its current turn; what is not processed yet stays unprocessed."""
@@ -227,6 +234,7 @@ class Server:
                 self._publish(publication)
             self._report_waiting()
         self._feeds.admit_waiting()
+        self._feeds.tend()
         self._feeds.acknowledge()
         self._peer_log.say_left_out()
 
@@ -248,19 +256,21 @@ class Server:
             self._on_notice(publication)
 
     def _on_notice(self, notice: StreamNotice) -> None:
+        where = f"at snippet {notice.next_index}"
         if notice.kind == "opened":
-            how = f"session {notice.session} from snippet {notice.first_index}"
-        else:
-            how = (
-                f"session {notice.session} at snippet {notice.next_index}, "
-                f"{notice.proposals} proposals, {notice.events} events"
-            )
+            where = f"from snippet {notice.first_index}"
+        elif notice.kind == "gap":
+            self.counters.gaps += 1
+            self.counters.snippets_missing += notice.next_index - notice.first_index
+            where = f"from snippet {notice.first_index} to before {notice.next_index}"
+        elif notice.kind == "ended":
+            where += f", {notice.proposals} proposals, {notice.events} events"
             self.counters.ended_streams += 1
             self._feeds.on_ended(notice)
         self._peer_log.say(
             logging.INFO,
             f"stream_{notice.kind}",
-            f"stream {notice.stream!r}: {notice.kind} {how}",
+            f"stream {notice.stream!r}: {notice.kind} session {notice.session} {where}",
             stream=notice.stream,
             session=notice.session,
         )
@@ -401,11 +411,15 @@ class Server:
             "processed": stream.processed,
             "lag_snippets": stream.lag,
             "lag_ms": round(stream.lag * self._pipeline.clock.snippet_s * 1000),
-            "credit_snippets": stream.send_until - stream.next_index,
+            "credit_snippets": max(0, stream.send_until - stream.next_index),
             "open_actions": stream.open_actions,
             "proposals": stream.proposals,
             "events": stream.events,
             "duplicates": stream.duplicates,
+            "dropped": stream.dropped,
+            "missing": stream.missing,
+            "policy": stream.policy,
+            "idle": stream.idle,
             "fed_by": feed is not None and feed.reachable,
         }
 

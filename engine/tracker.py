@@ -76,9 +76,11 @@ class ActionChange:
 class ActionTracker:
     """The actions of one stream."""
 
-    def __init__(self, class_count: int, config: LocalizationConfig, first_index: int) -> None:
+    def __init__(
+        self, class_count: int, config: LocalizationConfig, first_index: int, next_id: int = 0
+    ) -> None:
         self.config = config
-        self._next_id = 0
+        self.next_id = next_id
         self._first_index = first_index
         self._next_index = first_index
         self._previous = np.zeros(class_count)
@@ -182,8 +184,8 @@ class ActionTracker:
         # As for proposals, the border lies where the score crosses the threshold.
         crossing = (self.config.event_start - before) / (now - before)
         start = float(t) if t == self._first_index else t - 0.5 + crossing
-        action = Action(self._next_id, label_index, float(start), first_index=t)
-        self._next_id += 1
+        action = Action(self.next_id, label_index, float(start), first_index=t)
+        self.next_id += 1
         self._open[label_index] = action
         action.score_sum, action.snippets = float(now), 1
         return self._change("start", action)

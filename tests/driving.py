@@ -59,6 +59,10 @@ class Recorder:
     def open_actions(self) -> int:
         return self.inner.open_actions
 
+    @property
+    def next_action_id(self) -> int:
+        return self.inner.next_action_id
+
     def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
         self.scores.append(scores)
         return self._keep(self.inner.advance(scores, embedding))
@@ -113,6 +117,8 @@ class Drive:
             self.woken.clear()
             if self.pipeline.pending():
                 self.step()
+            elif (due_in_s := self.pipeline.due_in_s()) is not None:
+                self.woken.wait(due_in_s)  # a batch waits for others
             elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
                 assert self.woken.wait(PATIENCE_S), "no answer came"
             else:

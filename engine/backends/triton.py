@@ -53,6 +53,8 @@ class TritonBackend(InstanceStage):
     request raises it, too, and pauses first if the one before has; the next one connects anew.
     """
 
+    provider = "triton"
+
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         super().__init__(bundle, config)
         self._bundle_id = bundle.manifest.bundle_id
@@ -63,7 +65,7 @@ class TritonBackend(InstanceStage):
         self._model = f"{config.triton.name}-snippet"
         self._address = config.triton.address
         self._deadline_s = config.triton.deadline_s
-        self._max_batch = config.max_batch
+        self._max_batch = config.batch_limit
         self._connection: _Connection | None = None
         self._pause_s = 0.0
 
