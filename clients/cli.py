@@ -21,12 +21,12 @@ from hrpro.clients import (
     cli_deploy,
     cli_plot,
     cli_status,
+    cli_stream_eval,
     cli_training,
 )
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
-    DataFolder,
     JsonFlag,
     address_errors,
     console,
@@ -66,6 +66,7 @@ app.command()(cli_deploy.deploy)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
+app.command("stream-eval")(cli_stream_eval.stream_eval)
 app.command("config")(cli_training.show_config)
 
 
@@ -230,34 +231,6 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
     except NoReplyError:
         print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
-
-
-@app.command("stream-eval")
-def stream_eval(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    data: DataFolder,
-    config: ConfigFile = None,
-    set_: Assignments = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Streaming accuracy: a real engine on loopback, fed the test split, beside offline."""
-    from hrpro.clients import stream_eval as streaming
-    from hrpro.clients.engine_process import running_engine
-    from hrpro.clients.feeding import Source
-    from hrpro.engine.serve import load_engine_config
-    from hrpro.export.bundle import read_bundle
-
-    loaded = read_bundle(bundle)
-    settings = load_engine_config(loaded, config, set_ or [])
-    recordings, truth = streaming.read_evaluation_data(data, loaded)
-    sources = [Source(each.name, each.features) for each in recordings.recordings]
-    with running_engine(bundle, settings) as addresses:
-        run = streaming.stream_recordings(addresses, sources, loaded.manifest.clock)
-    figures = streaming.evaluate_streaming(loaded, settings, recordings, truth, run)
-    if as_json:
-        print(json.dumps(figures))
-    else:
-        console().print(streaming.figures_table(figures))
 
 
 @app.command()

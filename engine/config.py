@@ -120,7 +120,8 @@ class EngineConfig(Settings):
     lookahead_s: float | Literal["strict"] = Field(
         4.0,
         description="a proposal is final this long after its end, and not while its action goes "
-        "on; strict: as soon as model and hop can tell that it is over",
+        "on or a better one that overlaps it waits; strict: as soon as model and hop can tell that "
+        "it is over",
     )
     mode: Literal["latency", "throughput"] = Field(
         "latency", description="compute windows as they come, or wait for large batches"
