@@ -82,6 +82,11 @@ class StreamLocalizer:
         """Actions whose end is not published yet."""
         return self._tracker.open_count
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory in its rings."""
+        return self._history.nbytes + self._scores.nbytes
+
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:

@@ -66,6 +66,11 @@ class Stream:
         return self.localizer.open_actions
 
     @property
+    def buffer_bytes(self) -> int:
+        """Of memory that the stream has for itself as long as it lives."""
+        return self._ring.nbytes + self.localizer.buffer_bytes
+
+    @property
     def finished(self) -> bool:
         """Whether the stream is over and all its scores are final."""
         return self.ended and self.processed == self.next_index

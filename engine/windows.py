@@ -84,15 +84,22 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     wished look-ahead is shorter than what the model itself needs."""
     hop = config.window.hop_snippets
     context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
-    window = window_length(config.window, context, lookahead)
+    complaints = []
+    window = 0
+    try:
+        window = window_length(config.window, context, lookahead)
+    except SettingsError as error:
+        complaints.append(str(error))
     # The last snippet of a hop waits for none of its own, the first one for all of them.
     # That a run is over shows in the score of the snippet behind it.
     needed = lookahead + hop
     wished = int(manifest.clock.position(config.lookahead_s) + 1e-9)
     if wished < needed:
-        raise SettingsError(
+        complaints.append(
             f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
             f"{lookahead} + hop {hop} snippets), got {config.lookahead_s}; "
             "a shorter hop allows less"
         )
+    if complaints:
+        raise SettingsError("\n  ".join(complaints))
     return WindowPlan(window, hop, window - hop - lookahead, lookahead, wished - needed + 1)
