@@ -188,7 +188,7 @@ def run_in_process(deployment: Deployment, recordings: Mapping[str, Floats]) -> 
             pipeline.append(name, at, np.asarray(features[at : stream.send_until]))
             published += pipeline.step()
         pipeline.end(name, len(features))
-        while pipeline.pending():
+        while name in pipeline.streams:  # a batch may wait for its deadline
             published += pipeline.step()
     return published
 
