@@ -163,9 +163,9 @@ class _Bare:
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         self._backend = OnnxRuntimeBackend(bundle, config)
         self._hop = config.window.hop_snippets
-        self._max_batch = config.max_batch
+        self._max_batch = config.batch_limit
         window = plan_windows(bundle.manifest, config).window
-        shape = (config.max_batch, window, bundle.manifest.feature_dim)
+        shape = (config.batch_limit, window, bundle.manifest.feature_dim)
         random = np.random.default_rng(0)
         self._features = random.standard_normal(shape, dtype=np.float32)
         self._valid = np.ones(shape[:2], dtype=np.bool_)

@@ -171,7 +171,8 @@ def _ready_lines(
         f"bundle   {pipeline.bundle_id}, {len(pipeline.classes)} classes, "
         f"{pipeline.feature_dim} features a snippet of {clock.snippet_s:g} s",
         f"window   {pipeline.window_snippets} snippets ({window_s:.2f} s), hop "
-        f"{pipeline.hop_snippets}, look-ahead {pipeline.lookahead_s:g} s",
+        f"{pipeline.hop_snippets}, look-ahead {pipeline.lookahead_s:g} s"
+        + (" (strict)" if pipeline.deployments.current.config.lookahead_s == "strict" else ""),
         f"feed     {bound.feed}",
         f"events   {bound.events}",
         f"control  {bound.control}",

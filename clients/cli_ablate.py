@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,14 +43,17 @@ def ablate(
     from hrpro.engine.settings import load_settings
     from hrpro.training import ablate as ablation
     from hrpro.training.config import TrainingConfig
+    from hrpro.training.simulate import SIMULATED_NOTE, is_simulated
 
     chosen = ablation.select_rows(rows.split(",") if rows else [], row or [])
     base = load_settings(TrainingConfig, config, set_ or [])
     screen = console(as_json)
+    number = itertools.count(1)
 
     def report(trial: Trial) -> None:
         screen.print(
-            f"{trial.row}, seed {trial.seed}: {trial.average_map:.3f} in {trial.seconds:.0f} s",
+            f"{next(number)} of {len(chosen) * seeds}: {trial.row}, seed {trial.seed}: "
+            f"{trial.average_map:.3f} in {trial.seconds:.0f} s",
             markup=False,
         )
 
@@ -59,4 +63,6 @@ def ablate(
         return
     say("")
     say(ablation.markdown_table(trials))
+    if is_simulated(data):
+        say(SIMULATED_NOTE)
     say(f"written: {out / ablation.MARKDOWN}, {out / ablation.CSV}")

@@ -173,7 +173,7 @@ def _described(bundle: Bundle, config: EngineConfig, streams: int) -> dict[str, 
         "window_snippets": config.window.window_snippets or manifest.window_length,
         "hop_snippets": config.window.hop_snippets,
         "embedding_width": manifest.embedding_width,
-        "max_batch": config.max_batch,
+        "max_batch": config.batch_limit,
         "threads": config.threads,
         "streams": streams,
     }

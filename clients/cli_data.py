@@ -102,7 +102,11 @@ def points(
     path = out or data / "point_labels" / f"point_{distribution}.csv"
     count = write_points(data, path, distribution, seed, _config(preset, set_), force)
     say(f"{count} points in {path}")
-    say(f"next: hrpro train {data} --out run --set data.point_labels={path.name}")
+    if path.resolve().parent == (data / "point_labels").resolve():
+        known = f" --set data.preset={preset}" if preset else ""
+        say(f"next: hrpro train {data} --out run{known} --set data.point_labels={path.name}")
+    else:
+        say(f"training reads it from {data / 'point_labels'}")
 
 
 @data_app.command()

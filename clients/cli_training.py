@@ -63,6 +63,7 @@ def evaluate(
     from hrpro.engine.settings import load_settings
     from hrpro.training.data_config import DataConfig
     from hrpro.training.session import evaluate_predictions, evaluate_run
+    from hrpro.training.simulate import SIMULATED_NOTE, is_simulated
 
     if run is not None and predictions is None and preset is None:
         figures = evaluate_run(run, data, write_predictions)
@@ -89,6 +90,8 @@ def evaluate(
             "stage 1", *("" for _ in figures["map"]), f"{figures['stage1_average_map']:.3f}"
         )
     console().print(table)
+    if is_simulated(data):
+        say(SIMULATED_NOTE)
     if run is not None:
         say(f"next: hrpro export {run} --out bundle")
 

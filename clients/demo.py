@@ -83,10 +83,10 @@ def _say(console: Console, publication: Publication) -> None:
     borders = f"{publication.start_s:5.1f} s -"
     if publication.end_s is not None:
         borders += f" {publication.end_s:5.1f} s, score {publication.score:.2f}"
-    colour = "green" if publication.kind == "start" else "cyan"
+    colour = {"start": "green", "end": "cyan"}.get(publication.kind, "red")
     console.print(
         f"[dim]{publication.published_s:6.2f} s[/dim]  {escape(publication.stream)}  "
-        f"[{colour}]{publication.kind:<6}[/{colour}] {escape(publication.label):<12} {borders}"
+        f"[{colour}]{publication.kind:<7}[/{colour}] {escape(publication.label):<12} {borders}"
     )
 
 

@@ -9,18 +9,17 @@ engine that was killed can be given its context again:
     oldest                           acked            sent        next_index
                                                             send_until ^ (credit)
 
-Whatever goes wrong - a lost connection, a lost message, a restarted engine - is met in one way:
-Hello, Welcome, and on from `Welcome.next_index`.
+Whatever goes wrong - a lost connection, a restarted engine - is met in one way: Hello, Welcome,
+and on from `Welcome.next_index`. Where a message was lost alone, an Ack says what is missing.
 """
 
 from __future__ import annotations
 
 import enum
 import secrets
-from collections import deque
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -37,8 +36,10 @@ from hrpro.engine.protocol import (
     End,
     Ended,
     Error,
+    Gap,
     Hello,
     NoReplyError,
+    Policy,
     StreamError,
     Welcome,
 )
@@ -76,6 +77,12 @@ class FeatureFeeder:
     the engine has accepted or processed snippets, so that a busy engine may take its time. None
     waits for ever. The methods take one of their own, too.
 
+    `policy` says what becomes of snippets that there is no room for: `wait` lets `send` wait, as a
+    recording may; with `drop_newest` and `drop_oldest`, for cameras, `send` never waits. What the
+    engine has no room for then waits here, and of more than `buffer_snippets` the newest or the
+    oldest are dropped, counted in `dropped`, and the engine is told. Such a feeder reads and sends
+    while one of its methods runs, so call `send` as snippets come.
+
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
     """
@@ -87,22 +94,34 @@ class FeatureFeeder:
         feature_dim: int,
         clock: SnippetClock | None = None,
         first_index: int = 0,
+        policy: Policy = "wait",
+        buffer_snippets: int = 64,
         history_snippets: int | None = None,
         timeout_s: float | None = 30.0,
         retry_s: float = 2.0,
     ) -> None:
         clock = clock or SnippetClock()
         self._hello = Hello(
-            stream, feature_dim, clock.frames_per_s, clock.snippet_frames, first_index
+            stream, feature_dim, clock.frames_per_s, clock.snippet_frames, first_index, policy
         )
+        if buffer_snippets < 1:
+            raise ValueError(f"buffer_snippets: expected at least 1, came {buffer_snippets}")
         self.stream = stream
         self.welcome: Welcome | None = None
         self._history_given = history_snippets is not None
         self._history_snippets = history_snippets or 0
         self._timeout_s = timeout_s
         self._retry_s = retry_s
-        self._kept: deque[NDArray[np.float32]] = deque()  # each (D,)
-        self._oldest = first_index
+        # By index, ascending, each (D,); what is not here below `next_index` does not exist.
+        self._kept: dict[int, NDArray[np.float32]] = {}
+        self._buffer_snippets = buffer_snippets
+        self._dropped: set[int] = set()  # below `next_index`, the engine is not told yet
+        self.dropped = 0
+        """How many snippets there was no room for."""
+        self._heard_s = time.monotonic()
+        self._sent_again_from: int | None = None
+        self.next_index = first_index
+        """The snippet index of the next snippet to be given to `send`."""
         self._acked = first_index
         self._sent = first_index
         self._send_until = first_index
@@ -144,11 +163,6 @@ class FeatureFeeder:
     # ---- what a caller does --------------------------------------------------------------------
 
     @property
-    def next_index(self) -> int:
-        """The snippet index of the next snippet to be given to `send`."""
-        return self._oldest + len(self._kept)
-
-    @property
     def lag(self) -> int:
         """How many snippets were given to `send` and are not known to be accepted yet."""
         return max(0, self.next_index - self._acked)
@@ -164,20 +178,34 @@ class FeatureFeeder:
     def send(self, features: NDArray[np.float32], timeout_s: float | None = None) -> None:
         """Hands (n, D) or (D,) float32 features of the next snippets to the engine.
 
-        Returns when all are sent; `flush` waits until they are accepted, too. Blocks while the
-        engine gives no credit or is away. Raises StreamError when the engine refuses them, or
-        before any of them is taken when no engine would take them. Raises NoReplyError when nothing
-        moves for `timeout_s`: snippets below `next_index` are then kept and will be sent, those
-        from there on were not taken and should be given again.
+        Returns when all are sent; `flush` waits until they are accepted, too. With the policy
+        `wait` it blocks while the engine gives no credit or is away. Raises StreamError when the
+        engine refuses them, or before any of them is taken when no engine would take them. Raises
+        NoReplyError when nothing moves for `timeout_s`: snippets below `next_index` are then kept
+        and will be sent, those from there on were not taken and should be given again.
         """
         rows = self._checked(features)
+        if self._hello.policy != "wait":
+            for row in rows:
+                self._keep(row)
+            self._exchange()
+            return
         chunk_snippets = self._connected(timeout_s).max_chunk_snippets
         for first in range(0, len(rows), chunk_snippets):
             self._wait(self._all_sent, timeout_s, "credit")
-            # Copied: the caller may change its array, and a view would keep all of it alive.
-            self._kept.extend(rows[first : first + chunk_snippets].copy())
-            self._forget_history()
+            for row in rows[first : first + chunk_snippets]:
+                self._keep(row)
         self._wait(self._all_sent, timeout_s, "credit")
+
+    def skip(self, snippets: int) -> None:
+        """The next snippets do not exist: the source has left them out, and `next_index` moves on.
+
+        The engine goes on behind such a gap. Raises ValueError for less than 0.
+        """
+        if snippets < 0:
+            raise ValueError(f"snippets: expected at least 0, came {snippets}")
+        self.next_index += snippets
+        self._exchange()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until the engine has accepted every snippet. Raises as `send` does."""
@@ -219,6 +247,27 @@ class FeatureFeeder:
             )
         return rows
 
+    def _keep(self, row: NDArray[np.float32]) -> None:
+        """Take a snippet, or drop one, where too many wait that may be dropped."""
+        index, self.next_index = self.next_index, self.next_index + 1
+        if self._hello.policy != "wait" and index - self._sent >= self._buffer_snippets:
+            waiting = [each for each in self._kept if each >= self._sent]
+            if len(waiting) >= self._buffer_snippets:
+                self.dropped += 1
+                if self._hello.policy == "drop_newest":
+                    self._dropped.add(index)
+                    return
+                self._dropped.add(waiting[0])
+                del self._kept[waiting[0]]
+        # Copied: the caller may change its array, and a view would keep all of it alive.
+        self._kept[index] = row.copy()
+        self._forget_history()
+
+    @property
+    def _oldest(self) -> int:
+        """The oldest snippet that can still be sent."""
+        return next(iter(self._kept), self.next_index)
+
     # ---- the conversation ----------------------------------------------------------------------
 
     def _connected(self, timeout_s: float | None) -> Welcome:
@@ -255,6 +304,15 @@ class FeatureFeeder:
             else:
                 self._connection.wait(min(deadline.at_s, retry.at_s), for_room=needs_room)
 
+    def _exchange(self) -> None:
+        """Reads and sends what can be at once; says Hello again in silence."""
+        if self._read() or not self.lag:
+            self._heard_s = time.monotonic()
+        elif time.monotonic() - self._heard_s > self._retry_s:
+            self._heard_s = time.monotonic()
+            self._break_silence()
+        self._send_due()
+
     def _break_silence(self) -> None:
         # An End is asked for again as such: after a Hello it would end another, empty session.
         self._talk = _Talk.WELCOMED if self._talk is _Talk.END_SENT else _Talk.HELLO_DUE
@@ -269,22 +327,38 @@ class FeatureFeeder:
                     self._talk = _Talk.HELLO_SENT
                 case Chunk():
                     self._sent += len(message.features)
+                case Gap():
+                    self._sent = message.next_index
                 case End():
                     self._talk = _Talk.END_SENT
         return False
 
-    def _due(self) -> Hello | Chunk | End | None:
+    def _due(self) -> Hello | Chunk | Gap | End | None:
         if self._talk is _Talk.HELLO_DUE:
             return replace(self._hello, first_index=self._oldest)
         if self._talk is not _Talk.WELCOMED or self.welcome is None:
             return None
-        until = min(self.next_index, self._send_until, self._sent + self.welcome.max_chunk_snippets)
-        if self._sent < until:
-            rows = islice(self._kept, self._sent - self._oldest, until - self._oldest)
-            return Chunk(self.stream, self._sent, np.stack(list(rows)))
+        first = self._sent
+        if first < self.next_index and first not in self._kept:
+            return self._gap(first)
+        until = min(self.next_index, self._send_until, first + self.welcome.max_chunk_snippets)
+        rows: list[NDArray[np.float32]] = []
+        while first + len(rows) < until and (row := self._kept.get(first + len(rows))) is not None:
+            rows.append(row)
+        if rows:
+            return Chunk(self.stream, first, np.stack(rows))
         if self._ending and self.lag == 0:
             return End(self.stream, self._acked)
         return None
+
+    def _gap(self, first: int) -> Gap:
+        """What does not exist from here on, or what was dropped."""
+        dropped, stop = first in self._dropped, first + 1
+        while stop < self.next_index and stop not in self._kept:
+            if (stop in self._dropped) != dropped:
+                break
+            stop += 1
+        return Gap(self.stream, first, stop, dropped)
 
     def _read(self) -> bool:
         """Takes in what has come from the engine; False when nothing has."""
@@ -321,6 +395,7 @@ class FeatureFeeder:
         self._talk = _Talk.WELCOMED
         self._acked = self._sent = welcome.next_index
         self._send_until = welcome.send_until
+        self._sent_again_from = None
         self._forget_history()
 
     def _on_ack(self, ack: Ack) -> None:
@@ -329,6 +404,9 @@ class FeatureFeeder:
         self._acked = max(self._acked, ack.next_index)
         self._sent = max(self._sent, self._acked)
         self._send_until = max(self._send_until, ack.send_until)
+        if ack.missing_until is not None and ack.next_index != self._sent_again_from:
+            # Lost on the way, or still on it. What comes twice does no harm.
+            self._sent = self._sent_again_from = ack.next_index
         self._forget_history()
 
     def _on_ended(self, ended: Ended) -> None:
@@ -353,9 +431,10 @@ class FeatureFeeder:
 
     def _forget_history(self) -> None:
         """Lets go of accepted snippets, except the newest `history_snippets` of them."""
-        while self._kept and self._oldest < self._acked - self._history_snippets:
-            self._kept.popleft()
-            self._oldest += 1
+        while self._oldest < min(self._acked - self._history_snippets, self.next_index):
+            del self._kept[self._oldest]
+        if self._dropped:
+            self._dropped = {index for index in self._dropped if index >= self._oldest}
 
 
 def _history_snippets(welcome: Welcome) -> int:

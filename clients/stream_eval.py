@@ -25,6 +25,7 @@ from hrpro.engine.protocol import (
 )
 from hrpro.engine.serve import Addresses
 from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.windows import decision_lookahead_s
 from hrpro.export.bundle import Bundle, BundleError
 from hrpro.training.annotations import read_ground_truth
 from hrpro.training.data import DataSet, read_test_split
@@ -84,7 +85,7 @@ def evaluate_streaming(
         "offline_average_map": offline.average,
         "streaming_average_map": streaming.average,
         "retention": streaming.average / offline.average if offline.average else 0.0,
-        "lookahead_s": config.lookahead_s,
+        "lookahead_s": decision_lookahead_s(bundle.manifest, config),
         "publish_delay_s": {
             name: float(np.percentile(delays_s, percent))
             for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))
@@ -102,12 +103,12 @@ def evaluate_streaming(
 def published_segments(
     published: Sequence[FinalProposal | ActionEvent], classes: Sequence[str]
 ) -> Segments:
-    """Publications whose end is known as segments in seconds."""
+    """Final proposals, and actions that have ended, as segments in seconds."""
     return Segments.from_rows(
         [
             (each.start_s, each.end_s, classes.index(each.label), each.score)
             for each in published
-            if each.end_s is not None
+            if each.end_s is not None and (isinstance(each, FinalProposal) or each.kind == "end")
         ]
     )
 

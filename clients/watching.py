@@ -19,6 +19,7 @@ from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, Strea
 
 _POLL_S = 0.25  # how often the idle time is looked at
 _ROWS = 24
+_STYLES = {"● now": "bold green", "over": "green", "retracted": "dim"}
 
 
 def publications(
@@ -90,7 +91,7 @@ class EventBoard:
                 self._actions.pop(key, None)  # the newest change stands last
                 self._actions[key] = publication
                 # Open actions stay; of the ended ones only what fits on a screen.
-                ended = [k for k, action in self._actions.items() if action.kind == "end"]
+                ended = [k for k, action in self._actions.items() if action.is_last]
                 for old in ended[:-_ROWS]:
                     del self._actions[old]
             case FinalProposal():
@@ -117,7 +118,7 @@ class EventBoard:
         """Drop a stream and its open actions; ended ones have their place on the screen."""
         self._sessions.pop(stream, None)
         for key, action in list(self._actions.items()):
-            if action.stream == stream and action.kind != "end":
+            if action.stream == stream and not action.is_last:
                 del self._actions[key]
 
     def table(self) -> Table:
@@ -126,15 +127,24 @@ class EventBoard:
         for name in ("stream", "action", "from", "to", "score", ""):
             table.add_column(name, justify="right" if name in {"from", "to", "score"} else "left")
         newest = list(reversed(self._actions.values()))
-        for action in sorted(newest, key=lambda each: each.kind == "end")[:_ROWS]:
-            is_open = action.kind != "end"
+        for action in sorted(newest, key=lambda each: each.is_last)[:_ROWS]:
             table.add_row(
                 action.stream,
                 escape(action.label),
                 f"{action.start_s:.1f} s",
                 "" if action.end_s is None else f"{action.end_s:.1f} s",
                 f"{action.score:.2f}",
-                "● now" if is_open else "ended",
-                style="bold green" if is_open else "",
+                _state(action),
+                style=_STYLES.get(_state(action), ""),
             )
         return table
+
+
+def _state(action: ActionEvent) -> str:
+    """What is shown of an action: one that is over has its last event still to come."""
+    match action.kind:
+        case "end":
+            return "ended"
+        case "retract":
+            return "retracted"
+    return "● now" if action.end_s is None else "over"

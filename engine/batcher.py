@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hrpro.engine.stream import Stream
@@ -19,42 +21,81 @@ class Job:
     stop: int
 
 
-class Batcher:
-    """Takes ready windows from the streams in turn, so that no stream waits for a fast one."""
+def batch_sizes(max_batch: int) -> list[int]:
+    """The sizes that batches have, from small to large: powers of two, and the largest."""
+    return sorted({*(2**n for n in range(max_batch.bit_length())), max_batch})
 
-    def __init__(self, plan: WindowPlan, max_batch: int) -> None:
+
+class Batcher:
+    """Takes ready windows from the streams in turn, so that no stream waits for a fast one.
+
+    A batch is taken when it is full, or when a stream has waited for ``max_wait_s``. It has one of
+    a few sizes: a backend that prepares itself for each shape then knows them all. What is left is
+    first in the next batch.
+    """
+
+    def __init__(
+        self,
+        plan: WindowPlan,
+        max_batch: int,
+        max_wait_s: float = 0.0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._plan = plan
         self._max_batch = max_batch
-        self._last_served = ""
+        self._max_wait_s = max_wait_s
+        self._now_s = now_s
+        self.sizes = batch_sizes(max_batch)
+        # In the order of their turn, with the time since when each waits for it.
+        self._waiting: dict[str, tuple[Stream, float]] = {}
 
-    def take(self, streams: Mapping[str, Stream]) -> list[Job]:
-        """Up to ``max_batch`` windows: one a stream, then further ones of those that have more.
+    def offer(self, stream: Stream) -> None:
+        """Something of a stream has changed: it may have a window that can be computed, or not."""
+        if not stream.can_ask(stream.asked):
+            self.withdraw(stream)
+        elif stream.stream not in self._waiting:
+            self._waiting[stream.stream] = stream, self._now_s()
 
-        Windows of one stream stand in the order of time.
-        """
-        waiting = [
-            (stream, stream.asked)
-            for stream in self._in_turn(streams)
-            if stream.asked < stream.ready_until()
-        ]
-        jobs: list[Job] = []
-        while waiting and len(jobs) < self._max_batch:
-            room = self._max_batch - len(jobs)
-            chosen, waiting = waiting[:room], waiting[room:]
-            for stream, first in chosen:
-                job = self._job(stream, first)
-                jobs.append(job)
-                if job.until < stream.ready_until():
-                    waiting.append((stream, job.until))
-            self._last_served = chosen[-1][0].stream
+    def withdraw(self, stream: Stream) -> None:
+        """There is nothing to compute of it, or another bundle does."""
+        self._waiting.pop(stream.stream, None)
+
+    def due_in_s(self) -> float | None:
+        """When there is a batch to take; None if no stream waits."""
+        if not self._waiting:
+            return None
+        _, since_s = next(iter(self._waiting.values()))
+        left_s = since_s + self._max_wait_s - self._now_s()
+        if left_s > 0 and len(self._jobs()) == self._max_batch:
+            return 0.0
+        return max(0.0, left_s)
+
+    def take(self) -> list[Job]:
+        """The windows of a batch that is due: one a stream, then further ones of those that have
+        more. Windows of one stream stand in the order of time."""
+        if self.due_in_s() != 0:
+            return []
+        jobs = self._jobs()
+        jobs = jobs[: self.sizes[bisect.bisect(self.sizes, len(jobs)) - 1]]
+        for job in jobs:
+            self.withdraw(job.stream)
+        now_s = self._now_s()
+        last = {job.stream.stream: job for job in jobs}
+        for name, job in last.items():
+            if job.stream.can_ask(job.until):
+                self._waiting[name] = job.stream, now_s
         return jobs
 
-    def _in_turn(self, streams: Mapping[str, Stream]) -> list[Stream]:
-        """The streams, beginning behind the one that was served last."""
-        names = list(streams)
-        after = names.index(self._last_served) + 1 if self._last_served in streams else 0
-        return [streams[name] for name in names[after:] + names[:after]]
-
-    def _job(self, stream: Stream, first: int) -> Job:
-        until = min(self._plan.counts_until(first), stream.ready_until())
-        return Job(stream, first, until, self._plan.stop(first))
+    def _jobs(self) -> list[Job]:
+        """Up to ``max_batch`` windows, in turn."""
+        in_turn = [(stream, stream.asked) for stream, _ in self._waiting.values()]
+        jobs: list[Job] = []
+        while in_turn and len(jobs) < self._max_batch:
+            room = self._max_batch - len(jobs)
+            chosen, in_turn = in_turn[:room], in_turn[room:]
+            for stream, first in chosen:
+                until = min(self._plan.counts_until(first), stream.ready_until())
+                jobs.append(Job(stream, first, until, self._plan.stop(first)))
+                if stream.can_ask(until):
+                    in_turn.append((stream, until))
+        return jobs

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from hrpro.engine.settings import Settings
 
@@ -49,8 +51,21 @@ class LocalizationConfig(Settings):
     event_end: float = Field(
         0.25, gt=0, lt=1, description="an action is over when P falls below this"
     )
-    event_update: int = Field(
-        4, ge=1, description="an open action is updated when it has grown by so many snippets"
+    event_update_snippets: int = Field(
+        4,
+        ge=1,
+        # The second is its name in bundles and runs of before.
+        validation_alias=AliasChoices("event_update_snippets", "event_update"),
+        description="an action is updated when it has grown by so many snippets",
+    )
+    event_update_score: float = Field(
+        0.1, gt=0, le=1, description="an action is updated when its score has changed by so much"
+    )
+    event_confirm: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="an action is retracted if none of its final proposals has a score of so much",
     )
     history_snippets: int = Field(
         512, ge=32, description="snippets of embedding kept for the refinement of proposals"
@@ -96,17 +111,44 @@ class EngineConfig(Settings):
 
     window: WindowConfig = WindowConfig()
     localization: LocalizationConfig = LocalizationConfig()
-    lookahead_s: float = Field(
+    lookahead_s: float | Literal["strict"] = Field(
         4.0,
-        ge=0,
-        description="a proposal is final this long after its end, and not while its action goes on",
+        description="a proposal is final this long after its end, and not while its action goes "
+        "on; strict: as soon as model and hop can tell that it is over",
     )
-    max_batch: int = Field(16, ge=1, description="windows in one inference call")
+    mode: Literal["latency", "throughput"] = Field(
+        "latency", description="compute windows as they come, or wait for large batches"
+    )
+    max_batch: int | None = Field(
+        None, ge=1, description="windows in one inference call (default: 16, for throughput 64)"
+    )
+    max_wait_ms: float | None = Field(
+        None,
+        ge=0,
+        le=60_000,
+        description="longest wait of a window for others in its batch (default: 0, for "
+        "throughput 50)",
+    )
+    gap_wait_s: float = Field(
+        5.0, ge=0, description="a snippet that is missing for so long is given up: a gap"
+    )
+    idle_s: float = Field(
+        60.0,
+        gt=0,
+        description="a stream that nothing came of for so long is idle: its actions end, and it "
+        "gives way to another one where there are too many",
+    )
     backlog_snippets: int = Field(
         64, ge=1, description="snippets a feeder may be ahead of inference"
     )
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
+    drain_s: float = Field(
+        30.0,
+        gt=0,
+        description="a drain that takes longer is given up: what is not processed then is lost, "
+        "the log says how much, and the exit code is 1",
+    )
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()
@@ -114,6 +156,30 @@ class EngineConfig(Settings):
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )
+
+    @field_validator("lookahead_s", mode="plain")
+    @classmethod
+    def _lookahead(cls, value: object) -> float | str:
+        if value == "strict":
+            return "strict"
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 <= value < math.inf
+        ):
+            return float(value)
+        raise ValueError(f"expected strict or seconds of at least 0, came {json.dumps(value)}")
+
+    @property
+    def batch_limit(self) -> int:
+        """Most windows in one inference call."""
+        return self.max_batch or (16 if self.mode == "latency" else 64)
+
+    @property
+    def batch_wait_s(self) -> float:
+        """Longest wait of a window for others in its batch."""
+        by_mode_ms = 0.0 if self.mode == "latency" else 50.0
+        return (by_mode_ms if self.max_wait_ms is None else self.max_wait_ms) / 1000
 
     @property
     def batches_in_flight(self) -> int:

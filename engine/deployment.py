@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher
 from hrpro.engine.config import EngineConfig
@@ -43,18 +44,26 @@ class Deployment:
         self.config = config
         self.inference = Inference(backend, config.batches_in_flight)
         self.plan = plan_windows(manifest, config)
-        self.batcher = Batcher(self.plan, config.max_batch)
+        self.batcher = Batcher(self.plan, config.batch_limit, config.batch_wait_s)
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
 
     def warm_up(self, backend: Backend) -> None:
-        """Let a backend compute a batch of this size, so that the first snippets do not wait."""
-        shape = (self.config.max_batch, self.plan.window, self.manifest.feature_dim)
-        backend.score_snippets(
-            np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=np.bool_)
-        )
+        """Let a backend compute a batch of each size, so that the first snippets do not wait."""
+        for size in reversed(self.batcher.sizes):
+            shape = (size, self.plan.window, self.manifest.feature_dim)
+            backend.score_snippets(
+                np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=np.bool_)
+            )
 
-    def new_localizer(self, first_index: int) -> StreamLocalizer:
-        """For a stream that begins with this snippet."""
+    @property
+    def no_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """P (1, C) and embedding (1, W) where nothing has been seen."""
+        widths = len(self.manifest.classes), self.manifest.embedding_width
+        scores, embedding = (np.zeros((1, width), dtype=np.float32) for width in widths)
+        return scores, embedding
+
+    def new_localizer(self, first_index: int, next_action_id: int = 0) -> StreamLocalizer:
+        """For a stream that begins, or goes on anew, with this snippet."""
         return StreamLocalizer(
             len(self.manifest.classes),
             self.manifest.embedding_width,
@@ -62,6 +71,7 @@ class Deployment:
             self.backend,
             self.plan.wait,
             first_index,
+            next_action_id,
         )
 
     def take_over(self, stream: Stream) -> bool:
@@ -69,6 +79,7 @@ class Deployment:
         before, stream.deployment = stream.deployment, self
         if before is self:
             return False
+        before.batcher.withdraw(stream)
         before.inference.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
         stream.localizer.use(

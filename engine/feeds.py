@@ -7,11 +7,13 @@ stream it was told last. The streams themselves belong to the pipeline.
     Hello --> fits? --> the stream lives? --no--> open, Welcome
                               |
                               +--yes, and continues --> the connection owns it now, Welcome
-                              +--yes, but is ending, or lacks snippets that cannot come any more
+                              +--yes, but is ending, or lacks more snippets than a window has
                                         --> Welcome to a new session, once the old one has Ended
 
-Where no stream can be opened because there are too many, the one whose feeder has been silent for
-longest gives way if that is IDLE_S or more; the Hello waits for its end, too.
+Snippets may come in any order within the credit. What is missing while later ones are there is
+waited for, then given up: a gap. A stream that nothing came of for a while is idle. Where no stream
+can be opened because there are too many, the one that has been idle for longest gives way; the
+Hello waits for its end, too.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from hrpro.engine.messages import (
     End,
     Ended,
     Error,
+    Gap,
     Hello,
     Message,
     StreamNotice,
@@ -35,7 +38,7 @@ from hrpro.engine.messages import (
 )
 from hrpro.engine.metrics import Arrivals
 from hrpro.engine.timebase import SnippetClock
-from hrpro.engine.wire import MAX_FIRST_INDEX, MAX_INDEX, ProtocolError, StreamError
+from hrpro.engine.wire import MAX_FIRST_INDEX, ProtocolError, StreamError
 
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
@@ -43,8 +46,12 @@ if TYPE_CHECKING:
 
 # Ended streams that are remembered, to repeat an Ended that was lost on its way.
 ENDED_REMEMBERED = 1024
-# A stream that nothing came for in so long may be ended, where another one needs its place.
-IDLE_S = 60.0
+# How often it is looked whether streams are silent.
+_LOOK_INTERVAL_S = 1.0
+
+
+# What a feeder is told of its stream: next_index, send_until, missing_until, dropped.
+State = tuple[int, int, int | None, int]
 
 
 @dataclass
@@ -59,6 +66,11 @@ class Counters:
     proposals: int = 0
     events: int = 0
     ended_streams: int = 0
+    gaps: int = 0
+    snippets_missing: int = 0
+    snippets_duplicate: int = 0
+    snippets_dropped_oldest: int = 0
+    snippets_dropped_newest: int = 0
     deploys: int = 0
     deploys_refused: int = 0
 
@@ -68,8 +80,8 @@ class Feed:
     """The connection that feeds a live stream."""
 
     identity: bytes
-    heard_s: float  # when its last message for the stream came
-    told: tuple[int, int] | None = None  # (next_index, send_until)
+    heard_s: float  # when its last message for the stream came, or it was last told something new
+    told: State | None = None
     reachable: bool = True
 
 
@@ -96,10 +108,14 @@ class Feeds:
         self._send = send
         self._now_s = now_s
         self._arrivals = arrivals or Arrivals(now_s)
+        self._gap_wait_s, self._idle_s = pipeline.gap_wait_s, pipeline.idle_s
         self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
+        self._touched: set[str] = set()  # streams whose feeders may have to be told something
+        self._holes: dict[str, tuple[int, float]] = {}  # what is missing first, since when
+        self._look_at_s = now_s()
 
-    def handle(self, identity: bytes, message: Hello | Chunk | End) -> None:
+    def handle(self, identity: bytes, message: Hello | Chunk | Gap | End) -> None:
         """Does what a peer asks for, or tells it why not."""
         try:
             match message:
@@ -107,6 +123,8 @@ class Feeds:
                     self._on_hello(identity, message)
                 case Chunk():
                     self._on_chunk(identity, message)
+                case Gap():
+                    self._on_gap(identity, message)
                 case End():
                     self._on_end(identity, message)
         except (ProtocolError, StreamError) as error:
@@ -129,13 +147,44 @@ class Feeds:
                 del self._waiting[name]
                 self.handle(identity, hello)
 
+    def tend(self) -> None:
+        """Gives up what has been missing for too long, and lets silent streams rest."""
+        now_s = self._now_s()
+        for name, (first, since_s) in list(self._holes.items()):
+            stream = self._pipeline.streams.get(name)
+            missing_until = None if stream is None else stream.missing_until
+            if stream is None or missing_until is None:
+                del self._holes[name]
+            elif stream.next_index != first:  # another one
+                self._holes[name] = stream.next_index, now_s
+            elif now_s - since_s >= self._gap_wait_s:
+                self._give_up(stream, missing_until)
+        if now_s >= self._look_at_s:
+            self._look_at_s = now_s + _LOOK_INTERVAL_S
+            for name, feed in self.live.items():
+                if now_s - feed.heard_s >= self._idle_s:
+                    self._pipeline.rest(name)
+
+    def due_in_s(self) -> float | None:
+        """When `tend` has something to do; None if something has to come first."""
+        if not self.live:
+            return None
+        due_s = [since_s + self._gap_wait_s for _, since_s in self._holes.values()]
+        return max(0.0, min([self._look_at_s, *due_s]) - self._now_s())
+
     def acknowledge(self) -> None:
         """One Ack at most for each stream, where something has moved since its feeder was told."""
-        for name, feed in self.live.items():
-            state = _state(self._pipeline.streams[name])
-            if state != feed.told:
-                feed.reachable = self._send(feed.identity, Ack(name, *state))
-                feed.told = state if feed.reachable else None
+        touched, self._touched = self._touched | self._pipeline.moved, set()
+        self._pipeline.moved = set()
+        for name in touched & self.live.keys():
+            feed, state = self.live[name], _state(self._pipeline.streams[name])
+            if state == feed.told:
+                continue
+            feed.heard_s = self._now_s()  # it may have waited for this
+            feed.reachable = self._send(feed.identity, Ack(name, *state))
+            feed.told = state if feed.reachable else None
+            if not feed.reachable:
+                self._touched.add(name)
 
     def on_ended(self, notice: StreamNotice) -> None:
         """Tells the feeder that its stream is processed and published as a whole."""
@@ -152,18 +201,18 @@ class Feeds:
         self._check_fits(hello)
         live = self._pipeline.streams.get(hello.stream)
         if live is not None and not live.ended and hello.first_index > live.next_index:
-            # The snippets between can never come: this session is over, another one begins.
-            self._end(live)
+            self._give_up(live, hello.first_index)
         if live is not None and live.ended:
             self._waiting[hello.stream] = (identity, hello)
             return
         try:
-            stream = self._pipeline.open(hello.stream, hello.first_index)
+            stream = self._pipeline.open(hello.stream, hello.first_index, hello.policy)
         except StreamError as error:
             if error.code != "too_many_streams" or not self._room_comes(hello.stream):
                 raise
             self._waiting[hello.stream] = (identity, hello)
             return
+        stream.policy = hello.policy
         self._ended.pop(hello.stream, None)
         try:
             welcome = self._welcome(stream)
@@ -182,7 +231,7 @@ class Feeds:
             return True
         open_feeds = {each: feed for each, feed in self.live.items() if not streams[each].ended}
         idle = min(open_feeds, key=lambda each: open_feeds[each].heard_s, default=None)
-        if idle is None or self._now_s() - open_feeds[idle].heard_s < IDLE_S:
+        if idle is None or self._now_s() - open_feeds[idle].heard_s < self._idle_s:
             return False
         self._end(streams[idle])
         return True
@@ -211,7 +260,7 @@ class Feeds:
 
     def _welcome(self, stream: Stream) -> Welcome:
         pipeline = self._pipeline
-        next_index, send_until = _state(stream)
+        next_index, send_until, *_ = _state(stream)
         return Welcome(
             stream=stream.stream,
             next_index=next_index,
@@ -245,15 +294,63 @@ class Feeds:
                 f" {self._pipeline.max_chunk_snippets} snippets, came {len(chunk.features)}",
                 stream.next_index,
             )
-        before = stream.next_index
+        next_index, came = stream.next_index, stream.received
+        duplicates, dropped = stream.duplicates, stream.dropped
         self._pipeline.append(chunk.stream, chunk.first_index, chunk.features)
-        self._counters.chunks_in += 1
-        self._counters.snippets_in += stream.next_index - before
-        if stream.next_index > before:
+        counters = self._counters
+        counters.chunks_in += 1
+        counters.snippets_in += stream.received - came
+        counters.snippets_duplicate += stream.duplicates - duplicates
+        self._count_dropped(stream, stream.dropped - dropped)
+        self._touched.add(chunk.stream)
+        if stream.next_index > next_index:
             self._arrivals.came(chunk.stream, stream.next_index, stream.processed)
-        else:
+        if stream.received == came:
             self._counters.chunks_duplicate += 1
             feed.told = None  # whoever sends a chunk again has missed the Ack
+        if stream.missing_until is not None:
+            self._holes.setdefault(chunk.stream, (stream.next_index, self._now_s()))
+
+    def _count_dropped(self, stream: Stream, snippets: int) -> None:
+        if stream.policy == "drop_oldest":
+            self._counters.snippets_dropped_oldest += snippets
+        else:
+            self._counters.snippets_dropped_newest += snippets
+
+    def _on_gap(self, identity: bytes, gap: Gap) -> None:
+        self._refuse_when_draining(gap.stream)
+        stream, feed = self._fed_by(identity, gap)
+        if gap.first_index > stream.next_index:
+            raise StreamError(
+                "out_of_order",
+                f"stream {gap.stream!r}: expected snippet {stream.next_index} or a gap from there,"
+                f" came a gap from {gap.first_index}",
+                stream.next_index,
+            )
+        feed.told = None
+        self._touched.add(gap.stream)
+        over = stream.ended or gap.next_index <= stream.next_index
+        if gap.dropped and not over:
+            stream.dropped += gap.next_index - stream.next_index
+            self._count_dropped(stream, gap.next_index - stream.next_index)
+        if not over and not self._give_up(stream, gap.next_index):
+            # The feeder did not end it, and goes on in the next session.
+            del self.live[gap.stream]
+            clock, dim = self._pipeline.clock, self._pipeline.feature_dim
+            frames = clock.frames_per_s, clock.snippet_frames
+            hello = Hello(gap.stream, dim, *frames, gap.next_index, stream.policy)
+            self._waiting[gap.stream] = (identity, hello)
+
+    def _give_up(self, stream: Stream, until: int) -> bool:
+        """What is missing below this index never comes. That is a gap, or, where nothing of a
+        window would be left, the end of the session; returns whether the session goes on."""
+        self._touched.add(stream.stream)
+        if until - stream.came_until > self._pipeline.window_snippets:
+            self._end(stream)
+            return False
+        self._pipeline.give_up(stream.stream, until)
+        self._arrivals.came(stream.stream, stream.next_index, stream.processed)
+        return True
 
     def _on_end(self, identity: bytes, end: End) -> None:
         ended = self._ended.get(end.stream)
@@ -275,7 +372,7 @@ class Feeds:
         self._pipeline.end(stream.stream, stream.next_index)
         self._arrivals.ended(stream.stream, stream.next_index)
 
-    def _fed_by(self, identity: bytes, message: Chunk | End) -> tuple[Stream, Feed]:
+    def _fed_by(self, identity: bytes, message: Chunk | Gap | End) -> tuple[Stream, Feed]:
         """The live stream of a message and its connection, which must be the sender's."""
         name = message.stream
         if name not in self.live:
@@ -297,9 +394,8 @@ class Feeds:
             raise StreamError("draining", f"stream {name!r}: the engine is draining")
 
 
-def _state(stream: Stream) -> tuple[int, int]:
-    """What a feeder is told of its stream: (next_index, send_until)."""
-    return stream.next_index, min(stream.send_until, MAX_INDEX)
+def _state(stream: Stream) -> State:
+    return stream.next_index, stream.send_until, stream.missing_until, stream.dropped
 
 
 def error_message(error: ProtocolError | StreamError, stream: str | None = None) -> Error:

@@ -11,6 +11,7 @@ from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.inference import Backend
 from hrpro.engine.stream import Stream
+from hrpro.engine.windows import decision_lookahead_s
 from hrpro.export.bundle import Manifest
 
 # A window is computed so often, unless that takes longer than so many seconds.
@@ -54,11 +55,11 @@ def derived(deployment: Deployment) -> dict[str, Any]:
         "context_snippets": plan.context,
         "model_lookahead_snippets": plan.lookahead,
         "model_lookahead_s": clock.seconds(plan.lookahead),
-        "lookahead_s": config.lookahead_s,
+        "lookahead_s": decision_lookahead_s(manifest, config),
         "stream_bytes": own_bytes,
         "max_streams": config.max_streams,
         "max_streams_bytes": config.max_streams * own_bytes,
-        "batch_bytes": config.max_batch * plan.window * (4 * manifest.feature_dim + 1),
+        "batch_bytes": config.batch_limit * plan.window * (4 * manifest.feature_dim + 1),
         "window_gflop": gflop or None,
         "stream_gflop_per_s": gflop / hop_s or None,
         "window_ms": window_ms,

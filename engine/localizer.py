@@ -35,6 +35,9 @@ Floats = NDArray[np.float64]
 # more than this many a class.
 _PUBLISHED_LIMIT = 256
 
+# Quiet snippets that are taken at once: no more than any history holds.
+_QUIET_AT_ONCE = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Final:
@@ -62,12 +65,14 @@ class StreamLocalizer:
         scorer: InstanceScorer | None,
         wait: int | None,
         first_index: int = 0,
+        next_action_id: int = 0,
     ) -> None:
         self._config = config
+        self._quiet_level = _quiet_level(config)
         self._scorer = scorer
         self._wait = wait
         self._detector = RunDetector(class_count, config, first_index)
-        self._tracker = ActionTracker(class_count, config, first_index)
+        self._tracker = ActionTracker(class_count, config, first_index, next_action_id)
         self._history = Ring(config.history_snippets, (embedding_width,), first_index)
         self._embedded_from = first_index  # by the model that the scorer belongs to
         self._scores = Ring(config.history_snippets, (class_count,), first_index)
@@ -87,19 +92,63 @@ class StreamLocalizer:
         """Of memory in its rings."""
         return self._history.nbytes + self._scores.nbytes
 
+    @property
+    def next_action_id(self) -> int:
+        """The id of the next action that starts."""
+        return self._tracker.next_id
+
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:
         """Take the next n snippets: scores P (n, C) in [0, 1] and embedding (n, W)."""
         decisions: list[Decision] = []
-        for row, embedded in zip(scores, embedding, strict=True):
-            self._history.append(embedded[None])
-            self._scores.append(row[None])
-            self._closed += self._detector.push(row)
-            decisions += self._tracker.push(row)
+        position = 0
+        while position < len(scores):
+            stop = self._quiet_until(scores, position) if self._is_idle else position
+            if stop > position:
+                self._skip(scores[position:stop], embedding[position:stop])
+            else:
+                decisions += self._push(scores[position], embedding[position])
+                stop = position + 1
+            position = stop
+        return decisions
+
+    def _quiet_until(self, scores: NDArray[np.float32], position: int) -> int:
+        """One past the snippets from ``position`` on in which no run and no action can begin."""
+        rest = scores[position : position + _QUIET_AT_ONCE]
+        if float(rest.max()) <= self._quiet_level:
+            return position + len(rest)
+        # In float64, as runs and actions compare them.
+        loud = (rest > np.float64(self._quiet_level)).any(axis=1)
+        return position + int(loud.argmax())
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nothing is open, and nothing still to be published."""
+        return (
+            self._detector.is_idle
+            and not self._closed
+            and not self._tracker.open_count
+            and not any(self._pool)
+        )
+
+    def _skip(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> None:
+        """Take quiet snippets while idle, with the outcome of taking them one by one."""
+        self._history.append(embedding)
+        self._scores.append(scores)
+        self._detector.skip(scores)
+        self._tracker.skip(scores)
+
+    def _push(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> list[Decision]:
+        """Take one snippet: scores (C,) and embedding (W,)."""
+        self._history.append(embedding[None])
+        self._scores.append(scores[None])
+        self._closed += self._detector.push(scores)
+        decisions: list[Decision] = [*self._tracker.push(scores)]
+        if self._closed:
             self._refine(self._ready())
-            if self._wait is not None:
-                decisions += self._publish(self._detector.next_index - self._wait)
+        if self._wait is not None:
+            decisions += self._publish(self._detector.next_index - self._wait)
         return decisions
 
     def flush(self) -> list[Decision]:
@@ -135,6 +184,7 @@ class StreamLocalizer:
             self._embedded_from = self._detector.next_index
             self._history = Ring(config.history_snippets, (embedding_width,), self._embedded_from)
         self._config, self._scorer = config, scorer
+        self._quiet_level = _quiet_level(config)
 
     def _replayed(self, config: LocalizationConfig) -> RunDetector:
         """A detector of other thresholds that knows which runs are open.
@@ -156,8 +206,6 @@ class StreamLocalizer:
 
     def _ready(self) -> list[Run]:
         """Closed runs whose evidence is complete, or which have to be published now."""
-        if not self._closed:
-            return []
         now = self._detector.next_index
         due = now if self._wait is None else now - self._wait
         ready: list[Run] = []
@@ -181,9 +229,9 @@ class StreamLocalizer:
         """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""
         finals: list[Final] = []
         for label_index, pool in enumerate(self._pool):
-            if pool:
+            if pool and any(proposal.due_from <= due_until for proposal in pool):
                 finals += self._publish_class(label_index, due_until)
-        return [*finals, *self._tracker.conclude(due_until)]
+        return [*finals, *self._tracker.conclude(due_until, self._pool)]
 
     def _publish_class(self, label_index: int, due_until: int) -> list[Final]:
         pool, published = self._pool[label_index], self._published[label_index]
@@ -227,6 +275,11 @@ class StreamLocalizer:
         if len(kept) < len(published):
             published.clear()
             published.extend(kept)
+
+
+def _quiet_level(config: LocalizationConfig) -> float:
+    """No run and no action begins where P of no class exceeds this."""
+    return min(config.thresholds[0], config.event_start)
 
 
 def localize(

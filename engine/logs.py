@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import time
 from collections.abc import Callable
@@ -94,10 +93,10 @@ class PeerLog:
         if second.lines <= LINES_PER_S:
             self._log.log(level, "%s", message, extra=fact(event, **fields))
 
-    def due_ms(self) -> int | None:
+    def due_in_s(self) -> float | None:
         """When `say_left_out` has something to say, if it has."""
         due_s = [each.began_s + 1 for each in self._seconds.values() if each.lines > LINES_PER_S]
-        return max(0, math.ceil((min(due_s) - self._now_s()) * 1000)) if due_s else None
+        return max(0.0, min(due_s) - self._now_s()) if due_s else None
 
     def say_left_out(self, now: bool = False) -> None:
         """How many lines were left out in the seconds that are over, or until now."""

@@ -6,8 +6,8 @@ that exists is a valid one. `hrpro.engine.protocol` turns messages into frames a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,15 @@ from hrpro.engine.wire import ProtocolError
 
 MAX_ERROR_CHARACTERS = 1024
 
+Policy = Literal["wait", "drop_oldest", "drop_newest"]
+NoticeKind = Literal["opened", "gap", "idle", "resumed", "ended"]
+EventKind = Literal["start", "update", "end", "retract"]
+LAST_KINDS: tuple[EventKind, ...] = ("end", "retract")
 
-def _wire(check: wire.Check) -> Any:
-    """A dataclass field and the check of its value."""
-    return field(metadata={"check": check})
+
+def _wire(check: wire.Check, default: Any = MISSING) -> Any:
+    """A dataclass field, the check of its value, and what it is where a peer leaves it out."""
+    return field(metadata={"check": check}, default=default)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """Opens or resumes a stream; `first_index` is the oldest snippet the feeder can still send."""
+    """Opens or resumes a stream; `first_index` is the oldest snippet the feeder can still send.
+
+    `policy` says what becomes of snippets that the engine has no room for.
+    """
 
     TYPE: ClassVar[str] = "hello"
     stream: str = _wire(wire.stream_id)
@@ -50,6 +58,7 @@ class Hello(Message):
     frames_per_s: float = _wire(wire.positive_number)
     snippet_frames: int = _wire(wire.size)
     first_index: int = _wire(wire.index)
+    policy: Policy = _wire(wire.one_of(*get_args(Policy)), "wait")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,26 @@ class Chunk(Message):
             raise ProtocolError(f"{where}: expected shape (n, D), came {self.features.shape}")
         if self.first_index + len(self.features) > wire.MAX_INDEX:
             raise ProtocolError(f"{where}: expected indices up to {wire.MAX_INDEX}")
+
+
+@dataclass(frozen=True)
+class Gap(Message):
+    """The snippets `first_index <= index < next_index` will not come: the source left them out,
+    or, with `dropped`, the feeder had no room for them."""
+
+    TYPE: ClassVar[str] = "gap"
+    stream: str = _wire(wire.stream_id)
+    first_index: int = _wire(wire.index)
+    next_index: int = _wire(wire.index)
+    dropped: bool = _wire(wire.flag, False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.next_index <= self.first_index:
+            raise ProtocolError(
+                f"stream {self.stream!r}, snippet {self.first_index}: expected a gap that ends"
+                f" behind it, came its end at {self.next_index}"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,12 +141,18 @@ class Welcome(Message):
 
 @dataclass(frozen=True)
 class Ack(Message):
-    """Snippets below `next_index` are accepted; those below `send_until` may be sent."""
+    """Snippets below `next_index` are accepted, or given up; those below `send_until` may be sent.
+
+    From `next_index` up to `missing_until` snippets are missing, while later ones are there.
+    `dropped` counts what the session had no room for.
+    """
 
     TYPE: ClassVar[str] = "ack"
     stream: str = _wire(wire.stream_id)
     next_index: int = _wire(wire.index)
     send_until: int = _wire(wire.index)
+    missing_until: int | None = _wire(wire.optional(wire.index), None)
+    dropped: int = _wire(wire.count, 0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +182,7 @@ class Error(Message):
 
 @dataclass(frozen=True)
 class ActionEvent(Message):
-    """An action as it is seen while it happens. `end_s` is None until it is known; `bundle_id` is
+    """An action as it is seen while it happens. `end_s` is None until it is over; `bundle_id` is
     the bundle that saw it."""
 
     TYPE: ClassVar[str] = "event"
@@ -155,7 +190,7 @@ class ActionEvent(Message):
     session: int = _wire(wire.count)
     sequence: int = _wire(wire.count)
     id: int = _wire(wire.count)
-    kind: Literal["start", "update", "end"] = _wire(wire.one_of("start", "update", "end"))
+    kind: EventKind = _wire(wire.one_of(*get_args(EventKind)))
     revision: int = _wire(wire.count)
     label: str = _wire(wire.label)
     start_s: float = _wire(wire.number)
@@ -164,6 +199,11 @@ class ActionEvent(Message):
     published_index: int = _wire(wire.index)
     published_s: float = _wire(wire.number)
     bundle_id: str = _wire(wire.text(256))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no more is said of this action."""
+        return self.kind in LAST_KINDS
 
 
 @dataclass(frozen=True)
@@ -187,13 +227,17 @@ class FinalProposal(Message):
 
 @dataclass(frozen=True)
 class StreamNotice(Message):
-    """A session of a stream began or is complete."""
+    """A session of a stream began, had a gap, is silent, goes on, or is complete.
+
+    `first_index <= index < next_index` are the snippets of the session so far; of a `gap`, those
+    that are missing.
+    """
 
     TYPE: ClassVar[str] = "stream"
     stream: str = _wire(wire.stream_id)
     session: int = _wire(wire.count)
     sequence: int = _wire(wire.count)
-    kind: Literal["opened", "ended"] = _wire(wire.one_of("opened", "ended"))
+    kind: NoticeKind = _wire(wire.one_of(*get_args(NoticeKind)))
     first_index: int = _wire(wire.index)
     next_index: int = _wire(wire.index)
     proposals: int = _wire(wire.count)

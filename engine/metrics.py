@@ -9,9 +9,9 @@ among the labels, but as the worst of them and as a distribution over them.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from hrpro.engine.messages import ActionEvent, FinalProposal, Publication
+from hrpro.engine.messages import ActionEvent, EventKind, FinalProposal, Publication
 from hrpro.engine.wire import ERROR_CODES
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Metrics(Collector):
         self._started_s = time.monotonic()
         self._server: Server | None = None
         self._pipeline: Pipeline | None = None
+        self._event_kinds: Counter[EventKind] = Counter()
         self._batch = self._histogram("batch_windows", "Windows in a call of stage 1.", _BATCHES)
         inference = self._histogram(
             "inference_seconds", "Time of a call of a stage of the model.", _WORK_S, "stage"
@@ -117,7 +118,9 @@ class Metrics(Collector):
         if isinstance(publication, FinalProposal):
             # Stage 2 may move an end beyond the newest snippet.
             self._final_delay.observe(max(0.0, publication.published_s - publication.end_s))
-        elif publication.kind == "start":
+            return
+        self._event_kinds[publication.kind] += 1
+        if publication.kind == "start":
             self._start_delay.observe(publication.published_s - publication.start_s)
 
     # ---- read by whoever asks ------------------------------------------------------------------
@@ -143,6 +146,13 @@ class Metrics(Collector):
             yield _info(self._server, self._pipeline)
             yield from _counts(self._server, self._pipeline)
             yield from _streams(self._pipeline)
+            yield self._events()
+
+    def _events(self) -> Metric:
+        family = CounterMetricFamily("hrpro_events", "ActionEvents published.", labels=["kind"])
+        for kind in get_args(EventKind):
+            family.add_metric([kind], self._event_kinds[kind])
+        return family
 
     def _up_s(self) -> float:
         return time.monotonic() - self._started_s
@@ -170,13 +180,21 @@ def _counts(server: Server, pipeline: Pipeline) -> Iterator[Metric]:
         ("snippets_processed", "Snippets whose scores are final.", pipeline.snippets_scored),
         ("chunks_received", "Chunks that were accepted.", counters.chunks_in),
         ("chunks_duplicate", "Accepted chunks without a new snippet.", counters.chunks_duplicate),
-        ("events", "ActionEvents published.", counters.events),
+        ("snippets_duplicate", "That came again, or too late.", counters.snippets_duplicate),
+        ("snippets_missing", "That never came, or were dropped.", counters.snippets_missing),
+        ("gaps", "Stretches of missing snippets.", counters.gaps),
         ("proposals", "FinalProposals published.", counters.proposals),
         ("streams_ended", "Sessions that are complete.", counters.ended_streams),
         ("deploys", "Changes of the bundle, those back among them.", counters.deploys),
         ("deploys_refused", "Bundles that could not work here.", counters.deploys_refused),
     ):
         yield CounterMetricFamily(f"hrpro_{name}", help_text, count)
+    dropped = CounterMetricFamily(
+        "hrpro_snippets_dropped", "Snippets that there was no room for.", labels=["policy"]
+    )
+    dropped.add_metric(["drop_oldest"], counters.snippets_dropped_oldest)
+    dropped.add_metric(["drop_newest"], counters.snippets_dropped_newest)
+    yield dropped
     refused = CounterMetricFamily(
         "hrpro_refused", "Messages that were answered with an Error.", labels=["code"]
     )
@@ -193,6 +211,8 @@ def _streams(pipeline: Pipeline) -> Iterator[Metric]:
     worst, waiting = max(lags, default=0), sum(lags)
     held = sum(stream.send_until <= stream.next_index for stream in streams)
     yield _gauge("streams_open", "Streams that are live or ending.", len(streams))
+    idle = sum(stream.idle for stream in streams)
+    yield _gauge("streams_idle", "Streams that nothing comes of.", idle)
     yield _gauge("streams_held", "Streams whose feeders have no credit left.", held)
     yield _gauge("open_actions", "Actions going on.", sum(each.open_actions for each in streams))
     yield _gauge("snippets_waiting", "Snippets that could be processed now.", waiting)

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.deployment import Deployment, Deployments
-from hrpro.engine.messages import Publication
+from hrpro.engine.messages import NoticeKind, Policy, Publication
 from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
+from hrpro.engine.windows import decision_lookahead_s
 from hrpro.engine.wire import StreamError
+
+Rows = NDArray[np.float32]
 
 # Stream ids whose sessions are counted on; the longest unused ones are forgotten first.
 _SESSIONS_REMEMBERED = 65536
@@ -36,11 +39,13 @@ class Pipeline:
         self._max_streams = config.max_streams
         self._sessions: dict[str, int] = {}
         self._announcements: list[Publication] = []
+        self._closing: dict[str, Stream] = {}  # to be flushed when they are processed
         # Inference reads its batch from here: nothing is allocated a call.
-        shape = (config.max_batch, plan.window, manifest.feature_dim)
+        shape = (config.batch_limit, plan.window, manifest.feature_dim)
         self._features = np.zeros(shape, dtype=np.float32)
         self._valid = np.zeros(shape[:2], dtype=np.bool_)
         self.streams: dict[str, Stream] = {}
+        self.moved: set[str] = set()  # streams that were processed further; the server clears it
         self.batches = 0  # inference calls
         self.snippets_scored = 0  # positions stitched, each of them once
         self.clock = manifest.clock
@@ -51,7 +56,9 @@ class Pipeline:
         self.hop_snippets = plan.hop
         self.context_snippets = plan.context
         self.lookahead_snippets = plan.lookahead
-        self.lookahead_s = config.lookahead_s
+        self.lookahead_s = decision_lookahead_s(manifest, config)
+        self.gap_wait_s = config.gap_wait_s
+        self.idle_s = config.idle_s
 
     @property
     def bundle_id(self) -> str:
@@ -68,27 +75,28 @@ class Pipeline:
             scored = deployment.inference.take()
             self.batches += bool(scored)
             for job, scores, embedding in scored:
-                stitched = stitch(job, scores, embedding)
-                decisions = job.stream.localizer.advance(*stitched)
-                job.stream.processed = job.until
-                self.snippets_scored += len(stitched[0])
-                newest = min(job.stop, job.stream.next_index) - 1
-                published += deployment.publisher.publish(job.stream, decisions, newest)
-        for stream in [each for each in self.streams.values() if each.finished]:
-            published += self._finish(stream)
+                published += self._advance(job.stream, *stitch(job, scores, embedding))
+            if deployment.inference.waits_for is not None:
+                self._offer_all()  # what was in flight
+        for stream in list(self._closing.values()):
+            published += self._close(stream)
         return published
 
     def pending(self) -> bool:
         """Whether a step has something to do."""
-        return (
-            bool(self._announcements)
-            or any(each.inference.has_answer for each in self.deployments.at_work())
-            or any(
-                stream.finished
-                or (stream.deployment.inference.has_room and stream.asked < stream.ready_until())
-                for stream in self.streams.values()
-            )
-        )
+        return self.due_in_s() == 0
+
+    def due_in_s(self) -> float | None:
+        """When a step has something to do; None if something has to come first."""
+        at_work = self.deployments.at_work()
+        if (
+            self._announcements
+            or any(each.inference.has_answer for each in at_work)
+            or any(each.finished or each.flush_due for each in self._closing.values())
+        ):
+            return 0.0
+        due = [each.batcher.due_in_s() for each in at_work if each.inference.has_room]
+        return min((each for each in due if each is not None), default=None)
 
     @property
     def waits_for(self) -> str | None:
@@ -96,7 +104,7 @@ class Pipeline:
         reasons = [each.inference.waits_for for each in self.deployments.at_work()]
         return next((each for each in reasons if each is not None), None)
 
-    def open(self, stream: str, first_index: int) -> Stream:
+    def open(self, stream: str, first_index: int, policy: Policy = "wait") -> Stream:
         """A new session of a stream, or the live one. Raises StreamError if there is no room."""
         if stream in self.streams:
             return self.streams[stream]
@@ -110,18 +118,46 @@ class Pipeline:
         self._sessions[stream] = session
         if len(self._sessions) > _SESSIONS_REMEMBERED:
             del self._sessions[next(iter(self._sessions))]
-        opened = Stream(stream, session, first_index, self.deployments.of(stream))
+        opened = Stream(stream, session, first_index, self.deployments.of(stream), policy)
         self.streams[stream] = opened
-        self._announcements.append(opened.deployment.publisher.notice(opened, "opened"))
+        self._announce(opened, "opened")
         return opened
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a chunk (n, D). Raises StreamError and takes nothing if it does not fit."""
-        self._live(stream).append(first_index, features)
+        live = self._live(stream)
+        live.check(first_index, features)
+        stop = first_index + len(features)
+        if live.policy == "drop_oldest" and stop > live.send_until:
+            live.drop_oldest(stop)
+            self._announcements += self._pass_over(live)
+        received, silent_from = live.received, live.next_index
+        live.append(first_index, features)
+        if live.idle and live.received > received:
+            live.idle = False
+            self._announce(live, "resumed", (live.first_index, silent_from))
+        self._offer(live)
+
+    def give_up(self, stream: str, until: int) -> None:
+        """The snippets below this index that have not come never will."""
+        live = self._live(stream)
+        live.give_up(until)
+        self._offer(live)
+
+    def rest(self, stream: str) -> bool:
+        """Process a silent stream as if it ended, but keep it; returns whether there was need."""
+        live = self._live(stream)
+        if live.rest():
+            self._closing[stream] = live
+            self._offer(live)
+        return live.idle
 
     def end(self, stream: str, next_index: int) -> None:
         """The stream is over; what is left of it comes out of the next steps."""
-        self._live(stream).end(next_index)
+        live = self._live(stream)
+        live.end(next_index)
+        self._closing[stream] = live
+        self._offer(live)
 
     def deploy(self, deployment: Deployment, canary_streams: Collection[str] = ()) -> int:
         """Let a bundle work from the next batch on, for all streams or for those that are named.
@@ -140,15 +176,16 @@ class Pipeline:
     def _hand_over(self) -> int:
         self._served = self.deployments.current  # the one before need not stay in memory
         streams = self.streams.values()
-        return sum(self.deployments.of(each.stream).take_over(each) for each in streams)
+        changed = sum(self.deployments.of(each.stream).take_over(each) for each in streams)
+        self._offer_all()
+        return changed
 
     def _next_batch(self) -> tuple[Deployment, list[Job]]:
         """Windows of one bundle; where two have some, they take turns."""
         for deployment in sorted(self.deployments.at_work(), key=lambda each: each is self._served):
             if not deployment.inference.has_room:
                 continue
-            of_it = {n: each for n, each in self.streams.items() if each.deployment is deployment}
-            jobs = deployment.batcher.take(of_it)
+            jobs = deployment.batcher.take()
             if jobs:
                 self._served = deployment
                 return deployment, jobs
@@ -164,10 +201,54 @@ class Pipeline:
             job.stream.read_window(job.stop, self._features[row], self._valid[row])
         return self._features[: len(jobs)], self._valid[: len(jobs)]
 
-    def _finish(self, stream: Stream) -> list[Publication]:
-        """Flush a stream whose scores are all final, and forget it."""
-        newest = max(stream.next_index - 1, stream.first_index)
+    def _advance(self, stream: Stream, scores: Rows, embedding: Rows) -> list[Publication]:
+        """Scores (n, C) and embedding (n, W) of the next snippets, and what comes of them."""
+        publisher, until = stream.deployment.publisher, stream.processed + len(scores)
+        published: list[Publication] = [
+            publisher.notice(stream, "gap", span) for span in stream.gaps_to(until)
+        ]
+        decisions = stream.advance(scores, embedding)
+        self.snippets_scored += len(scores)
+        self.moved.add(stream.stream)
+        published += publisher.publish(stream, decisions, stream.newest_used(until))
+        published += self._pass_over(stream)
+        self._offer(stream)
+        return published
+
+    def _pass_over(self, stream: Stream) -> list[Publication]:
+        """What comes of snippets that were dropped, if they are next."""
+        rows = stream.pass_over()
+        return [] if rows is None else self._advance(stream, *rows)
+
+    def _close(self, stream: Stream) -> list[Publication]:
+        """Flush a stream that is silent, or over, once its scores are final."""
+        if not (stream.flush_due or stream.finished):
+            return []
+        newest = max(stream.known_until - 1, stream.first_index)
         publisher = stream.deployment.publisher
-        published = publisher.publish(stream, stream.localizer.flush(), newest)
-        del self.streams[stream.stream]
+        published: list[Publication] = [
+            publisher.notice(stream, "gap", span) for span in stream.last_gap()
+        ]
+        published += publisher.publish(stream, stream.localizer.flush(), newest)
+        self.moved.add(stream.stream)
+        if stream.flush_due:
+            stream.restart()
+            self._offer(stream)
+            if not stream.ended:
+                del self._closing[stream.stream]
+            return [*published, publisher.notice(stream, "idle")]
+        del self.streams[stream.stream], self._closing[stream.stream]
         return [*published, publisher.notice(stream, "ended")]
+
+    def _announce(
+        self, stream: Stream, kind: NoticeKind, span: tuple[int, int] | None = None
+    ) -> None:
+        self._announcements.append(stream.deployment.publisher.notice(stream, kind, span))
+
+    def _offer(self, stream: Stream) -> None:
+        """Let the bundle of a stream know what there is to compute."""
+        stream.deployment.batcher.offer(stream)
+
+    def _offer_all(self) -> None:
+        for stream in self.streams.values():
+            self._offer(stream)

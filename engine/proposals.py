@@ -71,6 +71,7 @@ class RunDetector:
         self._totals = Ring(2 * config.border_limit + 4, (C,), first_index, dtype=np.float64)
         self._totals.append(np.zeros((1, C)))  # row i: the total over the snippets below i
         self._previous = np.zeros(C)
+        self.is_idle = True  # no run is open
         self.first_index = first_index
         self.next_index = first_index
 
@@ -78,20 +79,37 @@ class RunDetector:
         """Take P of snippet ``next_index``, shape (C,), and return the runs that it closes."""
         current = scores.astype(np.float64)
         above = current > self._thresholds  # (K, C)
-        if (above > self._open).any():
-            self._open_runs(above & ~self._open, current)
-        runs = self._close_runs(self._open & ~above, current) if (above < self._open).any() else []
-        self._open = above
-        np.maximum(self._peak, current, out=self._peak, where=above)
+        runs: list[Run] = []
+        if (above != self._open).any():
+            if (above > self._open).any():
+                self._open_runs(above & ~self._open, current)
+            if (above < self._open).any():
+                runs = self._close_runs(self._open & ~above, current)
+            self._open = above
+            self.is_idle = not above.any()
+        if not self.is_idle:
+            np.maximum(self._peak, current, out=self._peak, where=above)
         self._totals.append((self._totals.row(self.next_index) + current)[None])
         self._previous = current
         self.next_index += 1
         return runs
 
+    def skip(self, scores: NDArray[np.float32]) -> None:
+        """Take P of snippets (n, C) that open no run, while none is open: as n times `push`."""
+        totals = np.empty((len(scores) + 1, scores.shape[1]))
+        totals[0] = self._totals.row(self.next_index)
+        totals[1:] = scores
+        totals = np.add.accumulate(totals, axis=0)[1:]  # in the order in which `push` adds them
+        for first in range(0, len(totals), self._totals.capacity):
+            self._totals.append(totals[first : first + self._totals.capacity])
+        self._previous = scores[-1].astype(np.float64)
+        self.next_index += len(scores)
+
     def flush(self) -> list[Run]:
         """The stream is over: close what is open at its end."""
         runs = self._close_runs(self._open, None)
         self._open = np.zeros_like(self._open)
+        self.is_idle = True
         return runs
 
     def earliest_open_start(self, label_index: int) -> int:

@@ -3,7 +3,7 @@
 `encode` gives the frames to send; each `decode_...` takes the frames that came on one kind of
 socket and lets only those messages pass that belong there:
 
-    feed      feeder -> engine   Hello  Chunk  End
+    feed      feeder -> engine   Hello  Chunk  Gap  End
               engine -> feeder   Welcome  Ack  Ended  Error
     events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Subscribed
     control   client -> engine   StatusRequest  DrainRequest  DeployRequest  RollBackRequest
@@ -13,7 +13,7 @@ socket and lets only those messages pass that belong there:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,8 +33,10 @@ from hrpro.engine.messages import (
     Ended,
     Error,
     FinalProposal,
+    Gap,
     Hello,
     Message,
+    Policy,
     Publication,
     RollBackRequest,
     StatusReply,
@@ -72,10 +74,12 @@ __all__ = [
     "Ended",
     "Error",
     "FinalProposal",
+    "Gap",
     "Hello",
     "HrproError",
     "Message",
     "NoReplyError",
+    "Policy",
     "ProtocolError",
     "Publication",
     "RollBackRequest",
@@ -105,7 +109,7 @@ ControlReply = StatusReply | DrainReply | DeployReply | Error
 
 M = TypeVar("M", bound=Message)
 
-_FEED: tuple[type[Hello | Chunk | End], ...] = (Hello, Chunk, End)
+_FEED: tuple[type[Hello | Chunk | Gap | End], ...] = (Hello, Chunk, Gap, End)
 _FEED_REPLY: tuple[type[Welcome | Ack | Ended | Error], ...] = (Welcome, Ack, Ended, Error)
 _EVENTS: tuple[type[Publication | Subscribed], ...] = (
     ActionEvent,
@@ -170,7 +174,7 @@ def subscription_topic(kind: str, stream: str | None = None, label: str | None =
     return topic_prefix(kind, stream, label)
 
 
-def decode_feed(frames: Sequence[bytes]) -> Hello | Chunk | End:
+def decode_feed(frames: Sequence[bytes]) -> Hello | Chunk | Gap | End:
     """What came from a feeder. Raises ProtocolError, as the other decoders do."""
     return _decode(frames, _FEED, MAX_REQUEST_HEADER_BYTES)
 
@@ -220,7 +224,11 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
         raise ProtocolError(f"{name}: expected {frame_count} frames, came {len(frames)}")
     if kind is Chunk:
         header["features"] = _features(header, frames[1])
-    values = {each.name: _required(header, each.name, name) for each in fields(kind)}
+    values = {
+        each.name: _required(header, each.name, name)
+        for each in fields(kind)
+        if each.name in header or each.default is MISSING
+    }
     return kind(**values)
 
 

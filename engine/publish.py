@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from hrpro.engine.localizer import Decision, Final
-from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
+from hrpro.engine.messages import (
+    ActionEvent,
+    FinalProposal,
+    NoticeKind,
+    Publication,
+    StreamNotice,
+)
 from hrpro.engine.stream import Stream
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.tracker import ActionChange
@@ -31,15 +36,18 @@ class Publisher:
             for decision in decisions
         ]
 
-    def notice(self, stream: Stream, kind: Literal["opened", "ended"]) -> StreamNotice:
-        """The message that a session began or is complete."""
+    def notice(
+        self, stream: Stream, kind: NoticeKind, span: tuple[int, int] | None = None
+    ) -> StreamNotice:
+        """What has happened to a stream; ``span`` is where, if not in its session as a whole."""
+        first_index, next_index = span or (stream.first_index, stream.next_index)
         return StreamNotice(
             stream=stream.stream,
             session=stream.session,
             sequence=_next_sequence(stream),
             kind=kind,
-            first_index=stream.first_index,
-            next_index=stream.next_index,
+            first_index=first_index,
+            next_index=next_index,
             proposals=stream.proposals,
             events=stream.events,
         )

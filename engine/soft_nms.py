@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+_FEW = 256
+
 
 def temporal_iou(start_a: Floats, end_a: Floats, start_b: Floats, end_b: Floats) -> Floats:
     """Temporal intersection over union, broadcast over the arguments; any one time unit.
@@ -29,17 +31,32 @@ def soft_nms(start: Floats, end: Floats, score: Floats, sigma: float) -> Floats:
     Ties go to the earlier start, then the earlier end, so that the outcome does not depend on
     the order of the arguments.
     """
+    if len(score) == 1:
+        return score.astype(np.float64)
     order = np.lexsort((end, start))
     starts, ends, scores = start[order], end[order], score[order].astype(np.float64)
+    # For few all the factors are computed at once; those of many would need much memory.
+    factors = None
+    if len(scores) <= _FEW:
+        factors = _kept(starts[:, None], ends[:, None], starts, ends, sigma)
     remaining = np.ones(len(scores), dtype=bool)
     for _ in range(len(scores)):
-        best = int(np.argmax(np.where(remaining, scores, -np.inf)))
+        best = int(np.where(remaining, scores, -np.inf).argmax())
         remaining[best] = False
-        tiou = temporal_iou(starts[best], ends[best], starts, ends)
-        scores = np.where(remaining, scores * np.exp(-(tiou**2) / sigma), scores)
+        of_best = (
+            _kept(starts[best], ends[best], starts, ends, sigma)
+            if factors is None
+            else factors[best]
+        )
+        np.multiply(scores, of_best, out=scores, where=remaining)
     result = np.empty_like(scores)
     result[order] = scores
     return result
+
+
+def _kept(start_a: Floats, end_a: Floats, start_b: Floats, end_b: Floats, sigma: float) -> Floats:
+    """The share of a score that soft-NMS leaves, broadcast over the arguments."""
+    return np.exp(-(temporal_iou(start_a, end_a, start_b, end_b) ** 2) / sigma)
 
 
 def subtract_published(

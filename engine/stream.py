@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.ring import Ring
+from hrpro.engine.localizer import Decision
+from hrpro.engine.messages import Policy
+from hrpro.engine.snippets import SnippetBuffer
 from hrpro.engine.wire import StreamError
 
 if TYPE_CHECKING:
     from hrpro.engine.deployment import Deployment
 
+Rows = NDArray[np.float32]
+Span = tuple[int, int]
+
 
 class Stream:
     """One live stream; ``session`` counts how often its id was opened, ``deployment`` works for it.
 
-    Snippets below ``next_index`` have come, scores below ``asked`` are asked for and below
-    ``processed`` final.
+    Snippets below ``next_index`` have come or never will, scores below ``asked`` are asked for and
+    below ``processed`` final. ``policy`` says what becomes of snippets that there is no room for.
     """
 
     def __init__(
@@ -27,23 +32,35 @@ class Stream:
         session: int,
         first_index: int,
         deployment: Deployment,
+        policy: Policy = "wait",
     ) -> None:
         self.stream = stream
         self.session = session
         self.first_index = first_index
+        self.policy = policy
         self.asked = first_index
         self.processed = first_index
         self.deployment = deployment
         self.localizer = deployment.new_localizer(first_index)
         self.ended = False
+        self.idle = False
         self.sequence = 0
         self.proposals = 0
         self.events = 0
-        self.duplicates = 0
+        self.received = 0
+        self.duplicates = 0  # snippets that came again, or after they were given up
+        self.dropped = 0  # snippets that there was no room for
+        self.missing = 0  # snippets that were given up
         self._plan = plan = deployment.plan
         self._backlog = backlog = deployment.config.backlog_snippets
-        row_shape = (deployment.manifest.feature_dim,)
-        self._ring = Ring(plan.window + backlog, row_shape, first_index)
+        self._snippets = SnippetBuffer(
+            plan.window + backlog, deployment.manifest.feature_dim, first_index
+        )
+        self._flush_at: int | None = None  # a silent stream is processed up to here, as if it ended
+        self._gone_until = first_index  # no snippet from here on is given up
+        self._gap_start: int | None = None  # of the gap that processing is in
+        self._skip: Span | None = None  # dropped, to be passed over once processing is there
+        self._last_rows: tuple[Rows, Rows] | None = None
 
     @property
     def bundle_id(self) -> str:
@@ -52,8 +69,23 @@ class Stream:
 
     @property
     def next_index(self) -> int:
-        """The first snippet that has not come yet."""
-        return self._ring.next_index
+        """The first snippet that has not come yet and may come."""
+        return self._snippets.next_index
+
+    @property
+    def known_until(self) -> int:
+        """Of the snippets below it is known whether they come: `next_index`, if there is room."""
+        return self._snippets.known_until
+
+    @property
+    def came_until(self) -> int:
+        """One past the newest snippet that came."""
+        return self._snippets.came_until
+
+    @property
+    def missing_until(self) -> int | None:
+        """The end of what is missing from ``next_index`` on, if a later snippet is here."""
+        return self._snippets.missing_until
 
     @property
     def send_until(self) -> int:
@@ -68,46 +100,74 @@ class Stream:
     @property
     def buffer_bytes(self) -> int:
         """Of memory that the stream has for itself as long as it lives."""
-        return self._ring.nbytes + self.localizer.buffer_bytes
+        return self._snippets.nbytes + self.localizer.buffer_bytes
+
+    @property
+    def flush_due(self) -> bool:
+        """Whether a silent stream is processed as far as it came."""
+        return self._flush_at == self.processed
 
     @property
     def finished(self) -> bool:
         """Whether the stream is over and all its scores are final."""
-        return self.ended and self.processed == self.next_index
+        return self.ended and self._flush_at is None and self.processed == self.next_index
 
     @property
     def lag(self) -> int:
         """Snippets whose scores could be computed now and are not."""
         return max(0, self.ready_until() - self.processed)
 
-    def append(self, first_index: int, features: NDArray[np.float32]) -> None:
-        """Take the chunk (n, D) of consecutive snippets; what is there already is dropped.
+    # ---- what comes ----------------------------------------------------------------------------
 
-        Raises StreamError and takes nothing if the chunk leaves a gap, does not fit the room,
-        has another D, or holds a value that is not finite.
-        """
+    def check(self, first_index: int, features: NDArray[np.float32]) -> None:
+        """Raise StreamError if the chunk (n, D) is beyond the credit, has another D, or holds a
+        value that is not finite."""
         n, D = features.shape
         if self.ended:
             raise self._error("out_of_order", first_index, "no more snippets after the end")
-        if self._ring.row_shape[0] != D:
+        if self._snippets.feature_dim != D:
+            expected = self._snippets.feature_dim
+            raise self._error("wrong_dimension", first_index, f"expected D = {expected}, got {D}")
+        taken_until = self.send_until
+        if self.policy != "wait":  # what there is no room for is dropped
+            taken_until = max(taken_until, self.next_index + self._backlog)
+        if first_index + n > taken_until:
             raise self._error(
-                "wrong_dimension", first_index, f"expected D = {self._ring.row_shape[0]}, got {D}"
-            )
-        if first_index > self.next_index:
-            raise self._error(
-                "out_of_order", first_index, f"expected snippet {self.next_index} next"
-            )
-        if first_index + n > self.send_until:
-            raise self._error(
-                "no_credit", first_index, f"room up to snippet {self.send_until}, got {n} snippets"
+                "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
         finite = np.isfinite(features).all(axis=1)
         if not finite.all():
             at = first_index + int(finite.argmin())
             raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
-        repeated = min(n, self.next_index - first_index)
-        self.duplicates += repeated
-        self._ring.append(features[repeated:])
+
+    def append(self, first_index: int, features: NDArray[np.float32]) -> None:
+        """Take a checked chunk: what is there already, or was given up, is a duplicate, and what
+        there is no room for is dropped."""
+        stop, room = first_index + len(features), self.send_until
+        fitting = min(max(first_index, room), stop) - first_index
+        if fitting:
+            repeated = self._snippets.write(first_index, features[:fitting], room)
+            self.duplicates += repeated
+            self.received += fitting - repeated
+        if fitting < len(features):
+            self.dropped += max(0, stop - max(first_index + fitting, self.next_index))
+            self.give_up(stop)
+
+    def give_up(self, until: int) -> None:
+        """The snippets below this index that are not here will never come."""
+        self._gone_until = max(self._gone_until, until)
+        self._snippets.give_up(until, self.send_until)
+
+    def drop_oldest(self, stop: int) -> None:
+        """Do without the scores of what is not asked for yet, as far as snippets below ``stop``
+        need the room. The features stay, for the windows of those that follow."""
+        hop = self._plan.hop
+        blocks = -(-(stop - self._backlog - self._plan.lookahead) // hop) - 1
+        until = min(blocks * hop, self.ready_until())
+        start, before = self._skip or (self.asked, self.asked)
+        if until > before:
+            self.dropped += until - before
+            self._skip = (start, until)
 
     def end(self, next_index: int) -> None:
         """No more snippets will come. Raises StreamError if some are missing."""
@@ -119,24 +179,98 @@ class Stream:
             )
         self.ended = True
 
+    def rest(self) -> bool:
+        """Process what is there as if it were the end; False where that has been done or must
+        wait, because something is missing or in work."""
+        if self.ended or self.idle or self.lag or self.asked > self.processed:
+            return False
+        if self.known_until < self.next_index or self.missing_until is not None:
+            return False
+        self.idle = True
+        self._flush_at = self.known_until
+        return True
+
+    def restart(self) -> None:
+        """What comes from here on begins anew, but for what stage 1 sees and the ids."""
+        self._flush_at = None
+        self.localizer = self.deployment.new_localizer(
+            self.processed, self.localizer.next_action_id
+        )
+
+    # ---- processing ----------------------------------------------------------------------------
+
     def ready_until(self) -> int:
         """Scores can be computed for the snippets below this index."""
+        if self._flush_at is not None:
+            return self._flush_at
         if self.ended:
-            return self.next_index
+            return self.known_until
         hop, lookahead = self._plan.hop, self._plan.lookahead
-        return (self.next_index - lookahead) // hop * hop
+        return (self.known_until - lookahead) // hop * hop
 
     def read_window(
         self, stop: int, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> None:
         """Fill a window's ``features`` (T, D) and ``valid`` (T,) that ends before ``stop``."""
         start = stop - self._plan.window
-        first, last = max(start, self.first_index), min(stop, self.next_index)
-        features[: first - start] = 0
-        self._ring.read(first, last, out=features[first - start : last - start])
-        features[last - start :] = 0
-        valid[:] = False
-        valid[first - start : last - start] = True
+        first, last = max(start, self.first_index), min(stop, self.known_until)
+        here = slice(first - start, last - start)
+        features[: here.start] = 0
+        valid[: here.start] = False
+        self._snippets.read(first, last, features[here], valid[here])
+        features[here.stop :] = 0
+        valid[here.stop :] = False
+
+    def can_ask(self, first: int) -> bool:
+        """Whether the window for snippet ``first`` can be computed."""
+        return first < self.ready_until() and (self._skip is None or first < self._skip[0])
+
+    def pass_over(self) -> tuple[Rows, Rows] | None:
+        """Scores P (n, C) and embedding (n, W) in the place of dropped snippets that are next, for
+        which none are computed: the last ones before them."""
+        if self._skip is None or self.processed < self._skip[0]:
+            return None
+        n = self._skip[1] - self.processed
+        scores, embedding = self._last_rows or self.deployment.no_scores
+        return np.repeat(scores, n, axis=0), np.repeat(embedding, n, axis=0)
+
+    def gaps_to(self, until: int) -> list[Span]:
+        """The gaps that end between ``processed`` and this index."""
+        first = self.processed
+        if first >= self._gone_until and self._gap_start is None and self._skip is None:
+            return []
+        came = self._snippets.here(first, until)
+        self.missing += int((~came).sum())
+        came &= self._skip is None or first < self._skip[0]
+        ended: list[Span] = []
+        for index, is_here in enumerate(came.tolist(), first):
+            if is_here and self._gap_start is not None:
+                ended.append((self._gap_start, index))
+                self._gap_start = None
+            elif not is_here and self._gap_start is None:
+                self._gap_start = index
+        return ended
+
+    def newest_used(self, until: int) -> int:
+        """The newest snippet that the scores below this index are computed from."""
+        return min(self._plan.stop(until - 1), self.known_until) - 1
+
+    def last_gap(self) -> list[Span]:
+        """The gap that processing is in, where it ends with the stream."""
+        start, self._gap_start = self._gap_start, None
+        return [] if start is None else [(start, self.processed)]
+
+    def advance(self, scores: Rows, embedding: Rows) -> list[Decision]:
+        """Scores P (n, C) and embedding (n, W) of the next snippets are final."""
+        decisions = self.localizer.advance(scores, embedding)
+        self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
+        self.processed += len(scores)
+        self.asked = max(self.asked, self.processed)
+        if self._skip is not None and self._skip[1] <= self.processed:
+            self._skip = None
+        if self.known_until < self.next_index:  # it waited for room
+            self._snippets.settle(self.send_until)
+        return decisions
 
     def _error(self, code: str, index: int, text: str) -> StreamError:
         where = f"stream {self.stream!r}, snippet {index}"

@@ -1,36 +1,55 @@
-"""Snippet scores -> actions with an identity, that start, grow and end.
+"""Snippet scores -> actions with an identity, that start, grow, are over, and end.
 
 P of a class   0.1   0.6   0.8   0.3   0.7   0.2   0.1       event_start 0.5, event_end 0.25
                       start                   over    end, when the look-ahead has passed
+
+An action is of one class: what looks like another one is another action. It is confirmed by a
+final proposal whose score is not below ``event_confirm``; one that none confirms is retracted.
+Each start is followed by one `end` or `retract`, and by nothing of its id after that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
+from hrpro.engine.messages import EventKind
 from hrpro.engine.refine import Proposal
 
 
 @dataclass(slots=True)
 class Action:
-    """One action of one class; positions are in snippets. ``stop`` is None while it goes on."""
+    """One action of one class; positions are in snippets. ``stop`` is None while it goes on.
+
+    ``told_until`` and ``told_score`` are what was last said of it.
+    """
 
     id: int
     label_index: int
     start: float
     first_index: int
     stop: int | None = None
-    revision: int = 0
+    revision: int = -1
     score_sum: float = 0.0
     snippets: int = 0
-    updated_at: int = 0
+    told_until: int = 0
+    told_score: float = 0.0
+    told_over: bool = False
     best: Proposal | None = None
+
+    @property
+    def next_index(self) -> int:
+        """One past the last snippet that it has so far."""
+        return self.first_index + self.snippets
+
+    @property
+    def mean_score(self) -> float:
+        """The mean of P over its snippets."""
+        return self.score_sum / self.snippets
 
     def overlap(self, proposal: Proposal, next_index: int) -> float:
         """How many snippets the action shares with a proposal of its class."""
@@ -42,11 +61,10 @@ class Action:
 class ActionChange:
     """What is to be said of an action: borders in snippets, ``end`` None until it is over.
 
-    ``score`` is the mean of P while the action goes on, and at its end the score of its best
-    final proposal.
+    ``score`` is the mean of P until it is final, and then the score of its best final proposal.
     """
 
-    kind: Literal["start", "update", "end"]
+    kind: EventKind
     id: int
     label_index: int
     revision: int
@@ -58,9 +76,11 @@ class ActionChange:
 class ActionTracker:
     """The actions of one stream."""
 
-    def __init__(self, class_count: int, config: LocalizationConfig, first_index: int) -> None:
+    def __init__(
+        self, class_count: int, config: LocalizationConfig, first_index: int, next_id: int = 0
+    ) -> None:
         self.config = config
-        self._next_id = 0
+        self.next_id = next_id
         self._first_index = first_index
         self._next_index = first_index
         self._previous = np.zeros(class_count)
@@ -95,26 +115,41 @@ class ActionTracker:
         self._previous = current
         return changes
 
+    def skip(self, scores: NDArray[np.float32]) -> None:
+        """Take P of snippets (n, C) in which no action starts, while none is open: as n `push`."""
+        self._next_index += len(scores)
+        self._previous = scores[-1].astype(np.float64)
+
     def assign(self, proposal: Proposal) -> int | None:
         """The id of the action that a final proposal belongs to, if there is one."""
-        candidates = [
-            action
-            for action in self._of_class(proposal.label_index)
-            if action.overlap(proposal, self._next_index) > 0
-        ]
-        if not candidates:
+        action = self._action_of(proposal)
+        if action is None:
             return None
-        action = max(candidates, key=lambda each: each.overlap(proposal, self._next_index))
         if action.best is None or proposal.score > action.best.score:
             action.best = proposal
         return action.id
 
-    def conclude(self, over_until: int) -> list[ActionChange]:
-        """End the actions that were over at ``over_until``: they are final now."""
-        final = [a for a in self._ending if a.stop is not None and a.stop <= over_until]
-        self._ending = [a for a in self._ending if a.stop is None or a.stop > over_until]
-        self._ended |= {action.label_index: action for action in final}
-        return [self._end(action) for action in final]
+    def conclude(
+        self, over_until: int, pending: Sequence[Sequence[Proposal]] = ()
+    ) -> list[ActionChange]:
+        """End, or retract, the actions that were over at ``over_until``: they are final now.
+
+        ``pending`` are the proposals of each class that are not final yet: where one of them is
+        better than the best of its action, that waits. Of each that waits it is said that it is
+        over.
+        """
+        changes, waiting = [], []
+        for action in self._ending:
+            assert action.stop is not None
+            if action.stop <= over_until and not self._may_improve(action, pending):
+                changes.append(self._conclude(action))
+                continue
+            waiting.append(action)
+            if not action.told_over:
+                action.told_over = True
+                changes.append(self._change("update", action, float(action.stop)))
+        self._ending = waiting
+        return changes
 
     def flush(self) -> None:
         """The stream is over, and so is every action."""
@@ -127,13 +162,30 @@ class ActionTracker:
         yield from (a for a in (self._open.get(label_index), self._ended.get(label_index)) if a)
         yield from (action for action in self._ending if action.label_index == label_index)
 
+    def _action_of(self, proposal: Proposal) -> Action | None:
+        """The action that shares most with a proposal."""
+        best, most = None, 0.0
+        for action in self._of_class(proposal.label_index):
+            shared = action.overlap(proposal, self._next_index)
+            if shared > most:
+                best, most = action, shared
+        return best
+
+    def _may_improve(self, action: Action, pending: Sequence[Sequence[Proposal]]) -> bool:
+        of_class = pending[action.label_index] if pending else ()
+        return any(
+            (action.best is None or proposal.score > action.best.score)
+            and self._action_of(proposal) is action
+            for proposal in of_class
+        )
+
     def _start(self, label_index: int, t: int, current: NDArray[np.float64]) -> ActionChange:
         before, now = self._previous[label_index], current[label_index]
         # As for proposals, the border lies where the score crosses the threshold.
         crossing = (self.config.event_start - before) / (now - before)
         start = float(t) if t == self._first_index else t - 0.5 + crossing
-        action = Action(self._next_id, label_index, float(start), first_index=t, updated_at=t)
-        self._next_id += 1
+        action = Action(self.next_id, label_index, float(start), first_index=t)
+        self.next_id += 1
         self._open[label_index] = action
         action.score_sum, action.snippets = float(now), 1
         return self._change("start", action)
@@ -141,21 +193,35 @@ class ActionTracker:
     def _grow(self, action: Action, score: float) -> list[ActionChange]:
         action.score_sum += score
         action.snippets += 1
-        grown = action.first_index + action.snippets - 1 - action.updated_at
-        if grown < self.config.event_update:
+        grown = action.next_index - action.told_until
+        changed = abs(action.mean_score - action.told_score)
+        if grown < self.config.event_update_snippets and changed < self.config.event_update_score:
             return []
-        action.updated_at += grown
-        action.revision += 1
         return [self._change("update", action)]
 
-    def _end(self, action: Action) -> ActionChange:
-        action.revision += 1
-        return self._change("end", action)
+    def _conclude(self, action: Action) -> ActionChange:
+        best = action.best
+        if best is not None and best.score >= self.config.event_confirm:
+            self._ended[action.label_index] = action
+            action.start = best.start
+            return self._change("end", action, best.end, best.score)
+        # Its own borders: those of a proposal that does not count say nothing.
+        assert action.stop is not None
+        score = 0.0 if best is None else best.score
+        return self._change("retract", action, float(action.stop), score)
 
-    def _change(self, kind: Literal["start", "update", "end"], action: Action) -> ActionChange:
-        start, end, score = action.start, None, action.score_sum / action.snippets
-        if kind == "end":
-            end = float(action.stop or 0)
-            if action.best is not None:
-                start, end, score = action.best.start, action.best.end, action.best.score
-        return ActionChange(kind, action.id, action.label_index, action.revision, start, end, score)
+    def _change(
+        self, kind: EventKind, action: Action, end: float | None = None, score: float | None = None
+    ) -> ActionChange:
+        action.revision += 1
+        action.told_until = action.next_index
+        action.told_score = action.mean_score if score is None else score
+        return ActionChange(
+            kind,
+            action.id,
+            action.label_index,
+            action.revision,
+            action.start,
+            end,
+            action.told_score,
+        )

@@ -79,6 +79,22 @@ def window_length(config: WindowConfig, context: int, lookahead: int) -> int:
     return window
 
 
+def decision_lookahead_s(manifest: Manifest, config: EngineConfig) -> float:
+    """From the end of a proposal to when it is final, in seconds: as configured, or the least."""
+    if config.lookahead_s == "strict":
+        return manifest.clock.seconds(least_lookahead(manifest, config))
+    return config.lookahead_s
+
+
+def least_lookahead(manifest: Manifest, config: EngineConfig) -> int:
+    """The shortest look-ahead that model and hop allow, in snippets.
+
+    The last snippet of a hop waits for none of its own, the first one for all of them. That a run
+    is over shows in the score of the snippet behind it.
+    """
+    return manifest.lookahead_snippets + config.window.hop_snippets
+
+
 def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     """The windows for a bundle. Raises SettingsError if they are too short to be exact, or if the
     wished look-ahead is shorter than what the model itself needs."""
@@ -90,14 +106,12 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
         window = window_length(config.window, context, lookahead)
     except SettingsError as error:
         complaints.append(str(error))
-    # The last snippet of a hop waits for none of its own, the first one for all of them.
-    # That a run is over shows in the score of the snippet behind it.
-    needed = lookahead + hop
-    wished = int(manifest.clock.position(config.lookahead_s) + 1e-9)
+    needed = least_lookahead(manifest, config)
+    wished = int(manifest.clock.position(decision_lookahead_s(manifest, config)) + 1e-9)
     if wished < needed:
         complaints.append(
             f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
-            f"{lookahead} + hop {hop} snippets), got {config.lookahead_s}; "
+            f"{lookahead} + hop {hop} snippets) or strict, got {config.lookahead_s}; "
             "a shorter hop allows less"
         )
     if complaints:

@@ -47,7 +47,7 @@ ERROR_CODES: Mapping[str, str] = {
     "wrong_dimension": "the features do not have the engine's feature dimension",
     "wrong_clock": "the stream's frame rate or snippet length is not the engine's",
     "not_finite": "a feature is NaN or infinite",
-    "out_of_order": "a snippet or the end is not the one that must come next",
+    "out_of_order": "a gap or the end is not where the engine is, or the stream has ended",
     "too_large": "a chunk has more snippets or bytes than allowed",
     "too_many_streams": "the engine takes no further stream",
     "no_credit": "a snippet at or above send_until was sent",
@@ -119,6 +119,13 @@ def integer(lowest: int, highest: int) -> Check:
         return int(value)  # type: ignore[call-overload]
 
     return check
+
+
+def flag(value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise _Unfit("true or false")
+    return value
 
 
 def number(value: object) -> float:

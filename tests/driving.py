@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ def engine_config(
     manifest: Manifest,
     hop: int = 1,
     window: int | None = None,
-    lookahead_s: float = 5.12,
+    lookahead_s: float | Literal["strict"] = 5.12,
     max_batch: int = 4,
     backlog: int = 16,
     max_streams: int = 8,
@@ -57,6 +58,10 @@ class Recorder:
     @property
     def open_actions(self) -> int:
         return self.inner.open_actions
+
+    @property
+    def next_action_id(self) -> int:
+        return self.inner.next_action_id
 
     def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
         self.scores.append(scores)
@@ -112,6 +117,8 @@ class Drive:
             self.woken.clear()
             if self.pipeline.pending():
                 self.step()
+            elif (due_in_s := self.pipeline.due_in_s()) is not None:
+                self.woken.wait(due_in_s)  # a batch waits for others
             elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
                 assert self.woken.wait(PATIENCE_S), "no answer came"
             else:

@@ -23,6 +23,7 @@ from hrpro.engine.protocol import (
     Ended,
     Error,
     FinalProposal,
+    Gap,
     Hello,
     Message,
     RollBackRequest,
@@ -39,6 +40,7 @@ FEATURES = np.array([[0.0, 1.0, -2.5], [0.25, 3.0, 1e-3]], np.float32)
 SAMPLES: dict[str, Message] = {
     "hello": Hello("cam1", 2048, 25.0, 16, 0),
     "chunk": Chunk("cam1", 1841, FEATURES),
+    "gap": Gap("cam1", 1843, 1850, dropped=True),
     "end": End("cam1", 1843),
     "welcome": Welcome(
         stream="cam1",
@@ -88,6 +90,7 @@ SAMPLES: dict[str, Message] = {
 DECODERS: dict[type[Message], Decoder] = {
     Hello: protocol.decode_feed,
     Chunk: protocol.decode_feed,
+    Gap: protocol.decode_feed,
     End: protocol.decode_feed,
     Welcome: protocol.decode_feed_reply,
     Ack: protocol.decode_feed_reply,

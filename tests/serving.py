@@ -11,30 +11,26 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from hrpro.engine import protocol
+from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
-from hrpro.engine.deployment import DeployError, Deployment, Deployments
+from hrpro.engine.deployment import DeployError, Deployment
+from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
-from hrpro.engine.protocol import (
-    ActionEvent,
-    Chunk,
-    FinalProposal,
-    Hello,
-    Message,
-    Publication,
-    StreamError,
-    StreamNotice,
-)
+from hrpro.engine.pipeline import Pipeline
+from hrpro.engine.protocol import Chunk, Hello, Message, Policy
+from hrpro.engine.refine import Proposal
 from hrpro.engine.server import Server
 from hrpro.engine.timebase import SnippetClock
+from hrpro.engine.tracker import ActionChange
 
 ANY_PORT = "tcp://127.0.0.1:*"
 DIM = 2
@@ -43,140 +39,94 @@ CLOCK = SnippetClock(25.0, 16)
 PATIENCE_S = 10.0
 
 
-@dataclass
-class TinyStream:
-    stream: str
-    session: int
-    first_index: int
-    next_index: int
-    processed: int
-    send_until: int
-    bundle_id: str = "tiny"
-    duplicates: int = 0
-    ended: bool = False
-    proposals: int = 0
-    events: int = 0
-    open_actions: int = 0
-    sequence: int = 0
-    waiting: list[NDArray[np.float32]] = field(default_factory=list)
+class TinyBackend:
+    """Both scores of a snippet are its first feature."""
 
-    @property
-    def lag(self) -> int:
-        return len(self.waiting)
+    def score_snippets(
+        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        first = features[:, :, :1]
+        return np.repeat(first, 2, axis=2), first
+
+    def score_instances(self, *_: object) -> NoReturn:
+        raise AssertionError("there is no stage 2")
 
 
-class TinyPipeline:
-    """The pipeline's interface, with 4 snippets a step and room for 16 in a stream."""
+class TinyLocalizer:
+    """An action and a proposal for each snippet, as soon as it is scored."""
 
-    clock = CLOCK
-    feature_dim = DIM
-    classes = ("high", "low")
-    window_snippets = 4
-    hop_snippets = 2
-    context_snippets = 2
-    lookahead_snippets = 1
-    lookahead_s = 0.64
-    bundle_id = "tiny"
-    waits_for = None
-    deployments = Deployments(
-        SimpleNamespace(bundle_id="tiny", config=SimpleNamespace(provider="cpu"))  # type: ignore[arg-type]
-    )
-    max_chunk_snippets = 8
-    room_snippets = 16
+    open_actions = 0
+    next_action_id = 0
+
+    def __init__(self, first_index: int) -> None:
+        self._next_index = first_index
+
+    def advance(
+        self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
+    ) -> list[Decision]:
+        decisions: list[Decision] = []
+        for value in scores[:, 0].tolist():
+            at, self._next_index = self._next_index, self._next_index + 1
+            label_index = 0 if value > 0 else 1
+            if value > 0:
+                decisions.append(ActionChange("end", at, label_index, 0, at, at + 1, value))
+            decisions.append(Final(Proposal(label_index, at, at + 1, value, at + 1), None))
+        return decisions
+
+    def flush(self) -> list[Decision]:
+        return []
+
+
+class TinyDeployment(Deployment):
+    def new_localizer(self, first_index: int, next_action_id: int = 0) -> TinyLocalizer:  # type: ignore[override]
+        return TinyLocalizer(first_index)
+
+
+class TinyPipeline(Pipeline):
+    """The pipeline with 4 snippets a step and room for 16 in a stream, and no model.
+
+    `received` has what came of each stream: index and first feature. Nothing is done while it is
+    `paused`.
+    """
+
     step_snippets = 4
-    max_streams = 100
+    room_snippets = 16
 
-    def __init__(self) -> None:
-        self.streams: dict[str, TinyStream] = {}
-        self.sessions: dict[str, int] = {}
+    def __init__(self, **config: Any) -> None:
+        manifest = SimpleNamespace(
+            bundle_id="tiny",
+            clock=CLOCK,
+            classes=("high", "low"),
+            feature_dim=DIM,
+            embedding_width=1,
+            context_snippets=3,
+            lookahead_snippets=0,
+        )
+        settings = {
+            "lookahead_s": 0.64,
+            "max_batch": self.step_snippets,
+            "backlog_snippets": self.room_snippets - 1,
+            "max_chunk_snippets": 8,
+            **config,
+        }
+        super().__init__(TinyDeployment(manifest, TinyBackend(), EngineConfig(**settings)))  # type: ignore[arg-type]
         self.received: dict[str, list[tuple[int, float]]] = {}
-        self.batches = 0
-        self.snippets_scored = 0
         self.paused = False
 
-    def open(self, stream: str, first_index: int) -> TinyStream:
-        if stream not in self.streams:
-            if len(self.streams) >= self.max_streams:
-                raise StreamError("too_many_streams", f"stream {stream!r}: too many streams")
-            session = self.sessions[stream] = self.sessions.get(stream, 0) + 1
-            self.streams[stream] = TinyStream(
-                stream, session, first_index, first_index, first_index,
-                first_index + self.room_snippets,
-            )  # fmt: skip
-        return self.streams[stream]
+    @property
+    def sessions(self) -> dict[str, int]:
+        return self._sessions
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
-        state = self.streams[stream]
-        n, dim = features.shape
-        checks = {
-            "wrong_dimension": dim != self.feature_dim,
-            "not_finite": not np.isfinite(features).all(),
-            "out_of_order": first_index > state.next_index,
-            "no_credit": first_index + n > state.send_until,
-        }
-        for code, refused in checks.items():
-            if refused:
-                raise StreamError(code, f"stream {stream!r}: {code}", state.next_index)
-        known = min(state.next_index - first_index, n)
-        state.duplicates += known
-        for row in features[known:]:
-            self.received.setdefault(stream, []).append((state.next_index, float(row[0])))
-            state.waiting.append(row)
-            state.next_index += 1
+        super().append(stream, first_index, features)
+        received = self.received.setdefault(stream, [])
+        known = {index for index, _ in received}
+        for index, row in enumerate(features, first_index):
+            if index not in known:
+                received.append((index, float(row[0])))
 
-    def end(self, stream: str, next_index: int) -> None:
-        state = self.streams[stream]
-        assert state.next_index == next_index and not state.ended
-        state.ended = True
-
-    def pending(self) -> bool:
-        return not self.paused and any(map(self._has_work, self.streams.values()))
-
-    @staticmethod
-    def _has_work(state: TinyStream) -> bool:
-        return bool(state.waiting) or state.ended or state.sequence == 0
-
-    def step(self) -> list[Publication]:
-        state = next(filter(self._has_work, self.streams.values()))
-        published: list[Publication] = []
-        if state.sequence == 0:
-            published.append(self._notice(state, "opened"))
-        batch = state.waiting[: self.step_snippets]
-        self.batches += bool(batch)
-        self.snippets_scored += len(batch)
-        for row in batch:
-            published += self._publications(state, float(row[0]))
-        del state.waiting[: self.step_snippets]
-        state.send_until = state.processed + self.room_snippets
-        if state.ended and not state.waiting:
-            published.append(self._notice(state, "ended"))
-            del self.streams[state.stream]
-        return published
-
-    def _notice(self, state: TinyStream, kind: str) -> StreamNotice:
-        state.sequence += 1
-        return StreamNotice(
-            state.stream, state.session, state.sequence - 1, kind,  # type: ignore[arg-type]
-            state.first_index, state.next_index, state.proposals, state.events,
-        )  # fmt: skip
-
-    def _publications(self, state: TinyStream, value: float) -> Iterator[Publication]:
-        at = state.processed
-        start_s, end_s = self.clock.seconds(at), self.clock.seconds(at + 1)
-        common = {"stream": state.stream, "session": state.session, "start_s": start_s}
-        common |= {"end_s": end_s, "score": value, "published_index": at, "published_s": end_s}
-        common |= {"bundle_id": self.bundle_id}
-        label = "high" if value > 0 else "low"
-        if value > 0:
-            yield ActionEvent(
-                sequence=state.sequence, id=at, kind="end", revision=0, label=label, **common
-            )
-            state.sequence += 1
-            state.events += 1
-        yield FinalProposal(sequence=state.sequence, id=at, label=label, action_id=None, **common)
-        state.sequence += 1
-        state.proposals += 1
-        state.processed += 1
+    def due_in_s(self) -> float | None:
+        return None if self.paused else super().due_in_s()
 
 
 def new_server(
@@ -249,8 +199,10 @@ class RawPeer:
         return self.hear()
 
 
-def hello(stream: str = "cam", first_index: int = 0, dim: int = DIM) -> Hello:
-    return Hello(stream, dim, CLOCK.frames_per_s, CLOCK.snippet_frames, first_index)
+def hello(
+    stream: str = "cam", first_index: int = 0, dim: int = DIM, policy: Policy = "wait"
+) -> Hello:
+    return Hello(stream, dim, CLOCK.frames_per_s, CLOCK.snippet_frames, first_index, policy)
 
 
 def rows(first: int, stop: int, dim: int = DIM) -> NDArray[np.float32]:

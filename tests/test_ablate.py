@@ -394,9 +394,14 @@ def test_tables_have_mean_and_spread() -> None:
 def test_the_command(data: Path, tmp_path: Path) -> None:
     arguments = ("ablate", data, "--out", tmp_path, "--rows", "rab", *assignments(QUICK))
     said = hrpro(*arguments, "--row", "own: model.width=8").stdout
-    assert "rab, seed 0: " in said and "| own | " in said
+    assert "1 of 2: rab, seed 0: " in said and "2 of 2: own, seed 0: " in said
+    assert "| own | " in said and "SIMULATED" not in said
     table = (tmp_path / "ablation.md").read_text()
     assert table in said and len(table.splitlines()) == 4
     trials = json.loads(hrpro(*arguments, "--json").stdout)
     assert [each["row"] for each in trials] == ["rab"]
+    folder = shutil.copytree(data, tmp_path / "simulated")
+    (folder / "SIMULATED.txt").touch()
+    said = hrpro("ablate", folder, "--out", tmp_path / "out", "--rows", "rab", *assignments(QUICK))
+    assert "these features are SIMULATED" in said.stdout
     assert "no such setting" in refusal(*arguments, "--row", "own: model.widht=8")

@@ -102,6 +102,10 @@ def write(name: str, text: str) -> Damage:
     return lambda folder: (folder / name).write_text(text)
 
 
+def write_bytes(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 def remove(name: str) -> Damage:
     return lambda folder: (folder / name).unlink()
 
@@ -162,6 +166,26 @@ TRAINING: dict[str, tuple[Damage, str]] = {
         r"p\.csv, line 4: expected a frame number .*got 'middle'",
     ),
     "short-row": (points(*WHOLE, "jump,one"), r"p\.csv, line 4: expected a frame number"),
+    "no-class-in-a-row": (
+        write("point_labels/p.csv", "point,video_id,class\n0,one,jump\n\n0,two\n"),
+        r"p\.csv, line 4: expected a class and a video_id, got None and 'two'",
+    ),
+    "no-recording-in-a-row": (
+        points(*WHOLE, "run,,3"),
+        r"p\.csv, line 4: expected a class and a video_id, got 'run' and ''",
+    ),
+    "endless-field": (
+        points(*WHOLE, 'run,"' + 200_000 * "x"),
+        r"p\.csv: expected columns with commas between: field larger than",
+    ),
+    "points-no-text": (
+        write_bytes("point_labels/p.csv", b"class,video_id,point\n\xff,one,0\n"),
+        r"p\.csv: expected text in UTF-8",
+    ),
+    "classes-no-text": (
+        write_bytes("classes.txt", b"jump\nr\xfcn\n"),
+        r"classes\.txt: expected text in UTF-8",
+    ),
     "behind-the-end": (
         points(*WHOLE, "run,two,64"),
         r"p\.csv, line 4: recording 'two': the point at frame 64 \(snippet 4\) lies outside the "
@@ -199,6 +223,20 @@ def test_a_training_split_that_does_not_hold_together(
     with pytest.raises(DataError, match=message) as caught:
         read_training_split(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_none_of_the_text(folder: Path) -> None:
+    before = read_training_split(folder)
+    for name in ("split_train.txt", "point_labels/p.csv"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    (folder / "classes.txt").write_text("\n".join(before.classes), encoding="utf-8-sig")
+    after = read_training_split(folder)
+    assert after.classes == before.classes
+    assert [each.name for each in after.recordings] == [each.name for each in before.recordings]
+    for one, other in zip(before.recordings, after.recordings, strict=True):
+        assert one.point_index.tolist() == other.point_index.tolist()
+        assert one.point_label.tolist() == other.point_label.tolist()
 
 
 def test_one_of_several_point_files_can_be_named(folder: Path) -> None:

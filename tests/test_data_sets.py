@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import environment, hrpro, hrpro_json, refusal
+from commands import assignments, environment, hrpro, hrpro_json, refusal
 from tiny_data import CLASSES, TRAIN, write_tiny_data
 
 from hrpro.engine.settings import SettingsError, load_settings
@@ -272,7 +272,11 @@ def test_points_are_written_as_they_are_read(folder: Path) -> None:
 
 def test_the_points_command(folder: Path) -> None:
     arguments = ("data", "points", folder, "--distribution", "uniform", "--seed", "3")
-    assert "24 points in" in hrpro(*arguments).stdout
+    counted, next_command = hrpro(*arguments).stdout.splitlines()
+    assert counted.startswith("24 points in")
+    assert next_command.endswith("--out run --set data.point_labels=point_uniform.csv")
+    elsewhere = hrpro(*arguments, "--out", folder / "p.csv").stdout.splitlines()[1]
+    assert elsewhere == f"training reads it from {folder / 'point_labels'}"
     path = folder / "point_labels" / "point_uniform.csv"
     first = path.read_text()
     assert "--force overwrites it" in refusal(*arguments)
@@ -347,6 +351,16 @@ def test_the_simulate_command(annotations: Path, tmp_path: Path) -> None:
     said = hrpro("data", "simulate", annotations, "--out", tmp_path / "out", "--dim", "8").stdout
     assert "SIMULATED features (D = 8) of 9 recordings" in said
     assert hrpro_json("data", "check", tmp_path / "out")["simulated"] is True
+
+
+def test_figures_on_simulated_features_are_told_as_such(annotations: Path, tmp_path: Path) -> None:
+    data = simulated(annotations, tmp_path / "out")
+    quick = assignments({"snippet_stage.steps": 2, "instance_stage.steps": 2, "threads": 1})
+    note = "these features are SIMULATED: figures on them say nothing of the benchmark"
+    assert note in hrpro("train", data, "--out", tmp_path / "run", *quick).stdout
+    assert note in hrpro("evaluate", tmp_path / "run", "--data", data).stdout
+    (data / "SIMULATED.txt").unlink()
+    assert note not in hrpro("evaluate", tmp_path / "run", "--data", data).stdout
 
 
 # --- the check -----------------------------------------------------------------------------------

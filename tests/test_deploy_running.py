@@ -505,7 +505,7 @@ def numbered(heard: list[Publication], stream: str, ended: Ended) -> bool:
     assert len(events) == ended.events
     started = [each.id for each in events if each.kind == "start"]
     assert started == list(range(len(started)))
-    assert sorted(each.id for each in events if each.kind == "end") == started
+    assert sorted(each.id for each in events if each.is_last) == started
     revisions: dict[int, list[int]] = {}
     for event in events:
         revisions.setdefault(event.id, []).append(event.revision)

@@ -108,7 +108,7 @@ def assert_continuous(published: Sequence[Publication], streams: Iterable[str]) 
         events = [each for each in told if isinstance(each, ActionEvent)]
         started = [each.id for each in events if each.kind == "start"]
         assert started == list(range(len(started)))
-        assert sorted(each.id for each in events if each.kind == "end") == started
+        assert sorted(each.id for each in events if each.is_last) == started
         for action in started:
             revisions = [each.revision for each in events if each.id == action]
             assert revisions == list(range(len(revisions)))
@@ -484,7 +484,9 @@ def test_a_resized_ring_has_the_newest_rows(count: int) -> None:
 
 
 def test_thresholds_of_events_change_at_the_swap() -> None:
-    old = LocalizationConfig(thresholds=(0.5,), event_start=0.5, event_end=0.25)
+    old = LocalizationConfig(
+        thresholds=(0.5,), event_start=0.5, event_end=0.25, event_update_score=0.5
+    )
     localizer = StreamLocalizer(1, 1, old, None, 1)
 
     def kinds(value: float) -> list[str]:

@@ -264,7 +264,7 @@ def test_a_connection_that_is_cut_again_and_again_loses_nothing() -> None:
         road.cut()
         assert feeder.end() == Ended("cam", 200, 200, 200)
         assert road.accepted >= 5
-    assert pipeline.received["cam"] == expected(0, 200)
+    assert sorted(pipeline.received["cam"]) == expected(0, 200)  # some came before others
 
 
 def test_a_connection_that_is_cut_while_the_end_is_awaited() -> None:

@@ -9,12 +9,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 from commands import Trained, hrpro, hrpro_json, refusal
+from matplotlib.colors import to_rgba
+from tiny_data import CLASSES, write_tiny_data
 
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import read_truth
 from hrpro.training.data import read_training_split
 from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves, timeline
 from hrpro.training.metrics import Segments
+from hrpro.training.plots import Timeline, class_colours, shown_classes
 from hrpro.training.run import read_run
 from hrpro.training.snippet_stage import snippet_scores
 
@@ -52,9 +55,36 @@ def test_curves_are_read_from_what_was_recorded(tmp_path: Path) -> None:
     rows = [{"stage": "snippet", "step": 10 * n, "loss": 1 / n} for n in (1, 2)]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "inst')
     curves = read_curves(tmp_path)
+    odd = [{"stage": "snippet", "loss": 1.0}, {"stage": "instance", "step": 10, "loss": 1.0}]
+    path.write_text("\n".join(map(json.dumps, [*rows, *odd, {"stage": "instance", "step": 20}])))
+    with pytest.raises(HrproError, match=r"metrics\.jsonl: expected the same losses .*'loss'"):
+        read_curves(tmp_path)
     assert list(curves) == ["snippet"]
     assert curves["snippet"]["step"].tolist() == [10, 20]
     assert curves["snippet"]["loss"].tolist() == [1, 0.5]
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 16, 20, 34])
+def test_colours_are_those_of_one_class_each(count: int) -> None:
+    colours = class_colours(count)
+    background = to_rgba("0.8")
+    assert len(np.unique(colours, axis=0)) == count
+    assert (np.abs(colours - background).max(axis=1) > 0.1).all()
+
+
+def test_classes_in_the_legend() -> None:
+    """What is there, and of the rest what is most sure, as far as there is room."""
+    cas = np.zeros((2, 30), np.float32)
+    cas[1] = np.linspace(0.99, 0.3, 30)  # 21 of them above 0.5
+    nothing = Segments.from_rows([])
+    there = Segments.from_rows([(0, 1, 29, 1), (1, 2, 3, 1), (2, 3, 29, 1)])
+    shown = [
+        shown_classes(Timeline("a", truth, cas, cas[:, 0], nothing)) for truth in (nothing, there)
+    ]
+    assert shown == [[*range(20)], [*range(19), 29]]
+    everything = Segments.from_rows([(c, c + 1, c, 1) for c in range(30)])
+    assert shown_classes(Timeline("a", everything, cas, cas[:, 0], nothing)) == [*range(30)]
+    assert shown_classes(Timeline("a", there, 0 * cas, cas[:, 0], nothing)) == [3, 29]
 
 
 def test_what_is_seen_of_a_recording(trained: Trained) -> None:
@@ -76,6 +106,14 @@ def test_what_is_seen_of_a_recording(trained: Trained) -> None:
     assert len(before) == len(after) > 0
     assert not np.allclose(before.start_s, after.start_s)
     assert ((after.score >= 0) & (after.score <= 1)).all()
+
+
+def test_a_run_of_another_data_set(trained: Trained, tmp_path: Path) -> None:
+    write_tiny_data(tmp_path / "tiny")
+    (tmp_path / "tiny" / "classes.txt").write_text("\n".join(CLASSES))
+    said = refusal("plot", trained.run, "--data", tmp_path / "tiny", "--out", tmp_path / "out")
+    assert "was trained on" in said and "has 2; they differ in" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(trained: Trained, tmp_path: Path) -> None:

@@ -88,9 +88,11 @@ def test_one_action(wait: int) -> None:
     proposal = Proposal(0, 2.0, 6.0, 1.0, 6)
     expected: list[list[Decision]] = [[] for _ in range(12)]
     expected[2] = [ActionChange("start", 0, 0, 0, 2.0, None, 1.0)]
+    if wait > 1:  # that it is over is known before it is final
+        expected[6] = [ActionChange("update", 0, 0, 1, 2.0, 6.0, 1.0)]
     expected[6 + wait - 1] = [
         Final(proposal, 0),
-        ActionChange("end", 0, 0, 1, 2.0, 6.0, 1.0),
+        ActionChange("end", 0, 0, 1 if wait == 1 else 2, 2.0, 6.0, 1.0),
     ]
     assert decisions == expected
 
@@ -167,7 +169,7 @@ def test_what_soft_nms_leaves_at_the_floor_is_dropped() -> None:
 # --- properties ----------------------------------------------------------------------------------
 
 MANY = LocalizationConfig(
-    thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.2, event_update=2, history_snippets=64
+    thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.2, event_update_snippets=2, history_snippets=64
 )
 levels = st.sampled_from([0.0, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.875, 1.0])
 tracks = st.lists(st.tuples(levels, levels), max_size=40).map(
@@ -190,6 +192,61 @@ def test_any_chunking_gives_the_same_decisions(
     for part in np.split(track, cuts):
         decisions += chunked.advance(part, part)
     assert decisions + chunked.flush() == run_all(new_pair(wait, scorer), track)
+
+
+class EverySnippet(StreamLocalizer):
+    """Takes each snippet by itself, however quiet it is."""
+
+    @property
+    def _is_idle(self) -> bool:
+        return False
+
+
+# Sums of these depend on the order in which they are added up.
+quiet = st.floats(0, 0.125, width=32)
+stretches = st.one_of(
+    st.lists(st.tuples(quiet, quiet), min_size=1, max_size=40),
+    st.lists(st.tuples(levels, st.floats(0, 1, width=32)), min_size=1, max_size=6),
+)
+
+
+@given(
+    st.lists(stretches, max_size=6).map(lambda parts: [row for part in parts for row in part]),
+    st.data(),
+    st.sampled_from([None, 1, 5]),
+    st.sampled_from([MANY, MANY.model_copy(update={"thresholds": (0.75,), "event_start": 0.25})]),
+    st.booleans(),
+)
+def test_what_is_quiet_is_taken_at_once_with_the_same_outcome(
+    rows_: list[tuple[float, float]],
+    data: st.DataObject,
+    wait: int | None,
+    config: LocalizationConfig,
+    swaps: bool,
+) -> None:
+    track = np.array(rows_, np.float32).reshape(-1, 2)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(track)), max_size=4)))
+    outcomes = []
+    for kind in (StreamLocalizer, EverySnippet):
+        localizer = kind(2, 2, config, MeanScorer(), wait, 3)
+        decisions: list[Decision] = []
+        for part in np.split(track, cuts):
+            decisions += localizer.advance(part, part)
+            if swaps:  # the detector is made anew from the scores that are remembered
+                swapped = config.model_copy(update={"thresholds": (0.0625, 0.5)})
+                localizer.use(swapped, MeanScorer(), None)
+        outcomes.append(decisions + localizer.flush())
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_quiet_stretch_may_be_longer_than_any_buffer() -> None:
+    config = MANY.model_copy(update={"history_snippets": 32})
+    track = np.zeros((5000, 1), np.float32)
+    track[4000:4002] = 1.0
+    localizer = StreamLocalizer(1, 1, config, None, 2)
+    got = finals(localizer.advance(track, track))
+    assert {(each.start, each.end) for each in got} >= {(4000.0, 4002.0)}
+    assert localizer._scores.next_index == localizer._detector.next_index == 5000
 
 
 @given(tracks, st.sampled_from([None, 41, 1000]), scorers)
@@ -228,6 +285,26 @@ def test_each_run_is_published_at_most_once(track: Floats, wait: int) -> None:
     assert published <= allowed
 
 
+def assert_one_story(first: ActionChange, changes: list[ActionChange]) -> None:
+    """A start, updates, one end or retraction: revisions count up, and nothing is taken back."""
+    assert (first.kind, first.revision, first.end) == ("start", 0, None)
+    assert [each.revision for each in changes] == list(range(1, len(changes) + 1))
+    assert {each.label_index for each in changes} == {first.label_index}
+    *updates, last = changes
+    assert {each.kind for each in updates} <= {"update"}
+    assert {each.start for each in updates} <= {first.start}
+    # That it is over is said once, after all else.
+    assert all(each.end is None for each in updates[:-1])
+    assert last.end is not None
+    assert last.kind in ("end", "retract")
+    if last.kind == "end":
+        assert last.score >= MANY.event_confirm
+        assert last.end > last.start
+    else:
+        assert last.score < MANY.event_confirm
+        assert last.start == first.start
+
+
 @given(tracks, st.integers(0, 9), scorers)
 def test_events_of_an_action_tell_one_story(
     track: Floats, wait: int, scorer: MeanScorer | None
@@ -239,15 +316,57 @@ def test_events_of_an_action_tell_one_story(
         if isinstance(change, ActionChange):
             by_action.setdefault(change.id, []).append(change)
         elif change.action_id is not None:
-            assert by_action[change.action_id][0].label_index == change.proposal.label_index
+            told = by_action[change.action_id]
+            assert told[0].label_index == change.proposal.label_index
+            assert told[-1].kind != "retract"
     assert list(by_action) == list(range(len(by_action)))  # ids count up
     for first, *changes in by_action.values():
-        assert (first.kind, first.revision, first.end) == ("start", 0, None)
-        assert [each.kind for each in changes] == ["update"] * (len(changes) - 1) + ["end"]
-        assert [each.revision for each in changes] == list(range(1, len(changes) + 1))
-        assert {each.label_index for each in changes} == {first.label_index}
-        assert {each.start for each in changes[:-1]} <= {first.start}
-        assert changes[-1].end is not None and changes[-1].end > changes[-1].start
+        assert_one_story(first, changes)
+    assert localizer.open_actions == 0
+
+
+OTHER = MANY.model_copy(
+    update={
+        "thresholds": (0.25, 0.625),
+        "event_start": 0.75,
+        "event_end": 0.5,
+        "event_confirm": 0.75,
+        "history_snippets": 32,
+        "score_floor": 0.25,
+    }
+)
+
+
+@given(
+    tracks,
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([MANY, OTHER]), scorers), max_size=4),
+    st.booleans(),
+)
+def test_each_start_has_one_last_event_whatever_bundles_take_over(
+    track: Floats,
+    wait: int,
+    swaps: list[tuple[int, LocalizationConfig, MeanScorer | None]],
+    embeds_alike: bool,
+) -> None:
+    localizer = new_pair(wait, None)
+    decisions: list[Decision] = []
+    for t, row in enumerate(track):
+        for at, config, scorer in swaps:
+            if at == t:
+                localizer.use(config, scorer, None if embeds_alike else 2)
+        decisions += localizer.advance(row[None], row[None])
+    decisions += localizer.flush()
+    changes = [each for each in decisions if isinstance(each, ActionChange)]
+    started = [each.id for each in changes if each.kind == "start"]
+    assert started == list(range(len(started)))
+    for action in started:
+        first, *others = [each for each in changes if each.id == action]
+        assert first.kind == "start"
+        assert [each.kind in ("end", "retract") for each in others] == [False] * (
+            len(others) - 1
+        ) + [True]
+        assert [each.revision for each in others] == list(range(1, len(others) + 1))
     assert localizer.open_actions == 0
 
 

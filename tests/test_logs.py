@@ -78,13 +78,13 @@ def test_of_each_event_so_many_lines_a_second(caplog: pytest.LogCaptureFixture) 
     said = [*(f"refused {n}" for n in range(LINES_PER_S)), "another event has lines of its own"]
     assert caplog.messages == said
     clock.now_s += 0.25
-    assert peers.due_ms() == 750
+    assert peers.due_in_s() == 0.75
     peers.say_left_out()  # not yet
     clock.now_s += 0.75
-    assert peers.due_ms() == 0
+    assert peers.due_in_s() == 0
     peers.say_left_out()
     assert caplog.messages == [*said, "refused: 5 lines more left out"]
-    assert peers.due_ms() is None
+    assert peers.due_in_s() is None
     peers.say(logging.WARNING, "refused", "again")
     assert caplog.messages[-1] == "again"
 

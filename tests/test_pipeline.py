@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from driving import Drive, Turn, assert_same, engine_config, finals, last_stop, of_stream, renamed
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 from tiny_model import CLASSES, CONTEXT, DIM, LOOKAHEAD, tiny_recording
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
 from hrpro.engine.localizer import localize
 from hrpro.engine.messages import ActionEvent, Publication, StreamNotice
-from hrpro.engine.settings import SettingsError
+from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.windows import WindowPlan, plan_windows
 from hrpro.export.bundle import Bundle
 
@@ -84,8 +87,41 @@ def test_a_window_that_is_too_short_is_refused(bundle: Bundle) -> None:
 def test_a_lookahead_that_is_too_short_is_refused(bundle: Bundle) -> None:
     # 4 snippets are needed, see the plans above: 2.56 s.
     config = engine_config(bundle.manifest, lookahead_s=2.5)
-    with pytest.raises(SettingsError, match=r"lookahead_s: expected at least 2\.56 .*got 2\.5"):
+    with pytest.raises(SettingsError, match=r"expected at least 2\.56 .* or strict, got 2\.5"):
         plan_windows(bundle.manifest, config)
+
+
+@pytest.mark.parametrize(("hop", "least"), [(1, 4), (4, 7)])
+def test_strict_is_the_least_lookahead_by_name(
+    bundle: Bundle, backend: OnnxRuntimeBackend, hop: int, least: int
+) -> None:
+    named = engine_config(bundle.manifest, hop, lookahead_s="strict")
+    in_seconds = engine_config(bundle.manifest, hop, lookahead_s=least * SNIPPET_S)
+    plan = plan_windows(bundle.manifest, named)
+    assert plan == plan_windows(bundle.manifest, in_seconds)
+    assert plan.wait == 1
+    one, other = (
+        Drive(bundle.manifest, backend, config, {"x": tiny_recording(80)}, first_index=2)
+        for config in (named, in_seconds)
+    )
+    assert one.pipeline.lookahead_s == pytest.approx(least * SNIPPET_S)
+    assert one.finish(chunk=5) == other.finish()
+    assert finals(one.published)
+
+
+@pytest.mark.parametrize("value", [-0.5, "loose", True, None, [1.0]])
+def test_a_lookahead_is_strict_or_seconds(value: object) -> None:
+    expected = "lookahead_s: expected strict or seconds of at least 0, came "
+    with pytest.raises(SettingsError) as refused:
+        load_settings(EngineConfig, None, [], {"lookahead_s": value})
+    assert str(refused.value) == f"{expected}{json.dumps(value)} (default)"
+
+
+def test_a_lookahead_as_it_is_given() -> None:
+    given = [
+        load_settings(EngineConfig, None, [f"lookahead_s={t}"]) for t in ("strict", "2", "0.5")
+    ]
+    assert [each.lookahead_s for each in given] == ["strict", 2.0, 0.5]
 
 
 # --- exactness -----------------------------------------------------------------------------------
@@ -250,5 +286,5 @@ def test_the_tail_is_flushed(bundle: Bundle, backend: OnnxRuntimeBackend, length
     assert sum(map(len, drive.recorders["x"].scores)) == length
     assert (ended.proposals > 0) == (length > 0)
     opened = {each.id for each in drive.published if isinstance(each, ActionEvent)}
-    closed = [e.id for e in drive.published if isinstance(e, ActionEvent) and e.kind == "end"]
+    closed = [e.id for e in drive.published if isinstance(e, ActionEvent) and e.is_last]
     assert sorted(closed) == sorted(opened)

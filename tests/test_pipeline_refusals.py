@@ -72,13 +72,6 @@ MISDEEDS: list[tuple[str, Misdeed, str, str, int | None]] = [
         10,
     ),
     (
-        "gap",
-        lambda p: p.append("a", 11, zeros(1)),
-        "out_of_order",
-        "stream 'a', snippet 11: expected snippet 10 next",
-        10,
-    ),
-    (
         "no-credit",
         lambda p: p.append("a", 10, zeros(18)),
         "no_credit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from samples import DECODERS, SAMPLES, decode, hexdump, same
 
 from hrpro.engine import protocol
+from hrpro.engine.messages import EventKind
 from hrpro.engine.protocol import (
     Ack,
     ActionEvent,
@@ -109,7 +111,7 @@ messages = st.one_of(
     ),
     st.builds(
         ActionEvent, stream_ids, indices, indices, indices,
-        st.sampled_from(["start", "update", "end"]), indices, labels, numbers,
+        st.sampled_from(get_args(EventKind)), indices, labels, numbers,
         st.none() | numbers, numbers, indices, numbers, texts,
     ),
     st.builds(

@@ -60,8 +60,17 @@ def test_each_missing_field_is_named() -> None:
     for name, message in SAMPLES.items():
         for field in dataclasses.fields(message):
             wire_name = "shape" if field.name == "features" else field.name
+            if field.default is not dataclasses.MISSING:
+                continue
             with pytest.raises(ProtocolError, match=f"expected a field '{wire_name}', came none"):
                 decode(message, changed_header(name, **{wire_name: ...}))
+
+
+def test_optional_fields_may_be_left_out() -> None:
+    older = changed_header("hello", policy=...)
+    assert decode(SAMPLES["hello"], older) == SAMPLES["hello"]
+    older = changed_header("ack", missing_until=..., dropped=...)
+    assert decode(SAMPLES["ack"], older) == SAMPLES["ack"]
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -75,8 +84,8 @@ BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "later version": ("hello", {"v": 2}, r"version: expected 1, came 2 \(int\)"),
     "version as bool": ("hello", {"v": True}, r"version: expected 1, came True \(bool\)"),
     "version as float": ("hello", {"v": 1.0}, r"version: expected 1, came 1.0 \(float\)"),
-    "no type": ("hello", {"type": ...}, "type: expected one of hello, chunk, end, came None"),
-    "unknown type": ("hello", {"type": "helo"}, "type: expected one of hello, chunk, end"),
+    "no type": ("hello", {"type": ...}, "type: expected one of hello, chunk, gap, end, came None"),
+    "unknown type": ("hello", {"type": "helo"}, "type: expected one of hello, chunk, gap, end"),
     "type as list": ("hello", {"type": ["hello"]}, r"came \['hello'\] \(list\)"),
     "other direction": ("hello", {"type": "welcome"}, "came 'welcome'"),
     "stream empty": ("hello", {"stream": ""}, "hello.stream: expected a text that matches"),
@@ -102,7 +111,11 @@ BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "score infinite": ("event", {"score": -math.inf}, "event.score: expected a finite number"),
     "end nil in final": ("final", {"end_s": None}, "final.end_s: expected a finite number"),
     "kind unknown": ("event", {"kind": "stop"}, "expected one of start, update, end"),
-    "notice kind": ("stream", {"kind": "start"}, "expected one of opened, ended"),
+    "policy": ("hello", {"policy": "drop"}, "expected one of wait, drop_oldest, drop_newest"),
+    "empty gap": ("gap", {"next_index": 1843}, "expected a gap that ends behind it"),
+    "dropped as number": ("gap", {"dropped": 1}, "gap.dropped: expected true or false"),
+    "missing as text": ("ack", {"missing_until": "9"}, "ack.missing_until: expected an integer"),
+    "notice kind": ("stream", {"kind": "start"}, "one of opened, gap, idle, resumed, ended"),
     "code with spaces": ("error", {"code": "a b"}, "error.code: expected"),
     "message empty": ("error", {"message": ""}, "error.message: expected a text of 1..1024"),
     "message too long": ("error", {"message": "a" * 1025}, "error.message: expected"),

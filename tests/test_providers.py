@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from commands import hrpro
+from tiny_model import DIM
 
-from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend, ProviderError, _providers
+from hrpro.engine.backends.onnxruntime import (
+    BoundSession,
+    OnnxRuntimeBackend,
+    ProviderError,
+    _providers,
+)
 from hrpro.engine.config import EngineConfig
 from hrpro.export.bundle import Bundle
 
@@ -47,3 +54,22 @@ def test_tensorrt_gets_one_profile_for_all_windows(bundle: Bundle) -> None:
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": "cache",
     }
+
+
+def test_bound_memory_gives_what_a_plain_call_gives(backend: OnnxRuntimeBackend) -> None:
+    """On the CPU, whose memory can be bound as a GPU's can."""
+    bound = BoundSession(backend._snippet, "cpu")
+    draw = np.random.default_rng(1)
+    kept = []
+    for batch in (2, 1, 2, 4, 2):  # each shape is bound once, and used with other values
+        features = draw.normal(size=(batch, 17, DIM)).astype(np.float32)
+        valid = draw.random((batch, 17)) < 0.8
+        outputs = bound.run({"features": features, "valid": valid})
+        expected = backend.score_snippets(features, valid)
+        for got, wanted in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        kept.append((outputs, [each.copy() for each in outputs]))
+    for outputs, copies in kept:  # a later call has not written over them
+        for got, wanted in zip(outputs, copies, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    assert len(bound._bindings) == 3

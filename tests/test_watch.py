@@ -187,9 +187,13 @@ def test_the_board_shows_open_actions_first() -> None:
         StreamNotice("cam1", 1, 0, "opened", 0, 0, 0, 0),
         StreamNotice("cam2", 1, 0, "opened", 0, 0, 0, 0),
         action("start"),
-        action("update", revision=1, end_s=2.56, score=0.8),
+        action("update", revision=1, score=0.8),
         action("start", id=1, label="run", start_s=2.0),
         final(),
+        action("start", id=2, label="climb", start_s=0.4),
+        action("retract", id=2, revision=1, label="climb", start_s=0.4, end_s=1.1, score=0.2),
+        action("start", id=3, label="swim", start_s=1.5),
+        action("update", id=3, revision=1, label="swim", start_s=1.5, end_s=2.56, score=0.8),
         action("end", revision=2, end_s=3.2, score=0.9),
         action("end", stream="cam2", label="throw", start_s=0.64, end_s=1.28, score=0.6),
         final(id=1),
@@ -197,9 +201,11 @@ def test_the_board_shows_open_actions_first() -> None:
     ):
         board.take(publication)
     assert rows(board) == [
+        ["cam1", "swim", "1.5 s", "2.6 s", "0.80", "over"],
         ["cam1", "run", "2.0 s", "", "0.75", "● now"],
         ["cam2", "throw", "0.6 s", "1.3 s", "0.60", "ended"],
         ["cam1", "jump", "1.3 s", "3.2 s", "0.90", "ended"],
+        ["cam1", "climb", "0.4 s", "1.1 s", "0.20", "retracted"],
         ["1 live streams, 2 final proposals"],
     ]
 

@@ -78,7 +78,7 @@ def read_database(folder: Path) -> dict[str, Any]:
     """The entries of gt_full.json by recording."""
     path = folder / "gt_full.json"
     try:
-        database = json.loads(path.read_text())["database"]
+        database = json.loads(path.read_text(encoding="utf-8"))["database"]
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing; it has the full annotations") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -216,7 +216,8 @@ def known_classes(folder: Path, config: DataConfig) -> tuple[str, ...] | None:
     preset = config.published.classes if config.published else None
     if not path.exists():
         return preset
-    classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    lines = read_text(path, "one class a line").splitlines()
+    classes = tuple(line.strip() for line in lines if line.strip())
     if len(set(classes)) != len(classes) or not classes:
         raise DataError(f"{path}: expected distinct class names, one a line")
     if preset is not None and set(classes) != set(preset):

@@ -20,7 +20,7 @@ from hrpro.training.data import (
 )
 from hrpro.training.data_config import SPLITS, DataConfig, DataError, Split
 from hrpro.training.points import point_arrays, read_points
-from hrpro.training.simulate import SIMULATED
+from hrpro.training.simulate import is_simulated
 
 # Features end where the last whole snippet of a video does, or with one that is padded.
 _SNIPPETS_APART = 2
@@ -41,7 +41,7 @@ class Findings:
 def check_data(folder: Path, config: DataConfig) -> Findings:
     """Read everything that training and evaluation would, and go on where something is wrong."""
     found = Findings()
-    found.summary["simulated"] = (folder / SIMULATED).exists()
+    found.summary["simulated"] = is_simulated(folder)
     lengths: dict[Split, dict[str, int]] = {"train": {}, "test": {}}
     dims: dict[str, int] = {}
     for split in SPLITS:

@@ -73,9 +73,10 @@ def with_tuples(values: Any) -> Any:
 
 
 def read_text(path: Path, what: str) -> str:
-    """A text file of a data set, which lists ``what``. Raises DataError."""
+    """A text file of a data set, which lists ``what``; a byte order mark, as spreadsheets write it,
+    is left out. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected text in UTF-8, came other bytes") from None
     except FileNotFoundError:

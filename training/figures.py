@@ -17,18 +17,20 @@ from sklearn.manifold import TSNE
 from hrpro.engine.soft_nms import temporal_iou
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import read_truth
-from hrpro.training.data import DataSet, Recording, read_test_split, read_training_split
+from hrpro.training.data import DataSet, Recording, read_training_split
 from hrpro.training.files import json_rows
 from hrpro.training.localize import all_proposals, localize_recording
 from hrpro.training.metrics import Segments
 from hrpro.training.plots import Timeline, class_colours, plot_timeline
 from hrpro.training.recorder import METRICS, STAGE_TITLES
 from hrpro.training.run import RunDescription, read_run
+from hrpro.training.session import read_evaluation_data
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 from hrpro.training.train import TrainedModel
 
 _EMBEDDED_SNIPPETS = 2000  # what t-SNE maps in seconds
 _BINS = 10
+_DOTS = 500  # proposals that overlap little
 
 
 @dataclass(frozen=True)
@@ -54,24 +56,28 @@ def plot_run(
     test split. Raises HrproError for a name that is in neither.
     """
     description, model = read_run(run)
-    test, chosen = _chosen(description, folder, recordings, named)
-    truth = read_truth(
-        folder, sorted({each.name for each in [*test.recordings, *chosen]}), description.classes
-    )
+    curves = read_curves(run)
+    test, truth = read_evaluation_data(folder, description)
+    chosen = _chosen(description, folder, test, recordings, named)
+    segments = {
+        **truth.segments,
+        **read_truth(folder, [each.name for each in chosen], description.classes),
+    }
     out.mkdir(parents=True, exist_ok=True)
     paths, seen = [], []
     drawn = _drawn_snippets(test)
     for recording, snippets in zip(test.recordings, drawn, strict=True):
         output = snippet_scores(model.snippet, recording.features)
-        seen.append(look_at(output, truth[recording.name], snippets, description, model))
+        seen.append(look_at(output, segments[recording.name], snippets, description, model))
     for recording in chosen:
         path = out / f"timeline_{recording.name}.png"
-        shown = timeline(recording, truth[recording.name], description, model)
+        shown = timeline(recording, segments[recording.name], description, model)
         plot_timeline(shown, description.classes, test.clock, path)
         paths.append(path)
-    paths.append(_plot_reliability(seen, out / "reliability.png"))
+    trust = float(model.instance.trust)
+    paths.append(_plot_reliability(seen, trust, out / "reliability.png"))
     paths.append(_plot_embedding(seen, description.classes, out / "embedding.png"))
-    paths.append(_plot_learning(read_curves(run), out / "learning.png"))
+    paths.append(_plot_learning(curves, out / "learning.png"))
     return paths
 
 
@@ -87,21 +93,20 @@ def _drawn_snippets(data: DataSet) -> list[NDArray[np.int64]]:
 
 
 def _chosen(
-    description: RunDescription, folder: Path, count: int, named: Sequence[str]
-) -> tuple[DataSet, list[Recording]]:
-    """The test split, and the recordings whose timelines are drawn."""
-    config, classes = description.config.data, description.classes
-    test = read_test_split(folder, classes, config, description.feature_dim)
+    description: RunDescription, folder: Path, test: DataSet, count: int, named: Sequence[str]
+) -> list[Recording]:
+    """The recordings whose timelines are drawn."""
     if not named:
-        return test, list(test.recordings[:count])
-    everything = [*test.recordings, *read_training_split(folder, config).recordings]
+        return list(test.recordings[:count])
+    training = read_training_split(folder, description.config.data)
+    everything = [*test.recordings, *training.recordings]
     by_name = {recording.name: recording for recording in everything}
     for name in named:
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise HrproError(f"--recording: {name!r} is in neither split of {folder}{hint}")
-    return test, [by_name[name] for name in named]
+    return [by_name[name] for name in named]
 
 
 def look_at(
@@ -170,9 +175,10 @@ def rank_correlation(score: NDArray[np.float64], tiou: NDArray[np.float64]) -> f
     return float(spearmanr(score, tiou).statistic)
 
 
-def _plot_reliability(seen: Sequence[Looked], path: Path) -> Path:
+def _plot_reliability(seen: Sequence[Looked], trust: float, path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for after, title in enumerate(("before stage 2", "after stage 2")):
+    titles = ("before stage 2", f"after stage 2, which has a say of {trust:.2f}")
+    for after, title in enumerate(titles):
         score = np.concatenate([each.scored[after].score for each in seen])
         tiou = [best_tiou(each.scored[after], each.truth) for each in seen]
         _draw_reliability(axes[after], score, np.concatenate(tiou), title)
@@ -186,7 +192,9 @@ def _draw_reliability(
     axes: Axes, score: NDArray[np.float64], tiou: NDArray[np.float64], title: str
 ) -> None:
     """All proposals, and the mean tIoU of those with about the same score."""
-    axes.scatter(score, tiou, s=5, alpha=0.1, color="tab:blue", edgecolors="none")
+    # Thousands of dots are pale, so that it shows where they lie thick; a few can be seen.
+    alpha = min(max(_DOTS / max(len(score), 1), 0.05), 0.8)
+    axes.scatter(score, tiou, s=8, alpha=alpha, color="tab:blue", edgecolors="none")
     bins = np.minimum((score * _BINS).astype(int), _BINS - 1)
     filled = [n for n in range(_BINS) if (bins == n).any()]
     centre = [float(score[bins == n].mean()) for n in filled]
@@ -238,7 +246,7 @@ Curves = dict[str, dict[str, NDArray[np.float64]]]
 def read_curves(run: Path) -> Curves:
     """Values by stage and name, "step" among them, of metrics.jsonl; a torn line is left out.
 
-    Raises HrproError where there is none.
+    Raises HrproError where there is none, and where the lines of a stage have not the same values.
     """
     path = run / METRICS
     rows: dict[str, list[dict[str, float]]] = {}
@@ -247,14 +255,17 @@ def read_curves(run: Path) -> Curves:
     except OSError as error:
         raise HrproError(f"{path}: cannot be read: {error.strerror}") from None
     for row in found:
-        if "stage" in row:
+        if "stage" in row and "step" in row:
             rows.setdefault(row.pop("stage"), []).append(row)
     if not rows:
         raise HrproError(f"{path}: expected the losses of a run, one line every few steps")
-    return {
-        stage: {name: np.array([row[name] for row in group], float) for name in group[0]}
-        for stage, group in rows.items()
-    }
+    try:
+        return {
+            stage: {name: np.array([row[name] for row in group], float) for name in group[0]}
+            for stage, group in rows.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise HrproError(f"{path}: expected the same losses in all lines: {error!r}") from None
 
 
 def _plot_learning(curves: Curves, path: Path) -> Path:

@@ -13,11 +13,13 @@ matplotlib.use("Agg")  # pictures go to files; no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from numpy.typing import NDArray
 
 from hrpro.engine.timebase import SnippetClock
 from hrpro.training.metrics import Segments
 
+_LEGEND_CLASSES = 20
 _LABEL_POINTS = 7
 _CHARACTER_POINTS = 4.6  # how wide a character of that size is
 
@@ -75,7 +77,9 @@ def class_colours(count: int) -> NDArray[np.float64]:
     if count <= 10:
         return np.asarray(plt.get_cmap("tab10")(np.arange(count)))
     if count <= 20:
-        return np.asarray(plt.get_cmap("tab20")(np.arange(count)))
+        colours = np.asarray(plt.get_cmap("tab20")(np.arange(count)))
+        colours[15:16] = to_rgba("#ffd92f")  # its light grey is that of background
+        return colours
     return np.asarray(plt.get_cmap("turbo")(np.arange(count) / (count - 1)))
 
 
@@ -111,14 +115,25 @@ def _draw_activation(
 ) -> None:
     """S of the classes that are there or seem to be, and A."""
     centres_s = [clock.seconds(index + 0.5) for index in range(len(timeline.cas))]
-    there = set(timeline.truth.label_index.tolist())
-    for index, label in enumerate(classes):
-        if index in there or timeline.cas[:, index].max(initial=0) > 0.5:
-            axes.plot(centres_s, timeline.cas[:, index], color=colours[index], label=label)
+    for index in shown_classes(timeline):
+        axes.plot(centres_s, timeline.cas[:, index], color=colours[index], label=classes[index])
     axes.plot(centres_s, timeline.attention, color="0.4", linestyle=":", label="attention A")
     axes.set_ylabel("activation S")
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    # Of the figure: one of the axes would push those below away, where classes are many.
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+
+
+def shown_classes(timeline: Timeline) -> list[int]:
+    """The classes that are there, and those that seem to be, the surest first to fill the legend;
+    in their order."""
+    there = set(timeline.truth.label_index.tolist())
+    peak = timeline.cas.max(axis=0, initial=0)  # (C,)
+    others = [c for c in np.argsort(-peak, kind="stable").tolist() if peak[c] > 0.5]
+    room = max(0, _LEGEND_CLASSES - len(there))
+    return sorted(there | set([c for c in others if c not in there][:room]))
 
 
 def _draw_bars(

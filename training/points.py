@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.training.data_config import DataConfig, DataError
+from hrpro.training.data_config import DataConfig, DataError, read_text
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,27 @@ def read_points(folder: Path, config: DataConfig) -> dict[str, list[Point]]:
     """The rows of the file of point labels by recording, whatever their class and frame."""
     path = points_file(folder, config)
     points: dict[str, list[Point]] = defaultdict(list)
+    rows = csv.DictReader(io.StringIO(read_text(path, "one point label a line")))
     try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
-            if missing:
-                raise DataError(f"{path}: columns are missing: {', '.join(sorted(missing))}")
-            for line, row in enumerate(rows, start=2):
-                try:
-                    frame = float(row["point"])
-                except (TypeError, ValueError):
-                    raise DataError(
-                        f"{path}, line {line}: expected a frame number in the column point, "
-                        f"got {row['point']!r}"
-                    ) from None
-                points[row["video_id"]].append(Point(row["class"], frame, line))
-    except FileNotFoundError:
-        raise DataError(f"{path}: file is missing; it holds one point label a line") from None
+        missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
+        if missing:
+            raise DataError(f"{path}: columns are missing: {', '.join(sorted(missing))}")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            try:
+                frame = float(row["point"])
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{where}: expected a frame number in the column point, got {row['point']!r}"
+                ) from None
+            if not row["class"] or not row["video_id"]:
+                raise DataError(
+                    f"{where}: expected a class and a video_id, "
+                    f"got {row['class']!r} and {row['video_id']!r}"
+                )
+            points[row["video_id"]].append(Point(row["class"], frame, rows.line_num))
+    except csv.Error as error:  # a field without an end, say
+        raise DataError(f"{path}: expected columns with commas between: {error}") from None
     return points
 
 

@@ -45,6 +45,7 @@ from hrpro.training.run import (
     write_figures,
     write_weights,
 )
+from hrpro.training.simulate import SIMULATED_NOTE, is_simulated
 from hrpro.training.train import train
 
 
@@ -83,6 +84,8 @@ def train_run(
                 "brings its clock and the settings that suit it",
                 soft_wrap=True,
             )
+        if is_simulated(data_folder) and process_rank() == 0:
+            console.print(SIMULATED_NOTE, soft_wrap=True)
         if resume and is_finished(out):
             check_finished_run(out, description)
             console.print(f"{out}: the run is finished", markup=False, soft_wrap=True)
@@ -104,7 +107,7 @@ def train_run(
     }
     table = Table("trained", "", show_header=False)
     for name, value in summary.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     return summary
 

@@ -28,7 +28,8 @@ from hrpro.training.data_config import SPLITS, DataConfig, DataError, Split
 from hrpro.training.metrics import Segments
 from hrpro.training.points import read_points
 
-SIMULATED = "SIMULATED.txt"
+_MARK = "SIMULATED.txt"
+SIMULATED_NOTE = "these features are SIMULATED: figures on them say nothing of the benchmark"
 
 Floats = NDArray[np.float64]
 
@@ -39,6 +40,11 @@ _NOISE = 2.2  # of a snippet, over the unit length of a pattern, spread over D
 _SLOW_NOISE = 1.2
 _CORRELATION = 0.9  # of slow noise, from one snippet to the next
 _RECORDING_MEAN = 1.0
+
+
+def is_simulated(folder: Path) -> bool:
+    """Whether the features of a data folder come from `simulate_data`."""
+    return (folder / _MARK).exists()
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def simulate_data(
     ``annotations`` has gt_full.json with durations, the splits and point labels. Raises DataError
     for what is missing there, FileExistsError where ``out`` has something else in it.
     """
-    if out.exists() and any(out.iterdir()) and not (out / SIMULATED).exists():
+    if out.exists() and any(out.iterdir()) and not is_simulated(out):
         raise FileExistsError(f"{out}: is there and is no simulated data set")
     names: dict[Split, list[str]] = {
         split: read_names(annotations, split, config) for split in SPLITS
@@ -72,7 +78,7 @@ def simulate_data(
     truth = read_truth(annotations, [*names["train"], *names["test"]], classes)
     world = _world(len(classes), feature_dim, seed)
     out.mkdir(parents=True, exist_ok=True)
-    (out / SIMULATED).write_text(
+    (out / _MARK).write_text(
         f"These features are simulated, over the timelines of {annotations.resolve().name}: "
         f"D = {feature_dim}, seed {seed}.\nFigures on them say nothing of the benchmark.\n"
     )

@@ -23,6 +23,7 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_SNIPPET_OUTPUTS = ["scores", "embedding"]
 Providers = list[str | tuple[str, dict[str, Any]]]
 
 
@@ -63,15 +64,62 @@ class OnnxRuntimeBackend(InstanceStage):
             bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
         )
         _check_provider(self._snippet, config.provider)
+        self._bound = None if config.provider == "cpu" else BoundSession(self._snippet, "cuda")
 
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
-        scores, embedding = self._snippet.run(
-            ["scores", "embedding"], {"features": features, "valid": valid}
-        )
+        inputs = {"features": features, "valid": valid}
+        if self._bound is not None:
+            scores, embedding = self._bound.run(inputs)
+        else:
+            scores, embedding = self._snippet.run(_SNIPPET_OUTPUTS, inputs)
         return scores, embedding
+
+
+class BoundSession:
+    """Stage 1 with its inputs and outputs in memory of the device, made once for each batch size.
+
+    Otherwise each call would allocate there, and copy in two steps. The outputs are copied to the
+    host, since what follows is computed there.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: str) -> None:
+        self._session = session
+        self._device = device
+        self._bindings: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """As the session's own `run`, for inputs of the shapes (B, T, D) and (B, T)."""
+        shape = inputs["features"].shape
+        if shape not in self._bindings:
+            self._bindings[shape] = self._bind(inputs)
+        binding, values = self._bindings[shape]
+        for name, array in inputs.items():
+            values[name].update_inplace(np.ascontiguousarray(array))
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        outputs: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+    def _bind(self, inputs: dict[str, NDArray[Any]]) -> tuple[Any, dict[str, Any]]:
+        binding = self._session.io_binding()
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+            for name, array in inputs.items()
+        }
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        widths = {each.name: each.shape[-1] for each in self._session.get_outputs()}
+        for name in _SNIPPET_OUTPUTS:
+            shape = (*inputs["valid"].shape, widths[name])
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                shape, np.float32, self._device, 0
+            )
+            binding.bind_ortvalue_output(name, value)
+        return binding, values
 
 
 def _options(config: EngineConfig) -> onnxruntime.SessionOptions:
@@ -103,8 +151,8 @@ def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any
         name: f"features:{batch}x{length}x{manifest.feature_dim},valid:{batch}x{length}"
         for name, batch, length in (
             ("min", 1, 1),
-            ("opt", config.max_batch, longest),
-            ("max", max(2, config.max_batch), longest),  # there are two golden windows
+            ("opt", config.batch_limit, longest),
+            ("max", max(2, config.batch_limit), longest),  # there are two golden windows
         )
     }
     options: dict[str, Any] = {

@@ -63,7 +63,7 @@ class TritonBackend(InstanceStage):
         self._model = f"{config.triton.name}-snippet"
         self._address = config.triton.address
         self._deadline_s = config.triton.deadline_s
-        self._max_batch = config.max_batch
+        self._max_batch = config.batch_limit
         self._connection: _Connection | None = None
         self._pause_s = 0.0
 

@@ -1,0 +1,335 @@
+"""Gaps, silence and drops as feeders and subscribers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import (
+    PATIENCE_S,
+    CuttableRoad,
+    RawPeer,
+    TinyPipeline,
+    chunk,
+    hear_until,
+    hello,
+    open_files,
+    rows,
+    serving,
+)
+
+from hrpro.clients import EventSubscriber, FeatureFeeder
+from hrpro.engine.config import WindowConfig
+from hrpro.engine.feeds import Counters, Feeds
+from hrpro.engine.protocol import Ack, End, Ended, Error, Gap, Message, StreamNotice, Welcome
+
+WINDOW = 4
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_sockets() -> Iterator[None]:
+    before = open_files()
+    yield
+    assert open_files() == before
+
+
+class Engine:
+    """Feeds and a pipeline with a clock that stands still, and what "cam"'s feeder is told."""
+
+    def __init__(self, **config: Any) -> None:
+        self.now_s = 1000.0
+        self.pipeline = TinyPipeline(**config)
+        self.counters = Counters()
+        self.told: list[Message] = []
+        self.notices: list[StreamNotice] = []
+        self.feeds = Feeds(self.pipeline, self.counters, self._send, lambda: self.now_s)
+        self.say(hello())
+
+    def _send(self, identity: bytes, message: Message) -> bool:
+        self.told.append(message)
+        return True
+
+    def say(self, *messages: Message) -> list[Message]:
+        """What the feeder is told in a turn with these messages."""
+        self.told.clear()
+        for message in messages:
+            self.feeds.handle(b"cam", message)  # type: ignore[arg-type]
+        while self.pipeline.pending():
+            for publication in self.pipeline.step():
+                if isinstance(publication, StreamNotice):
+                    self.notices.append(publication)
+                    if publication.kind == "ended":
+                        self.feeds.on_ended(publication)
+        self.feeds.admit_waiting()
+        self.feeds.tend()
+        self.feeds.acknowledge()
+        return list(self.told)
+
+    def seen(self) -> list[tuple[str, int, int]]:
+        return [(each.kind, each.first_index, each.next_index) for each in self.notices]
+
+
+# ---- missing snippets --------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_told_and_waited_for() -> None:
+    engine = Engine(gap_wait_s=5.0)
+    assert engine.say(chunk(0, 4), chunk(6, 8)) == [Ack("cam", 4, 20, 6, 0)]
+    engine.now_s += 4.9
+    assert engine.say() == []
+    assert engine.say(chunk(4, 6)) == [Ack("cam", 8, 24, None, 0)]
+    engine.now_s += 10
+    assert engine.say() == [] and engine.counters.gaps == 0
+    assert sorted(engine.pipeline.received["cam"]) == [(at, at + 1.0) for at in range(8)]
+
+
+def test_what_is_missing_for_too_long_is_a_gap() -> None:
+    engine = Engine(gap_wait_s=5.0)
+    engine.say(chunk(0, 4), chunk(6, 8), chunk(11, 13))
+    engine.now_s += 5
+    engine.say()
+    assert engine.say() == [Ack("cam", 8, 24, 11, 0)]  # 8 to 10 are waited for from now on
+    engine.now_s += 4.9
+    assert engine.say() == []
+    engine.now_s += 0.1
+    engine.say()
+    assert engine.say() == [Ack("cam", 13, 29, None, 0)]
+    assert engine.seen() == [("opened", 0, 0), ("gap", 4, 6), ("gap", 8, 11)]
+    assert engine.say(chunk(4, 6)) == [Ack("cam", 13, 29, None, 0)]  # too late
+    assert engine.counters.snippets_duplicate == 2
+
+
+def test_a_gap_that_is_known_is_one_at_once() -> None:
+    engine = Engine()
+    assert engine.say(chunk(0, 4), Gap("cam", 4, 7)) == [Ack("cam", 7, 23, None, 0)]
+    assert engine.say(chunk(7, 8)) == [Ack("cam", 8, 24, None, 0)]
+    assert engine.seen() == [("opened", 0, 0), ("gap", 4, 7)]
+    assert engine.say(Gap("cam", 4, 7)) == [Ack("cam", 8, 24, None, 0)]  # said again
+
+
+def test_a_gap_behind_what_is_missing_is_refused() -> None:
+    (error,) = Engine().say(chunk(0, 4), Gap("cam", 5, 7))[:1]
+    assert isinstance(error, Error) and (error.code, error.next_index) == ("out_of_order", 4)
+    assert error.message == (
+        "stream 'cam': expected snippet 4 or a gap from there, came a gap from 5"
+    )
+
+
+def test_a_gap_longer_than_a_window_begins_another_session() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.say(Gap("cam", 4, 4 + WINDOW))
+    assert engine.seen() == [("opened", 0, 0)]  # as long as a window is a gap, told at its end
+    told = engine.say(Gap("cam", 4 + WINDOW, 5 + WINDOW))  # all of it is what counts
+    assert isinstance(told[0], Welcome) and told[0].next_index == 5 + WINDOW
+    engine.say()
+    assert engine.seen() == [("opened", 0, 0), ("gap", 4, 8), ("ended", 0, 8), ("opened", 9, 9)]
+    assert [each.session for each in engine.notices] == [1, 1, 1, 2]
+
+
+def test_a_hello_behind_the_stream_is_a_gap() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    told = engine.say(hello(first_index=6))
+    assert isinstance(told[0], Welcome) and told[0].next_index == 6
+    assert engine.say(chunk(6, 7)) == [Ack("cam", 7, 23, None, 0)]
+    assert engine.seen() == [("opened", 0, 0), ("gap", 4, 6)]
+
+
+# ---- silence -----------------------------------------------------------------------------------
+
+
+def test_a_silent_stream_is_idle_until_something_comes() -> None:
+    engine = Engine(idle_s=10.0)
+    engine.say(chunk(0, 4))
+    engine.now_s += 9.9
+    engine.say()
+    assert engine.seen() == [("opened", 0, 0)]
+    engine.now_s += 1.1  # it is looked once a second
+    engine.say()
+    engine.say()
+    assert engine.seen() == [("opened", 0, 0), ("idle", 0, 4)]
+    assert engine.pipeline.streams["cam"].idle
+    engine.say(chunk(0, 4))  # nothing new
+    assert engine.pipeline.streams["cam"].idle
+    assert engine.say(chunk(4, 6)) == [Ack("cam", 6, 22, None, 0)]
+    assert engine.seen()[2:] == [("resumed", 0, 4)]
+    assert engine.say(End("cam", 6)) == [Ended("cam", 6, 6, 6)]
+
+
+def test_silence_over_sockets() -> None:
+    pipeline = TinyPipeline(idle_s=0.2)
+    with (
+        serving(pipeline) as server,
+        EventSubscriber(server.events_address) as subscriber,
+        RawPeer(server.feed_address) as peer,
+    ):
+        subscriber.wait_connected()
+        peer.ask(hello())
+        peer.say(chunk(0, 4))
+        heard = []
+        while heard[-1:] != ["idle"]:
+            message = subscriber.receive(timeout_s=PATIENCE_S)
+            assert message is not None
+            heard.append(message.kind if isinstance(message, StreamNotice) else "")
+        assert heard[0] == "opened"
+
+
+# ---- drops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_drops_are_told_and_counted(policy: str) -> None:
+    engine = Engine()
+    engine.say(hello(policy=policy))
+    engine.pipeline.paused = True
+    for first in range(0, 40, 8):
+        told = engine.say(chunk(first, first + 8))
+        assert isinstance(told[0], Ack) and told[0].next_index == first + 8
+    # 16 of 40 find room; where the oldest give way, it moves on.
+    room = 16 if policy == "drop_newest" else 40
+    assert told == [Ack("cam", 40, room, None, 24)]
+    counted = engine.counters
+    assert (counted.snippets_dropped_newest, counted.snippets_dropped_oldest) == (
+        (24, 0) if policy == "drop_newest" else (0, 24)
+    )
+    engine.pipeline.paused = False
+    engine.say()
+    engine.say(chunk(40, 41))
+    span = (16, 40) if policy == "drop_newest" else (0, 24)
+    assert ("gap", *span) in engine.seen()
+    engine.say(Gap("cam", 41, 43, dropped=True))
+    assert engine.pipeline.streams["cam"].dropped == 26
+
+
+# ---- FeatureFeeder -----------------------------------------------------------------------------
+
+
+def test_a_feeder_skips_what_its_source_leaves_out() -> None:
+    pipeline = TinyPipeline()
+    with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        feeder.send(rows(0, 4))
+        feeder.skip(3)
+        assert feeder.next_index == 7
+        feeder.send(rows(7, 9))
+        feeder.skip(1)
+        assert feeder.end() == Ended("cam", 10, 10, 6)
+        with pytest.raises(ValueError, match="snippets: expected at least 0, came -1"):
+            feeder.skip(-1)
+    assert pipeline.received["cam"] == [(at, at + 1.0) for at in (0, 1, 2, 3, 7, 8)]
+    assert server.counters.gaps == 2 and server.counters.snippets_missing == 4
+
+
+def test_a_feeder_goes_on_behind_a_gap_that_begins_another_session() -> None:
+    pipeline = TinyPipeline()
+    with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        feeder.send(rows(0, 4))
+        feeder.skip(100)
+        feeder.send(rows(104, 110))
+        assert feeder.end().next_index == 110
+    assert pipeline.sessions == {"cam": 2}
+    assert [at for at, _ in pipeline.received["cam"]] == [*range(4), *range(104, 110)]
+
+
+def test_a_restarted_engine_gets_the_gaps_too() -> None:
+    first, second = TinyPipeline(), TinyPipeline()
+    with serving(first) as server:
+        road = CuttableRoad(server.feed_address)
+        feeder = FeatureFeeder(road.address, "cam", 2, retry_s=0.2)
+        feeder.send(rows(0, 4))
+        feeder.skip(2)
+        feeder.send(rows(6, 8))
+        feeder.flush()
+    with road, feeder, serving(second) as server:
+        road.target_port = int(server.feed_address.rsplit(":", 1)[1])
+        road.cut()
+        feeder.send(rows(8, 10))
+        assert feeder.end().next_index == 10
+    assert [at for at, _ in second.received["cam"]] == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert server.counters.snippets_missing == 2
+
+
+def test_what_is_lost_on_the_way_is_sent_again_when_the_engine_says_so() -> None:
+    pipeline = TinyPipeline(gap_wait_s=PATIENCE_S * 10)
+    with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        feeder.send(rows(0, 4))
+        feeder.flush()
+        feeder._keep(rows(4, 5)[0])
+        feeder._sent = 5  # as if it had been lost with a connection
+        feeder.send(rows(5, 8))
+        assert feeder.end() == Ended("cam", 8, 8, 8)
+    assert sorted(pipeline.received["cam"]) == [(at, at + 1.0) for at in range(8)]
+    assert pipeline.sessions == {"cam": 1}
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_a_camera_never_waits(policy: Any) -> None:
+    pipeline = TinyPipeline(window=WindowConfig(window_snippets=64))
+    with (
+        serving(pipeline) as server,
+        FeatureFeeder(server.feed_address, "cam", 2, policy=policy, buffer_snippets=10) as feeder,
+    ):
+        pipeline.paused = True
+        for first in range(0, 40, 4):
+            feeder.send(rows(first, first + 4))
+        assert feeder.next_index == 40
+        assert feeder.dropped == 40 - 16 - 10  # the engine has room for 16, the feeder keeps 10
+        pipeline.paused = False
+        server._wake()
+        ended = feeder.end()
+    assert ended.next_index == 40 and server.counters.snippets_missing == 14
+    status = server.counters
+    assert status.snippets_dropped_oldest + status.snippets_dropped_newest == 14
+    kept = range(26) if policy == "drop_newest" else [*range(16), *range(30, 40)]
+    assert pipeline.received["cam"] == [(at, at + 1.0) for at in kept]
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_while_the_engine_is_away_a_camera_keeps_no_more_than_its_buffer(policy: Any) -> None:
+    pipeline, again = TinyPipeline(), TinyPipeline()
+    with serving(pipeline) as server:
+        address = server.feed_address
+        feeder = FeatureFeeder(
+            address, "cam", 2, policy=policy, buffer_snippets=5, history_snippets=0, retry_s=0.2
+        )
+        feeder.connect()
+        feeder.send(rows(0, 2))
+        feeder.flush()
+    with feeder:
+        for at in range(2, 60):
+            feeder.send(rows(at, at + 1))
+            assert len(feeder._kept) <= 16 + 5  # the credit that it had, and its buffer
+        with serving(again, feed=address):
+            assert feeder.end().next_index == 60
+    assert len(again.received["cam"]) == 60 - 2 - feeder.dropped
+    newest = again.received["cam"][-1]
+    assert (newest == (59, 60.0)) == (policy == "drop_oldest")
+
+
+def test_a_buffer_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="buffer_snippets: expected at least 1, came 0"):
+        FeatureFeeder("tcp://127.0.0.1:9", "cam", 2, buffer_snippets=0)
+
+
+def test_one_peer_that_sends_holes_disturbs_nobody() -> None:
+    pipeline = TinyPipeline(gap_wait_s=PATIENCE_S * 10)
+    with (
+        serving(pipeline) as server,
+        RawPeer(server.feed_address) as odd,
+        RawPeer(server.feed_address) as even,
+    ):
+        odd.ask(hello("odd"))
+        even.ask(hello("even"))
+        for at in range(1, 16, 2):
+            odd.say(chunk(at, at + 1, "odd"))
+            even.say(chunk(at - 1, at + 1, "even"))
+        hear_until(even, Ack("even", 16, 32))
+        even.say(End("even", 16))
+        assert even.hear() == Ended("even", 16, 16, 16)
+        odd.say(End("odd", 16))
+        error = odd.hear()
+        while isinstance(error, Ack):
+            assert (error.next_index, error.missing_until) == (0, 1)
+            error = odd.hear()
+        assert isinstance(error, Error) and error.code == "out_of_order"
