@@ -150,6 +150,12 @@ class EngineConfig(Settings):
     )
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
+    drain_s: float = Field(
+        30.0,
+        gt=0,
+        description="a drain that takes longer is given up: what is not processed then is lost, "
+        "the log says how much, and the exit code is 1",
+    )
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()

@@ -95,7 +95,8 @@ def serve(
 
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
-    the bound addresses once snippets can come. ``metrics`` measures from here on.
+    the bound addresses once snippets can come. ``metrics`` measures from here on. Raises DrainError
+    for a drain that is not complete in time.
     """
     metrics = metrics or Metrics()
     bundle, config = read(folder)
@@ -111,7 +112,13 @@ def serve(
     deployer = Deployer(load, follow)  # what appears from here on is new
     pipeline = Pipeline(new_deployment(bundle, config, metrics))
     with Server(
-        pipeline, addresses.feed, addresses.events, addresses.control, deployer, metrics
+        pipeline,
+        addresses.feed,
+        addresses.events,
+        addresses.control,
+        deployer,
+        metrics,
+        config.drain_s,
     ) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())

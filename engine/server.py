@@ -65,6 +65,10 @@ MESSAGES_PER_TURN = 200
 _WELCOME_SUBSCRIPTION = re.compile(rb"\x01welcome/([A-Za-z0-9._:-]{1,64})/")
 
 
+class DrainError(HrproError):
+    """A drain was given up; the message says what is lost."""
+
+
 class Server:
     """Serves one pipeline on three addresses until it is stopped or drained.
 
@@ -85,6 +89,7 @@ class Server:
         control: str,
         deployer: Deployer,
         metrics: Metrics | None = None,
+        drain_s: float = math.inf,
     ) -> None:
         self.counters = Counters()
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
@@ -100,6 +105,8 @@ class Server:
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
+        self._drain_s = drain_s
+        self._drain_until_s = math.inf  # monotonic; when a drain is given up
         self._waited_for: str | None = None
         pipeline.wake = self._wake
         self._open(feed, events, control)
@@ -153,14 +160,17 @@ class Server:
         return "serving" if self._pipeline.waits_for is None else "waiting"
 
     def run(self) -> None:
-        """Serves until `stop()`, or until a drain is complete."""
+        """Serves until `stop()`, or until a drain is complete.
+
+        Raises DrainError for one that is not complete within ``drain_s``.
+        """
         bundle_id = self._pipeline.bundle_id
         _log.info("serving: bundle %s", bundle_id, extra=fact("serving", bundle_id=bundle_id))
         poller = zmq.Poller()
         for source in (self._feed, self._events, self._control, self._wake_reader):
             poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
-            while not (self._stop_requested or self._drained()):
+            while not (self._stop_requested or self._drained() or self._drain_overdue()):
                 poller.poll(self._idle_ms())
                 self.turn_began_s = time.monotonic()
                 self._turn()
@@ -171,6 +181,8 @@ class Server:
             for envelope in self._drain_envelopes:
                 self._send(self._control, envelope, DrainReply())
         self._peer_log.say_left_out(now=True)
+        if self._drain_overdue() and not self._drained():
+            raise self._gave_up()
         how = "drained" if self._drained() else "stopped"
         _log.info("%s", how, extra=fact(how))
 
@@ -178,6 +190,8 @@ class Server:
         """How long there is nothing to do unless a message comes; None is for ever."""
         parts = (self._pipeline, self._feeds, self._peer_log)
         due_s = [each for part in parts if (each := part.due_in_s()) is not None]
+        if self._drain_until_s < math.inf:
+            due_s.append(max(0.0, self._drain_until_s - time.monotonic()))
         return math.ceil(min(due_s) * 1000) if due_s else None
 
     def stop(self) -> None:
@@ -215,6 +229,23 @@ class Server:
         pipeline = self._pipeline
         return self._feeds.draining and not pipeline.streams and not pipeline.pending()
 
+    def _drain_overdue(self) -> bool:
+        return time.monotonic() >= self._drain_until_s
+
+    def _gave_up(self) -> DrainError:
+        """Tells those who wait for the drain what is lost."""
+        streams = self._pipeline.streams.values()
+        reason = self._pipeline.waits_for
+        error = DrainError(
+            f"the drain was given up after {self._drain_s:g} s (drain_s): {len(streams)} streams "
+            f"are not finished, {sum(stream.lag for stream in streams)} of their snippets not "
+            f"processed{f'; {reason}' if reason else ''}"
+        )
+        for envelope in self._drain_envelopes:
+            text = str(error)[: protocol.MAX_ERROR_CHARACTERS]
+            self._send(self._control, envelope, Error(None, "draining", text, None))
+        return error
+
     # ---- one turn ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
@@ -229,6 +260,7 @@ class Server:
             count = len(self._pipeline.streams)
             _log.info("draining: %d open streams", count, extra=fact("draining", streams=count))
             self._feeds.drain()
+            self._drain_until_s = time.monotonic() + self._drain_s
         if self._pipeline.pending():
             for publication in self._pipeline.step():
                 self._publish(publication)

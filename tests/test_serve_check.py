@@ -43,7 +43,7 @@ def test_derived_values(bundle: Bundle) -> None:
         "--set", "lookahead_s=5.12",
     )  # fmt: skip
     W, C = manifest.embedding_width, len(CLASSES)
-    own_bytes = 4 * ((40 + 24) * DIM + 100 * (W + C))
+    own_bytes = (40 + 24) * (4 * DIM + 1) + 4 * 100 * (W + C)
     assert said.pop("window_ms") > 0
     assert said.pop("streams_in_real_time") > 0
     gflop = manifest.window_flops / 1e9 * 40 / manifest.window_length
