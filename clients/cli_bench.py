@@ -97,7 +97,7 @@ def bench_memory(
     from hrpro.clients.bench_bundle import BenchModel
     from hrpro.clients.bench_memory import measure_growth
 
-    given = ["threads=1", "window.hop_snippets=16", "lookahead_s=12", *(set_ or [])]
+    given = ["threads=1", "window.hop_snippets=16", "lookahead_s=20", *(set_ or [])]
     model = BenchModel(8, 3, attention_past=6)
     with (
         _prepared(bundle, model, given, quiet_share=0.8) as (loaded, config, recording),
