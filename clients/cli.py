@@ -24,12 +24,12 @@ from hrpro.clients import (
     cli_deploy,
     cli_plot,
     cli_status,
+    cli_stream_eval,
     cli_training,
 )
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
-    DataFolder,
     JsonFlag,
     address_errors,
     console,
@@ -37,6 +37,7 @@ from hrpro.clients.cli_shared import (
     say,
 )
 from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
+from hrpro.engine.protocol import Policy
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
@@ -69,6 +70,7 @@ app.command()(cli_deploy.deploy)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
+app.command("stream-eval")(cli_stream_eval.stream_eval)
 app.command("config")(cli_training.show_config)
 
 
@@ -195,6 +197,9 @@ def feed_features(
     timeout: Annotated[
         float, typer.Option(help="Seconds without progress after which to give up.", min=0)
     ] = 60.0,
+    policy: Annotated[
+        Policy, typer.Option(help="What becomes of snippets that the engine has no room for.")
+    ] = "wait",
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
@@ -215,6 +220,7 @@ def feed_features(
             factor,
             chunk_snippets=8 if factor is None else 1,
             timeout_s=timeout,
+            policy=policy,
             progress=advance,
         )
     if as_json:
@@ -267,34 +273,6 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
     except NoReplyError:
         print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
-
-
-@app.command("stream-eval")
-def stream_eval(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    data: DataFolder,
-    config: ConfigFile = None,
-    set_: Assignments = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Streaming accuracy: a real engine on loopback, fed the test split, beside offline."""
-    from hrpro.clients import stream_eval as streaming
-    from hrpro.clients.engine_process import running_engine
-    from hrpro.clients.feeding import Source
-    from hrpro.engine.serve import load_engine_config
-    from hrpro.export.bundle import read_bundle
-
-    loaded = read_bundle(bundle)
-    settings = load_engine_config(loaded, config, set_ or [])
-    recordings, truth = streaming.read_evaluation_data(data, loaded)
-    sources = [Source(each.name, each.features) for each in recordings.recordings]
-    with running_engine(bundle, settings) as addresses:
-        run = streaming.stream_recordings(addresses, sources, loaded.manifest.clock)
-    figures = streaming.evaluate_streaming(loaded, settings, recordings, truth, run)
-    if as_json:
-        print(json.dumps(figures))
-    else:
-        console().print(streaming.figures_table(figures))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from hrpro.engine.settings import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
+SharedMemory = Literal["auto", "on", "off"]
 
 
 class LocalizationConfig(Settings):
@@ -104,6 +105,11 @@ class TritonConfig(Settings):
     batches_in_flight: int = Field(
         2, ge=1, le=64, description="batches that are asked for before the first is answered"
     )
+    shared_memory: SharedMemory = Field(
+        "auto",
+        description="windows and scores lie in memory shared with the server, where it is on this "
+        "machine (auto: if the address is loopback and the server takes it)",
+    )
 
 
 class EngineConfig(Settings):
@@ -114,7 +120,8 @@ class EngineConfig(Settings):
     lookahead_s: float | Literal["strict"] = Field(
         4.0,
         description="a proposal is final this long after its end, and not while its action goes "
-        "on; strict: as soon as model and hop can tell that it is over",
+        "on or a better one that overlaps it waits; strict: as soon as model and hop can tell that "
+        "it is over",
     )
     mode: Literal["latency", "throughput"] = Field(
         "latency", description="compute windows as they come, or wait for large batches"
@@ -153,6 +160,9 @@ class EngineConfig(Settings):
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
+    fall_back_to_cpu: bool = Field(
+        False, description="compute on the CPU where the provider cannot, with a warning"
+    )
     engine_cache: str | None = Field(
         None, description="folder where TensorRT keeps what it has built (default: nowhere)"
     )

@@ -37,8 +37,15 @@ class DeployError(HrproError):
 class Deployment:
     """A bundle and all that works for it. Raises SettingsError for windows that do not fit it."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        config: EngineConfig,
+        provider: str | None = None,
+    ) -> None:
         self.manifest = manifest
+        self.provider = provider or config.provider  # what computes stage 1
         self.bundle_id = manifest.bundle_id
         self.backend = backend
         self.config = config

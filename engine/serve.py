@@ -6,12 +6,12 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
-from hrpro.engine.inference import Backend
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
@@ -22,6 +22,9 @@ from hrpro.export.golden import check_golden
 
 # Groups of settings whose defaults are the bundle's own.
 BROUGHT_BY_BUNDLE = ("window", "localization")
+
+if TYPE_CHECKING:
+    from hrpro.engine.backends.triton import TritonBackend
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ def new_deployment(
     backend = _new_backend(bundle, config)
     check_golden(bundle, backend)
     measured = backend if metrics is None else metrics.timed(backend)
-    deployment = Deployment(bundle.manifest, measured, config)
+    deployment = Deployment(bundle.manifest, measured, config, backend.provider)
     deployment.warm_up(backend)
     return deployment
 
 
-def _new_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+def _new_backend(bundle: Bundle, config: EngineConfig) -> OnnxRuntimeBackend | TritonBackend:
     if config.backend == "onnxruntime":
         return OnnxRuntimeBackend(bundle, config)
     try:

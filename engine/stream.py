@@ -98,14 +98,14 @@ class Stream:
         return self.localizer.open_actions
 
     @property
-    def buffer_bytes(self) -> int:
-        """Of memory that the stream has for itself as long as it lives."""
-        return self._snippets.nbytes + self.localizer.buffer_bytes
-
-    @property
     def flush_due(self) -> bool:
         """Whether a silent stream is processed as far as it came."""
         return self._flush_at == self.processed
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory that the stream has for itself as long as it lives."""
+        return self._snippets.nbytes + self.localizer.buffer_bytes
 
     @property
     def finished(self) -> bool:
