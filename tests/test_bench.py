@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_added_latency_is_without_the_time_of_inference() -> None:
         Published(final(1), 20.75),  # 0.75 s, of them 0.5
         Published(final(1), 20.25),  # inference had begun, and went on for others
         Published(final(2), 31.0),
+        Published(replace(final(1), stream="other"), 20.25),
         Published(StreamNotice("cam0", 1, 0, "ended", 0, 3, 0, 0), 31.0),
     ]
     added, whole = added_latency_ms(fed, published, calls)
