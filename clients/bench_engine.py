@@ -196,7 +196,8 @@ def added_latency_ms(
     added, whole = [], []
     for each in published:
         message = each.message
-        if isinstance(message, StreamNotice):
+        # Of streams that were fed before, something may still come.
+        if isinstance(message, StreamNotice) or message.stream not in fed.sent_s:
             continue
         sent_s = fed.sent_s[message.stream]
         if message.published_index >= len(sent_s) - 1:

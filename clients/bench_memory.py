@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hrpro.clients.bench_bundle import BenchError
 from hrpro.clients.bench_engine_process import bench_engine
 from hrpro.clients.bench_feeder import Feed, FeederProcess, feeder_process
-from hrpro.engine.config import EngineConfig
+from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.windows import plan_windows
 from hrpro.export.bundle import Bundle
 
 # Of the samples so many are taken before the engine has everything that it keeps.
@@ -57,9 +58,12 @@ def idle_streams(
     streams = min(streams, int(available_bytes() / 2 / (1.3 * stream_bytes)))
     if streams <= _FIRST_STREAMS:
         raise BenchError(f"too little memory: a stream needs {stream_bytes / 1e6:.1f} MB")
-    # Behind the history, what has not been processed yet fills the ring of features.
-    snippets = config.localization.history_snippets + config.backlog_snippets
-    snippets += config.window.window_snippets or 0
+    plan = plan_windows(bundle.manifest, config)
+    # As few windows as fill the rings; how long they are is what counts.
+    hop = plan.window - bundle.manifest.context_snippets - bundle.manifest.lookahead_snippets
+    windows = WindowConfig(window_snippets=plan.window, hop_snippets=hop)
+    config = config.model_copy(update={"window": windows, "lookahead_s": "strict"})
+    snippets = config.localization.history_snippets + config.backlog_snippets + plan.window
     with (
         tempfile.NamedTemporaryFile() as calls,
         bench_engine(bundle.folder, config, Path(calls.name), stand_in=True) as engine,

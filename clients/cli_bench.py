@@ -30,6 +30,8 @@ BundleFolder = Annotated[
     ),
 ]
 _SMALL_STREAMS = 32
+# Streams that are not fed for a while stay as they are.
+_ALWAYS = ("max_streams=4096", "idle_s=1e6")
 
 
 @bench_app.command("engine")
@@ -97,7 +99,7 @@ def bench_memory(
     from hrpro.clients.bench_bundle import BenchModel
     from hrpro.clients.bench_memory import measure_growth
 
-    given = ["threads=1", "window.hop_snippets=16", "lookahead_s=12", *(set_ or [])]
+    given = ["threads=1", "window.hop_snippets=16", "lookahead_s=20", *(set_ or [])]
     model = BenchModel(8, 3, attention_past=6)
     with (
         _prepared(bundle, model, given, quiet_share=0.8) as (loaded, config, recording),
@@ -141,7 +143,7 @@ def _prepared(
         with console(quiet=True).status("a bundle with random weights, and features for it"):
             target = Path(made) / "bundle"
             loaded = random_bundle(model, target) if folder is None else read_bundle(folder)
-            config = load_engine_config(loaded, None, ["max_streams=4096", *assignments])
+            config = load_engine_config(loaded, None, [*_ALWAYS, *assignments])
             backend = OnnxRuntimeBackend(loaded, config)
             np.save(recording, material(loaded, backend, quiet_share))
         yield loaded, config, recording

@@ -70,14 +70,22 @@ def running_module(command: Sequence[str]) -> Iterator[RunningEngine]:
             addresses = _ready_addresses(process, errors)
             yield RunningEngine(addresses, process.pid)
             request_drain(addresses.control)
-            if process.wait(_STOP_TIMEOUT_S):
-                raise _failure(process, errors, "did not leave in order")
+            _wait_for_end(process, errors)
         except Exception as error:
             if isinstance(error, EngineFailedError) or process.poll() is None:
                 raise
             raise _failure(process, errors, "left while it was needed") from error
         finally:
             _end(process)
+
+
+def _wait_for_end(process: subprocess.Popen[str], errors: IO[str]) -> None:
+    try:
+        status = process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise _failure(process, errors, f"did not leave within {_STOP_TIMEOUT_S:g} s") from None
+    if status:
+        raise _failure(process, errors, "did not leave in order")
 
 
 def _ready_addresses(process: subprocess.Popen[str], errors: IO[str]) -> Addresses:
