@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +17,19 @@ import typer
 
 from hrpro.clients import (
     cli_ablate,
+    cli_bench,
     cli_bundle,
     cli_bundle_triton,
     cli_data,
     cli_deploy,
     cli_plot,
     cli_status,
+    cli_stream_eval,
     cli_training,
 )
 from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
-    DataFolder,
     JsonFlag,
     address_errors,
     console,
@@ -34,6 +37,7 @@ from hrpro.clients.cli_shared import (
     say,
 )
 from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
+from hrpro.engine.protocol import Policy
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
@@ -52,6 +56,7 @@ app = typer.Typer(
 )
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
+app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
@@ -65,15 +70,18 @@ app.command()(cli_deploy.deploy)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
+app.command("stream-eval")(cli_stream_eval.stream_eval)
 app.command("config")(cli_training.show_config)
 
 
 @app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    feed: Annotated[str, typer.Option(help="Address that feeders connect to.")],
-    events: Annotated[str, typer.Option(help="Address that subscribers connect to.")],
-    control: Annotated[str, typer.Option(help="Address for status, deploys and drain.")],
+    feed: Annotated[str | None, typer.Option(help="Address that feeders connect to.")] = None,
+    events: Annotated[str | None, typer.Option(help="Address that subscribers connect to.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Address for status, deploys and drain.")
+    ] = None,
     config: ConfigFile = None,
     set_: Assignments = None,
     trusted_key: cli_bundle.TrustedKey = None,
@@ -88,13 +96,23 @@ def serve(
     log_level: Annotated[
         LogLevel | None, typer.Option(help="Default: warning for human, info for json.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say what is wrong, or else what follows; serve nothing."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
+    sides = {"feed": feed, "events": events, "control": control}
+    if check:
+        read_bundle = partial(cli_bundle.read_checked, bundle, trusted_key)
+        _check(read_bundle, sides, metrics, config, set_ or [], as_json)
+        return
     from hrpro.engine import serve as engine
     from hrpro.engine.metrics import Metrics
     from hrpro.engine.metrics_http import metrics_server
 
+    addresses = engine.Addresses(**{side: _given(side, at) for side, at in sides.items()})
     configure_logs(log_format, log_level)
     measured = Metrics()
 
@@ -103,7 +121,7 @@ def serve(
         return loaded, engine.load_engine_config(loaded, config, set_ or [])
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(address_errors(feed, events, control))
+        stack.enter_context(address_errors(*vars(addresses).values()))
         # Before the bundle is loaded, so that it can be seen that the engine starts.
         url = stack.enter_context(metrics_server(metrics, measured)) if metrics else None
 
@@ -111,8 +129,34 @@ def serve(
             for line in _ready_lines(bound, url, pipeline, as_json):
                 say(line)
 
-        addresses = engine.Addresses(feed, events, control)
         engine.serve(bundle, read, addresses, ready, follow, measured)
+
+
+def _given(side: str, address: str | None) -> str:
+    if address is None:
+        raise typer.BadParameter("expected an address, came none", param_hint=f"--{side}")
+    return address
+
+
+def _check(
+    read: Callable[[], Bundle],
+    sides: Mapping[str, str | None],
+    metrics: str | None,
+    config: Path | None,
+    assignments: Sequence[str],
+    as_json: bool,
+) -> None:
+    from hrpro.clients import serve_check
+
+    problems, figures = serve_check.check(read, sides, metrics, config, assignments)
+    if as_json:
+        print(serve_check.as_json(problems, figures))
+    else:
+        serve_check.show(problems, figures)
+        for problem in problems:
+            print(f"hrpro: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _ready_lines(
@@ -153,6 +197,9 @@ def feed_features(
     timeout: Annotated[
         float, typer.Option(help="Seconds without progress after which to give up.", min=0)
     ] = 60.0,
+    policy: Annotated[
+        Policy, typer.Option(help="What becomes of snippets that the engine has no room for.")
+    ] = "wait",
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
@@ -173,6 +220,7 @@ def feed_features(
             factor,
             chunk_snippets=8 if factor is None else 1,
             timeout_s=timeout,
+            policy=policy,
             progress=advance,
         )
     if as_json:
@@ -225,34 +273,6 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
     except NoReplyError:
         print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
-
-
-@app.command("stream-eval")
-def stream_eval(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    data: DataFolder,
-    config: ConfigFile = None,
-    set_: Assignments = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Streaming accuracy: a real engine on loopback, fed the test split, beside offline."""
-    from hrpro.clients import stream_eval as streaming
-    from hrpro.clients.engine_process import running_engine
-    from hrpro.clients.feeding import Source
-    from hrpro.engine.serve import load_engine_config
-    from hrpro.export.bundle import read_bundle
-
-    loaded = read_bundle(bundle)
-    settings = load_engine_config(loaded, config, set_ or [])
-    recordings, truth = streaming.read_evaluation_data(data, loaded)
-    sources = [Source(each.name, each.features) for each in recordings.recordings]
-    with running_engine(bundle, settings) as addresses:
-        run = streaming.stream_recordings(addresses, sources, loaded.manifest.clock)
-    figures = streaming.evaluate_streaming(loaded, settings, recordings, truth, run)
-    if as_json:
-        print(json.dumps(figures))
-    else:
-        console().print(streaming.figures_table(figures))
 
 
 @app.command()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.clients.feeder import FeatureFeeder
-from hrpro.engine.protocol import Ended, HrproError, NoReplyError
+from hrpro.engine.protocol import Ended, HrproError, NoReplyError, Policy
 from hrpro.engine.timebase import SnippetClock
 
 _LEAVE_TIMEOUT_S = 2.0
@@ -90,6 +90,7 @@ def feed_sources(
     speed: float | None = 1.0,
     chunk_snippets: int = 1,
     timeout_s: float = 60.0,
+    policy: Policy = "wait",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Ended]:
     """Feed recordings side by side, each as a stream of its own, and end them.
@@ -107,7 +108,12 @@ def feed_sources(
         try:
             for source in sources:
                 feeder = FeatureFeeder(
-                    address, source.stream, source.features.shape[1], clock, timeout_s=timeout_s
+                    address,
+                    source.stream,
+                    source.features.shape[1],
+                    clock,
+                    policy=policy,
+                    timeout_s=timeout_s,
                 )
                 feeders[source.stream] = stack.enter_context(feeder)
                 _warn_of_resumption(feeder)
@@ -122,6 +128,7 @@ def feed_sources(
                     progress(len(chunk))
                 if first + len(chunk) == len(source.features):
                     ended[source.stream] = feeders[source.stream].end()
+                    _warn_of_drops(feeders[source.stream])
         except BaseException:
             _end_all(feeder for name, feeder in feeders.items() if name not in ended)
             raise
@@ -144,6 +151,11 @@ def _warn_of_resumption(feeder: FeatureFeeder) -> None:
             feeder.stream,
             feeder.welcome.next_index,
         )
+
+
+def _warn_of_drops(feeder: FeatureFeeder) -> None:
+    if feeder.dropped:
+        _logger.warning("stream %r: %d snippets dropped", feeder.stream, feeder.dropped)
 
 
 def _end_all(feeders: Iterable[FeatureFeeder]) -> None:

@@ -69,7 +69,7 @@ def _key(reply: Entry, stream: Entry) -> tuple[str, str, int]:
 def status_table(reply: Entry, rates: Rates | None = None) -> Group:
     """The engine in some lines, then its streams, those that lag first."""
     table = Table()
-    names = ("stream", "snippets", "lag", "credit", "open", "events", "finals", "feeder")
+    names = ("stream", "snippets", "lag", "credit", "open", "drops", "events", "finals", "feeder")
     for name in (*names[:2], *(["rate"] if rates else []), *names[2:]):
         left = name in {"stream", "feeder"}
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
@@ -82,9 +82,10 @@ def status_table(reply: Entry, rates: Rates | None = None) -> Group:
             _lag(each),
             str(each["credit_snippets"]),
             str(each["open_actions"]),
+            str(each["dropped"]),
             str(each["events"]),
             str(each["proposals"]),
-            "" if each["fed_by"] else "gone",
+            _feeder(each),
             style=_style(each),
         )
     return Group(*map(Text, _summary(reply)), table)
@@ -92,7 +93,10 @@ def status_table(reply: Entry, rates: Rates | None = None) -> Group:
 
 def stream_lines(streams: Sequence[Entry]) -> list[str]:
     """A heading and a line for each stream, in columns that are as wide as they must be."""
-    names = ("session", "next_index", "processed", "lag_snippets", "open_actions", "bundle_id")
+    names = [
+        *("session", "next_index", "processed", "lag_snippets", "open_actions"),
+        *("dropped", "missing", "bundle_id"),
+    ]
     rows = [("stream", *names), *((e["stream"], *(str(e[n]) for n in names)) for e in streams)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -104,7 +108,7 @@ def stream_lines(streams: Sequence[Entry]) -> list[str]:
 def _summary(reply: Entry) -> list[str]:
     streams, counters = reply["streams"], reply["counters"]
     worst = max(streams, key=lambda each: each["lag_snippets"], default=None)
-    duplicates = counters["chunks_duplicate"]
+    dropped = counters["snippets_dropped_oldest"] + counters["snippets_dropped_newest"]
     refused = {
         name.removeprefix(_REFUSED): count
         for name, count in sorted(counters.items())
@@ -127,7 +131,9 @@ def _summary(reply: Entry) -> list[str]:
         f"actions   {sum(each['open_actions'] for each in streams)} open, "
         f"{counters['events']} events, {counters['proposals']} final proposals",
         f"refused   {sum(refused.values())} messages{reasons if refused else ''}; "
-        f"dropped {duplicates} duplicate chunks",
+        f"{counters['snippets_duplicate']} duplicate snippets",
+        f"lost      {dropped} snippets dropped, {counters['snippets_missing']} missing in "
+        f"{counters['gaps']} gaps",
         f"deploys   {counters['deploys']}, {counters['deploys_refused']} refused",
     ]
 
@@ -136,8 +142,14 @@ def _lag(stream: Entry) -> str:
     return f"{stream['lag_snippets']} ({stream['lag_ms'] / 1000:.1f} s)"
 
 
-def _style(stream: Entry) -> str:
+def _feeder(stream: Entry) -> str:
     if not stream["fed_by"]:
+        return "gone"
+    return "idle" if stream["idle"] else ""
+
+
+def _style(stream: Entry) -> str:
+    if _feeder(stream):
         return "dim"
     return "yellow" if stream["credit_snippets"] == 0 else ""
 

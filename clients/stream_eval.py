@@ -24,6 +24,7 @@ from hrpro.engine.protocol import (
     StreamNotice,
 )
 from hrpro.engine.serve import Addresses
+from hrpro.engine.soft_nms import temporal_iou
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.windows import decision_lookahead_s
 from hrpro.export.bundle import Bundle, BundleError
@@ -77,7 +78,6 @@ def evaluate_streaming(
     published = {name: published_segments(run.finals(name), classes) for name in truth.segments}
     streaming = truth.compare(published)
     finals = run.finals()
-    delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
     processed = int(run.counters["snippets_processed"])
     sent = sum(run.sent.values())
     identities = {(final.stream, final.session, final.id) for final in finals}
@@ -86,10 +86,7 @@ def evaluate_streaming(
         "streaming_average_map": streaming.average,
         "retention": streaming.average / offline.average if offline.average else 0.0,
         "lookahead_s": decision_lookahead_s(bundle.manifest, config),
-        "publish_delay_s": {
-            name: float(np.percentile(delays_s, percent))
-            for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))
-        },
+        "publish_delay_s": delay_percentiles(finals),
         "snippets_sent": sent,
         "snippets_processed": processed,
         # Of snippets and of publications: what never came, and what came more than once.
@@ -97,7 +94,39 @@ def evaluate_streaming(
         "duplicated": max(0, processed - sent) + run.repeats + len(finals) - len(identities),
         "proposals": len(finals),
         "events": len(run.events()),
+        "actions": _actions(run, truth, classes),
     }
+
+
+def delay_percentiles(finals: Sequence[FinalProposal]) -> dict[str, float]:
+    """From the end of final proposals to their publication, in seconds; 0 where there are none."""
+    delays_s = [final.published_s - final.end_s for final in finals] or [0.0]
+    return {
+        name: float(np.percentile(delays_s, percent))
+        for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))
+    }
+
+
+def _actions(run: StreamingRun, truth: GroundTruth, classes: Sequence[str]) -> dict[str, int]:
+    """Events counted by their kind, and how many ends and retractions were of true actions."""
+    counts = {"started": 0, "ended": 0, "ended_true": 0, "retracted": 0, "retracted_true": 0}
+    for event in run.events():
+        if event.kind == "start":
+            counts["started"] += 1
+        elif event.is_last:
+            name = "ended" if event.kind == "end" else "retracted"
+            counts[name] += 1
+            counts[f"{name}_true"] += _is_true(event, truth, classes)
+    return counts
+
+
+def _is_true(event: ActionEvent, truth: GroundTruth, classes: Sequence[str]) -> bool:
+    """Whether an instance of its class has a tIoU of 0.5 or more with it."""
+    of_stream = truth.segments[event.stream]
+    of_class = of_stream.label_index == classes.index(event.label)
+    start_s, end_s = np.array(event.start_s), np.array(event.end_s)
+    tiou = temporal_iou(start_s, end_s, of_stream.start_s, of_stream.end_s)
+    return bool((of_class & (tiou >= 0.5)).any())
 
 
 def published_segments(
@@ -118,7 +147,8 @@ def figures_table(figures: Mapping[str, object]) -> Table:
     table = Table("figure", "value", title="streaming against offline")
     for name, value in figures.items():
         if isinstance(value, dict):
-            text = ", ".join(f"{key} {each:.2f}" for key, each in value.items())
+            form = "{} {:.2f}" if name.endswith("_s") else "{} {}"
+            text = ", ".join(form.format(key, each) for key, each in value.items())
         else:
             text = f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name, text)

@@ -12,6 +12,8 @@ Therefore a proposal waits, beside its look-ahead, for the end of the action tha
     P            0.6  0.9  0.4  0.8  0.7  0.1        event_end 0.25
     above 0.5    |-------|     |--------|            two runs; the first waits for the action
     above 0.3    |----------------------|            the best of them, published first
+
+For the same reason it waits for a better one that overlaps it and is over, but not yet final.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
 from hrpro.engine.refine import InstanceScorer, Proposal, refine_runs
 from hrpro.engine.ring import Ring
-from hrpro.engine.soft_nms import soft_nms, subtract_published
+from hrpro.engine.soft_nms import soft_nms, subtract_published, waits_for_better
 from hrpro.engine.tracker import ActionChange, ActionTracker
 
 Floats = NDArray[np.float64]
@@ -91,6 +93,11 @@ class StreamLocalizer:
     def next_action_id(self) -> int:
         """The id of the next action that starts."""
         return self._tracker.next_id
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory in its rings."""
+        return self._history.nbytes + self._scores.nbytes
 
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
@@ -237,15 +244,14 @@ class StreamLocalizer:
         )
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
-        is_final = [
-            p.due_from <= due_until and (p.end <= goes_on_from or p.due_from <= latest)
-            for p in pool
-        ]
-        if not any(is_final):
+        is_late = np.array([p.due_from <= latest for p in pool])
+        is_final = is_late | [p.due_from <= due_until and p.end <= goes_on_from for p in pool]
+        if not is_final.any():
             return []
-        self._forget(label_index)
         sigma = self._config.soft_nms_sigma
         start, end, score = _columns(pool)
+        is_final &= is_late | ~waits_for_better(start, end, score, is_final)
+        self._forget(label_index)
         added = subtract_published(start, end, score, sigma, *_columns(list(published)))
         scores = soft_nms(start, end, added, sigma)
         finals = []

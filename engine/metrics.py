@@ -165,7 +165,7 @@ def _info(server: Server, pipeline: Pipeline) -> Metric:
         "What works: the bundles, and the provider that computes the windows.",
         {
             "instance": server.instance,
-            "provider": bundles.current.config.provider,
+            "provider": bundles.current.provider,
             "bundle_id": bundles.current.bundle_id,
             "previous_bundle_id": bundles.previous.bundle_id if bundles.previous else "",
             "canary_bundle_id": bundles.canary.bundle_id if bundles.canary else "",

@@ -82,3 +82,22 @@ def subtract_published(
     tiou = temporal_iou(start[:, None], end[:, None], published_start, published_end)  # (N, M)
     taken = published_score * (1 - np.exp(-(tiou**2) / sigma))
     return np.maximum(score - taken.max(axis=1), 0.0)
+
+
+def waits_for_better(
+    start: Floats, end: Floats, score: Floats, is_final: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which proposals (N,) of a class overlap a better one that is not final, or that waits itself.
+
+    Published before it, they would take from the better one what soft-NMS takes from them.
+    """
+    waits = np.zeros(len(score), dtype=np.bool_)
+    if is_final.all():
+        return waits
+    overlaps = np.minimum(end[:, None], end) > np.maximum(start[:, None], start)
+    behind = overlaps & (score > score[:, None])  # (N, N): the second is better than the first
+    while True:
+        more = (behind & (waits | ~is_final)).any(axis=1) & ~waits
+        if not more.any():
+            return waits
+        waits |= more

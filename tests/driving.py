@@ -158,12 +158,29 @@ class Drive:
 def last_stop(
     scores: Floats, config: LocalizationConfig, proposal: Proposal, first_index: int, known: int
 ) -> int:
-    """When the last of what a proposal is a part of was over, its own run, other runs or an action
-    of its class, as far as the snippets below ``known`` tell. What goes on then is over there if
-    the scores end, and does not count otherwise."""
+    """When the last of what a proposal may wait for was over: its own run, other runs or actions of
+    its class that it is a part of, and those that such a one is a part of, as far as the snippets
+    below ``known`` tell. What goes on then is over there if the scores end, and does not count
+    otherwise."""
+    spans = _spans(scores, config, proposal, first_index, known)
+    start, end, stops = proposal.start, proposal.end, [proposal.run_stop]
+    reach = config.border_limit  # by which a border may have moved
+    while True:
+        met = [each for each in spans if each[0] - reach < end and each[1] + reach > start]
+        if not met:
+            return max(stops)
+        spans = [each for each in spans if each not in met]
+        stops += [stop for _, stop in met]
+        start, end = min([start, *(each[0] for each in met)]), max([end, *stops])
+
+
+def _spans(
+    scores: Floats, config: LocalizationConfig, proposal: Proposal, first_index: int, known: int
+) -> list[tuple[int, int]]:
+    """Runs and actions of a proposal's class, from when to when."""
     track = scores[: known - first_index, proposal.label_index].astype(float).tolist()
     levels = [(threshold, threshold) for threshold in config.thresholds]
-    stops = [proposal.run_stop]
+    spans = []
     for start, end in [*levels, (config.event_start, config.event_end)]:
         begun = None
         over_at_last = [None] if known == first_index + len(scores) else []
@@ -171,12 +188,11 @@ def last_stop(
             # A run is over at its threshold, an action only below its end.
             over = p is None or p < end or (start == end and p <= end)
             if begun is not None and over:
-                if begun < proposal.end and t > proposal.start:
-                    stops.append(t)
+                spans.append((begun, t))
                 begun = None
             elif begun is None and p is not None and p > start:
                 begun = t
-    return max(stops)
+    return spans
 
 
 def of_stream(published: Iterable[Publication], name: str) -> list[Publication]:

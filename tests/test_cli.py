@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_stream_eval_prints_these_figures(trained: Trained) -> None:
     assert list(figures) == [
         "offline_average_map", "streaming_average_map", "retention", "lookahead_s",
         "publish_delay_s", "snippets_sent", "snippets_processed", "lost", "duplicated",
-        "proposals", "events",
+        "proposals", "events", "actions",
     ]  # fmt: skip
     assert figures["snippets_sent"] == figures["snippets_processed"] == 120
     assert figures["lost"] == figures["duplicated"] == 0
@@ -163,6 +164,13 @@ def test_stream_eval_prints_these_figures(trained: Trained) -> None:
     assert figures["proposals"] == sum(len(finals(each)) for each in published)
     events = [message for each in published for message in each if isinstance(message, ActionEvent)]
     assert figures["events"] == len(events) > 0
+    kinds = Counter(each.kind for each in events)
+    actions = figures["actions"]
+    assert list(actions) == ["started", "ended", "ended_true", "retracted", "retracted_true"]
+    assert actions["started"] == kinds["start"] == actions["ended"] + actions["retracted"] > 0
+    assert actions["retracted"] == kinds["retract"]
+    assert 0 < actions["ended_true"] <= actions["ended"] == kinds["end"]
+    assert 0 <= actions["retracted_true"] <= actions["retracted"]
 
 
 def test_the_lookahead_is_a_setting(trained: Trained) -> None:

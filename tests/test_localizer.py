@@ -148,10 +148,12 @@ def test_live_a_published_proposal_keeps_its_share() -> None:
     assert sum(len(finals(each)) for each in decisions) == 2
 
 
-def test_with_more_lookahead_the_better_one_is_known_in_time() -> None:
-    # All that counts for the outer run, 1 <= t < 4, is known with snippet 5.
+def test_with_more_lookahead_the_better_one_is_known_and_waited_for() -> None:
+    # The inner run is due with snippet 5. All that counts for the outer run, 1 <= t < 4, is known
+    # by then: it is better, and final with snippet 6.
     decisions = by_snippet(new_localizer(TWO, 3), NESTED)
-    assert finals(decisions[5]) == [Proposal(0, 2.0, 3.0, pytest.approx(0.5 * (1 - OVERLAP)), 3)]
+    assert [finals(each) for each in decisions[:6]] == [[]] * 6
+    assert finals(decisions[6]) == localize(NESTED, NESTED, TWO, None)
 
 
 def test_other_classes_suppress_nothing() -> None:
@@ -425,6 +427,30 @@ def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
         Proposal(0, 3.0, pytest.approx(20002.9), weaker, 20003),
         Proposal(0, 2.5, pytest.approx(20003.3), pytest.approx(0.66384, rel=1e-3), 20003),
     ]
+
+
+def test_the_middle_of_a_long_action_is_not_forgotten() -> None:
+    # 40 times as long as what is remembered; P is lower in the middle, of which nothing is left.
+    config = LocalizationConfig(thresholds=(0.25,), peak_gate=0.0, history_snippets=32)
+    track = rows([0.0, 0.0, 0.0, *[1.0] * 100, *[0.5] * 1000, *[1.0] * 180, 0.0, 0.0, 0.0, 0.0])
+    localizer = new_localizer(config, 4)
+    decisions: list[Decision] = []
+    for first in range(0, len(track), 7):
+        decisions += localizer.advance(track[first : first + 7], track[first : first + 7])
+    decisions += localizer.flush()
+    # Mean of P inside 780 / 1280, nothing outside; borders a quarter of the way from 0 to 1.
+    proposal = Proposal(0, 2.75, 1283.25, pytest.approx(780 / 1280), 1283)
+    assert finals(decisions) == [proposal] == localize(track, track, config, None)
+    changes = [each for each in decisions if isinstance(each, ActionChange)]
+    assert {each.id for each in changes} == {0}
+    assert changes[-1] == ActionChange(
+        "end", 0, 0, len(changes) - 1, 2.75, 1283.25, pytest.approx(780 / 1280)
+    )
+    # From half-way between 0 and 1; the mean of P with the last snippet of the middle.
+    in_the_middle = [each for each in changes if each.revision and each.score < 0.546]
+    assert {each.start for each in changes[:-1]} == {3.0}
+    assert min(each.score for each in changes) == pytest.approx(600 / 1100, abs=0.003)
+    assert in_the_middle
 
 
 def test_the_score_weighs_contrast_and_completeness() -> None:

@@ -15,6 +15,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.localizer import localize
 from hrpro.engine.messages import ActionEvent, Publication, StreamNotice
+from hrpro.engine.offline import localize_recording
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.windows import WindowPlan, plan_windows
 from hrpro.export.bundle import Bundle
@@ -164,13 +165,54 @@ def test_the_recordings_have_something_to_find(backend: OnnxRuntimeBackend) -> N
     assert ((scores < 0.25).mean(axis=0) > 0.05).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@few
+@given(
+    length=st.integers(0, 90),
+    seed=st.integers(0, 1000),
+    hop=st.sampled_from([1, 3, 8]),
+    chunk=st.sampled_from([1, 7, 1000]),
+    max_batch=st.sampled_from([1, 4]),
+)
 def test_with_an_endless_lookahead_the_engine_is_offline(
+    bundle: Bundle,
+    backend: OnnxRuntimeBackend,
+    length: int,
+    seed: int,
+    hop: int,
+    chunk: int,
+    max_batch: int,
+) -> None:
+    features = tiny_recording(length, seed)
+    # Soft-NMS of what reached the localizer, in one piece: the same arithmetic to the last digit.
+    config = engine_config(bundle.manifest, hop, lookahead_s=640.0, max_batch=max_batch)
+    drive = Drive(bundle.manifest, backend, config, {"x": features})
+    embeddings: list[np.ndarray] = []
+    recorder = drive.recorders["x"]
+    advance = recorder.inner.advance
+    recorder.inner.advance = lambda scores, embedding: (  # type: ignore[method-assign]
+        embeddings.append(embedding.copy()),
+        advance(scores, embedding),
+    )[1]
+    got = finals(drive.finish(chunk))
+    if not length:
+        assert got == []
+        return
+    embedding = np.concatenate(embeddings)
+    expected = localize(drive.scores("x"), embedding, bundle.manifest.localization, backend)
+    assert recorder.proposals == expected
+    assert [each.label for each in got] == [CLASSES[each.label_index] for each in expected]
+    clock = bundle.manifest.clock
+    assert [(each.start_s, each.end_s, each.score) for each in got] == [
+        (clock.seconds(p.start), clock.seconds(p.end), p.score) for p in expected
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_offline_is_the_whole_recording_at_once(
     bundle: Bundle, backend: OnnxRuntimeBackend, seed: int
 ) -> None:
     features = tiny_recording(60, seed)
-    whole = backend.score_snippets(features[None], np.ones((1, 60), np.bool_))
-    expected = localize(whole[0][0], whole[1][0], bundle.manifest.localization, backend)
+    expected = localize_recording(backend, bundle.manifest, features, bundle.manifest.localization)
     config = engine_config(bundle.manifest, lookahead_s=640.0)
     got = finals(Drive(bundle.manifest, backend, config, {"x": features}).finish())
     assert len(got) > 20

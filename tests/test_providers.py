@@ -39,6 +39,20 @@ def test_an_engine_does_not_fall_back_to_the_cpu(bundle: Bundle, provider: str) 
     assert "it took CPUExecutionProvider" in said
 
 
+def test_an_engine_falls_back_where_that_is_allowed(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    if has_gpu(bundle):
+        pytest.skip("there is a GPU here: nothing to fall back from")
+    config = EngineConfig(provider="cuda", fall_back_to_cpu=True)
+    assert OnnxRuntimeBackend(bundle, config).provider == "cpu"
+    (line,) = caplog.messages
+    assert line == (
+        "provider cuda: expected ONNX Runtime to compute by CUDAExecutionProvider, it took "
+        "CPUExecutionProvider, as fall_back_to_cpu allows"
+    )
+
+
 def test_tensorrt_gets_one_profile_for_all_windows(bundle: Bundle) -> None:
     config = EngineConfig(provider="tensorrt", max_batch=4, engine_cache="cache")
     (name, options), *others = _providers(bundle.manifest, config)

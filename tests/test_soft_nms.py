@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hrpro.engine.soft_nms import soft_nms, subtract_published, temporal_iou
+from hrpro.engine.soft_nms import soft_nms, subtract_published, temporal_iou, waits_for_better
 
 Row = tuple[float, float, float]  # start, end, score
 
@@ -166,3 +166,32 @@ def test_a_published_proposal_keeps_its_share(
     row: Row, published: list[Row], expected: float
 ) -> None:
     assert added([row], published) == [pytest.approx(expected, rel=1e-12)]
+
+
+# --- what waits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("proposals", "waits"),
+    [
+        pytest.param([], [], id="none"),
+        # (start, end, score, is it final)
+        pytest.param([(0, 4, 0.5, True), (1, 5, 0.9, True)], [False, False], id="all-final"),
+        pytest.param([(0, 4, 0.5, True), (1, 5, 0.9, False)], [True, False], id="a-better-one"),
+        pytest.param([(0, 4, 0.5, True), (1, 5, 0.4, False)], [False, False], id="a-weaker-one"),
+        pytest.param([(0, 4, 0.5, True), (1, 5, 0.5, False)], [False, False], id="as-good"),
+        pytest.param([(0, 4, 0.5, True), (4, 5, 0.9, False)], [False, False], id="touching"),
+        # The first waits for the second, which waits for the third.
+        pytest.param(
+            [(0, 4, 0.5, True), (3, 6, 0.6, True), (5, 9, 0.9, False)],
+            [True, True, False],
+            id="a-chain",
+        ),
+    ],
+)
+def test_what_waits_for_a_better_one(
+    proposals: list[tuple[float, float, float, bool]], waits: list[bool]
+) -> None:
+    start, end, score = np.array([p[:3] for p in proposals], float).reshape(-1, 3).T
+    is_final = np.array([p[3] for p in proposals], np.bool_)
+    assert waits_for_better(start, end, score, is_final).tolist() == waits

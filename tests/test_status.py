@@ -62,11 +62,12 @@ def replied(*streams: dict[str, Any], **counters: int) -> dict[str, Any]:
     entry = {
         "session": 1, "bundle_id": "tiny", "next_index": 0, "processed": 0, "lag_snippets": 0,
         "lag_ms": 0, "credit_snippets": 64, "open_actions": 0, "proposals": 0, "events": 0,
-        "duplicates": 0, "fed_by": True,
+        "duplicates": 0, "dropped": 0, "missing": 0, "idle": False, "fed_by": True,
     }  # fmt: skip
     names = (
-        "snippets_in", "snippets_processed", "chunks_duplicate", "proposals", "events",
-        "ended_streams", "deploys", "deploys_refused",
+        "snippets_in", "snippets_processed", "snippets_duplicate", "proposals", "events",
+        "ended_streams", "deploys", "deploys_refused", "gaps", "snippets_missing",
+        "snippets_dropped_oldest", "snippets_dropped_newest",
     )  # fmt: skip
     return {
         "instance": "0" * 16,
@@ -94,19 +95,20 @@ def test_status_once(fed: Engine, bundle: Bundle) -> None:
     status = request_status(fed.control)
     (cam,) = status["streams"]
     counters = status["counters"]
-    assert said.splitlines()[:7] == [
+    assert said.splitlines()[:8] == [
         "state     serving",
         f"bundle    {status['bundle_id']}",
         "streams   1 open, 1 ended, worst lag 0 (0.0 s)",
         f"snippets  50 in, {50 - LOOKAHEAD} processed, 0 waiting",
         f"actions   {cam['open_actions']} open, {counters['events']} events, "
         f"{counters['proposals']} final proposals",
-        "refused   0 messages; dropped 0 duplicate chunks",
+        "refused   0 messages; 0 duplicate snippets",
+        "lost      0 snippets dropped, 0 missing in 0 gaps",
         "deploys   0, 0 refused",
     ]
     assert rows(said) == [
         ["cam1", "40", "0 (0.0 s)", str(cam["credit_snippets"]), str(cam["open_actions"]),
-         str(cam["events"]), str(cam["proposals"]), ""]
+         "0", str(cam["events"]), str(cam["proposals"]), ""]
     ]  # fmt: skip
     assert cam["credit_snippets"] > 60
 
@@ -120,10 +122,12 @@ def test_streams(fed: Engine) -> None:
     (cam,) = request_status(fed.control)["streams"]
     heading, line = hrpro("streams", fed.control).stdout.splitlines()
     assert heading.split() == [
-        "stream", "session", "next_index", "processed", "lag_snippets", "open_actions", "bundle_id"
+        "stream", "session", "next_index", "processed", "lag_snippets", "open_actions", "dropped",
+        "missing", "bundle_id"
     ]  # fmt: skip
     opened = str(cam["open_actions"])
-    assert line.split() == ["cam1", "1", "40", str(40 - LOOKAHEAD), "0", opened, cam["bundle_id"]]
+    at = ["40", str(40 - LOOKAHEAD), "0"]
+    assert line.split() == ["cam1", "1", *at, opened, "0", "0", cam["bundle_id"]]
     assert hrpro_json("streams", fed.control) == {"streams": [cam]}
 
 
@@ -144,20 +148,27 @@ def test_who_lags_stands_first_and_refusals_have_their_reason() -> None:
         {"stream": "a"},
         {"stream": "slow", "lag_snippets": 12, "lag_ms": 7680, "credit_snippets": 0},
         {"stream": "gone", "lag_snippets": 1, "lag_ms": 640, "fed_by": False},
+        {"stream": "quiet", "idle": True, "dropped": 7},
         refused_too_large=2,
         refused_no_credit=40,
-        chunks_duplicate=3,
+        snippets_duplicate=3,
+        snippets_dropped_oldest=5,
+        snippets_dropped_newest=2,
+        snippets_missing=9,
+        gaps=4,
     )
     reply |= {"canary_bundle_id": "new", "previous_bundle_id": "old", "state": "draining"}
     said = shown(reply)
-    assert [row[0] for row in rows(said)] == ["slow", "gone", "a", "b"]
+    assert [row[0] for row in rows(said)] == ["slow", "gone", "a", "b", "quiet"]
     assert rows(said)[0][2:4] == ["12 (7.7 s)", "0"]
-    assert [row[-1] for row in rows(said)] == ["", "gone", "", ""]
+    assert [row[-1] for row in rows(said)] == ["", "gone", "", "", "idle"]
+    assert [row[5] for row in rows(said)] == ["0", "0", "0", "0", "7"]
     lines = said.splitlines()
     assert lines[:2] == ["state     draining", "bundle    tiny, canary new, previous old"]
     assert "worst lag 12 (7.7 s)" in lines[2] and lines[3].endswith(" 13 waiting")
-    reasons = "42 messages (no_credit 40, too_large 2); dropped 3 duplicate chunks"
+    reasons = "42 messages (no_credit 40, too_large 2); 3 duplicate snippets"
     assert lines[5] == f"refused   {reasons}"
+    assert lines[6] == "lost      7 snippets dropped, 9 missing in 4 gaps"
 
 
 def test_a_rate_needs_two_answers_of_one_session() -> None:

@@ -6,6 +6,7 @@ has been: that an engine without one does not start, in place of a silent fall-b
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
+
+_log = logging.getLogger(__name__)
 
 _PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -63,8 +66,8 @@ class OnnxRuntimeBackend(InstanceStage):
         self._snippet = onnxruntime.InferenceSession(
             bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
         )
-        _check_provider(self._snippet, config.provider)
-        self._bound = None if config.provider == "cpu" else BoundSession(self._snippet, "cuda")
+        self.provider = _provider_in_use(self._snippet, config)
+        self._bound = None if self.provider == "cpu" else BoundSession(self._snippet, "cuda")
 
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
@@ -164,14 +167,20 @@ def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any
     return options
 
 
-def _check_provider(session: onnxruntime.InferenceSession, provider: Provider) -> None:
-    """ONNX Runtime falls back to the CPU without an error."""
-    used, wanted = session.get_providers()[0], _PROVIDERS[provider]
-    if used != wanted:
+def _provider_in_use(session: onnxruntime.InferenceSession, config: EngineConfig) -> Provider:
+    """The one that was asked for. ONNX Runtime falls back to the CPU without an error."""
+    used, wanted = session.get_providers()[0], _PROVIDERS[config.provider]
+    if used == wanted:
+        return config.provider
+    problem = (
+        f"provider {config.provider}: expected ONNX Runtime to compute by {wanted}, it took {used}"
+    )
+    if not config.fall_back_to_cpu:
         raise ProviderError(
-            f"provider {provider}: expected ONNX Runtime to compute by {wanted}, it took {used}; "
-            "its own message above says why (a missing GPU, driver or library)"
+            f"{problem}; its own message above says why (a missing GPU, driver or library)"
         )
+    _log.warning("%s, as fall_back_to_cpu allows", problem)
+    return next(name for name, full in _PROVIDERS.items() if full == used)
 
 
 def _usable_cores() -> int:
