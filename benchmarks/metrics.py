@@ -22,8 +22,6 @@ Floats = NDArray[np.float32]
 class _Idle:
     """A backend that computes nothing."""
 
-    provider = "cpu"
-
     def score_snippets(self, *windows: Floats) -> tuple[Floats, Floats]:
         return windows[0], windows[0]
 

@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ import typer
 
 from hrpro.clients import (
     cli_ablate,
+    cli_bench,
     cli_bundle,
     cli_bundle_triton,
     cli_data,
@@ -53,6 +56,7 @@ app = typer.Typer(
 )
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
+app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
@@ -73,9 +77,11 @@ app.command("config")(cli_training.show_config)
 @app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    feed: Annotated[str, typer.Option(help="Address that feeders connect to.")],
-    events: Annotated[str, typer.Option(help="Address that subscribers connect to.")],
-    control: Annotated[str, typer.Option(help="Address for status, deploys and drain.")],
+    feed: Annotated[str | None, typer.Option(help="Address that feeders connect to.")] = None,
+    events: Annotated[str | None, typer.Option(help="Address that subscribers connect to.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Address for status, deploys and drain.")
+    ] = None,
     config: ConfigFile = None,
     set_: Assignments = None,
     trusted_key: cli_bundle.TrustedKey = None,
@@ -90,13 +96,23 @@ def serve(
     log_level: Annotated[
         LogLevel | None, typer.Option(help="Default: warning for human, info for json.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say what is wrong, or else what follows; serve nothing."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
+    sides = {"feed": feed, "events": events, "control": control}
+    if check:
+        read_bundle = partial(cli_bundle.read_checked, bundle, trusted_key)
+        _check(read_bundle, sides, metrics, config, set_ or [], as_json)
+        return
     from hrpro.engine import serve as engine
     from hrpro.engine.metrics import Metrics
     from hrpro.engine.metrics_http import metrics_server
 
+    addresses = engine.Addresses(**{side: _given(side, at) for side, at in sides.items()})
     configure_logs(log_format, log_level)
     measured = Metrics()
 
@@ -105,7 +121,7 @@ def serve(
         return loaded, engine.load_engine_config(loaded, config, set_ or [])
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(address_errors(feed, events, control))
+        stack.enter_context(address_errors(*vars(addresses).values()))
         # Before the bundle is loaded, so that it can be seen that the engine starts.
         url = stack.enter_context(metrics_server(metrics, measured)) if metrics else None
 
@@ -113,8 +129,34 @@ def serve(
             for line in _ready_lines(bound, url, pipeline, as_json):
                 say(line)
 
-        addresses = engine.Addresses(feed, events, control)
         engine.serve(bundle, read, addresses, ready, follow, measured)
+
+
+def _given(side: str, address: str | None) -> str:
+    if address is None:
+        raise typer.BadParameter("expected an address, came none", param_hint=f"--{side}")
+    return address
+
+
+def _check(
+    read: Callable[[], Bundle],
+    sides: Mapping[str, str | None],
+    metrics: str | None,
+    config: Path | None,
+    assignments: Sequence[str],
+    as_json: bool,
+) -> None:
+    from hrpro.clients import serve_check
+
+    problems, figures = serve_check.check(read, sides, metrics, config, assignments)
+    if as_json:
+        print(serve_check.as_json(problems, figures))
+    else:
+        serve_check.show(problems, figures)
+        for problem in problems:
+            print(f"hrpro: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _ready_lines(

@@ -154,19 +154,34 @@ def export(
 
 def show_config(
     what: Annotated[str, typer.Argument(help="train or engine.")],
+    explained: Annotated[
+        bool, typer.Option("--explain", help="Print a YAML file with all of them, for --config.")
+    ] = False,
 ) -> None:
     """List the settings of a command, with their defaults and what they mean."""
     from rich.markup import escape
     from rich.table import Table
 
     from hrpro.engine.config import EngineConfig
-    from hrpro.engine.settings import Settings, describe
+    from hrpro.engine.serve import BROUGHT_BY_BUNDLE
+    from hrpro.engine.settings import Settings, describe, explain
     from hrpro.training.config import TrainingConfig
 
     models: dict[str, type[Settings]] = {"train": TrainingConfig, "engine": EngineConfig}
     if what not in models:
         raise typer.BadParameter(f"expected {' or '.join(models)}, got {what!r}", param_hint="WHAT")
+    if explained:
+        print(_headings[what])
+        print(explain(models[what], BROUGHT_BY_BUNDLE if what == "engine" else ()), end="")
+        return
     table = Table("setting", "type", "default", "meaning")
     for row in describe(models[what]):
         table.add_row(escape(row.path), escape(row.type), escape(str(row.default)), row.description)
     console().print(table)
+
+
+_headings = {
+    "train": "# Settings of hrpro train, with their defaults: hrpro train --config FILE ...",
+    "engine": "# Settings of hrpro serve, with their defaults: hrpro serve --config FILE ...\n"
+    "# A --set name=value wins over this file; hrpro serve --check says what follows from both.",
+}

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,35 +27,65 @@ class EngineFailedError(HrproError):
     """The engine's process did not start, left before it should, or did not finish its work."""
 
 
+@dataclass(frozen=True)
+class RunningEngine:
+    """An engine in a process of its own, as long as the block lasts."""
+
+    addresses: Addresses
+    pid: int
+
+
 @contextlib.contextmanager
 def running_engine(bundle: Path, config: EngineConfig) -> Iterator[Addresses]:
-    """An engine on loopback, drained at the end; it never outlives the block.
+    """`hrpro serve` on loopback, drained at the end; it never outlives the block.
 
-    Raises EngineFailedError with what the engine said, also when it was the engine's death that
-    made the block fail.
+    Raises as `running_module`.
     """
-    command = [sys.executable, "-m", "hrpro.clients.cli", "serve", str(bundle), "--json"]
+    command = ["hrpro.clients.cli", "serve", str(bundle), "--json"]
     for side in ("feed", "events", "control"):
         command += [f"--{side}", "tcp://127.0.0.1:*"]
     for name, value in config.model_dump(mode="json").items():
         command += ["--set", f"{name}={json.dumps(value)}"]
+    with running_module(command) as engine:
+        yield engine.addresses
+
+
+@contextlib.contextmanager
+def running_module(command: Sequence[str]) -> Iterator[RunningEngine]:
+    """A module that serves, with its arguments, and says where as `hrpro serve --json` does.
+
+    Raises EngineFailedError with what the engine said, also when it was the engine's death that
+    made the block fail.
+    """
     # A file, because a pipe that nobody reads would block an engine that has much to say.
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(  # noqa: S603 - this very interpreter
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+            [sys.executable, "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
         try:
             addresses = _ready_addresses(process, errors)
-            yield addresses
+            yield RunningEngine(addresses, process.pid)
             request_drain(addresses.control)
-            if process.wait(_STOP_TIMEOUT_S):
-                raise _failure(process, errors, "did not leave in order")
+            _wait_for_end(process, errors)
         except Exception as error:
             if isinstance(error, EngineFailedError) or process.poll() is None:
                 raise
             raise _failure(process, errors, "left while it was needed") from error
         finally:
             _end(process)
+
+
+def _wait_for_end(process: subprocess.Popen[str], errors: IO[str]) -> None:
+    try:
+        status = process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise _failure(process, errors, f"did not leave within {_STOP_TIMEOUT_S:g} s") from None
+    if status:
+        raise _failure(process, errors, "did not leave in order")
 
 
 def _ready_addresses(process: subprocess.Popen[str], errors: IO[str]) -> Addresses:

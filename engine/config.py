@@ -12,6 +12,7 @@ from hrpro.engine.settings import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
+SharedMemory = Literal["auto", "on", "off"]
 
 
 class LocalizationConfig(Settings):
@@ -104,6 +105,11 @@ class TritonConfig(Settings):
     batches_in_flight: int = Field(
         2, ge=1, le=64, description="batches that are asked for before the first is answered"
     )
+    shared_memory: SharedMemory = Field(
+        "auto",
+        description="windows and scores lie in memory shared with the server, where it is on this "
+        "machine (auto: if the address is loopback and the server takes it)",
+    )
 
 
 class EngineConfig(Settings):
@@ -144,6 +150,12 @@ class EngineConfig(Settings):
     )
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
+    drain_s: float = Field(
+        30.0,
+        gt=0,
+        description="a drain that takes longer is given up: what is not processed then is lost, "
+        "the log says how much, and the exit code is 1",
+    )
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     triton: TritonConfig = TritonConfig()

@@ -37,8 +37,15 @@ class DeployError(HrproError):
 class Deployment:
     """A bundle and all that works for it. Raises SettingsError for windows that do not fit it."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        config: EngineConfig,
+        provider: str | None = None,
+    ) -> None:
         self.manifest = manifest
+        self.provider = provider or config.provider  # what computes stage 1
         self.bundle_id = manifest.bundle_id
         self.backend = backend
         self.config = config
@@ -128,6 +135,14 @@ class Deployments:
     previous: Deployment | None = None
     canary: Deployment | None = None
     canary_streams: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def bundle_ids(self) -> tuple[str, str | None, str | None]:
+        """Of the current, the previous and the canary."""
+        previous, canary = (
+            None if each is None else each.bundle_id for each in (self.previous, self.canary)
+        )
+        return self.current.bundle_id, previous, canary
 
     def of(self, stream: str) -> Deployment:
         """The one that works for a stream, whether it is open or will be."""

@@ -32,11 +32,6 @@ class BackendError(HrproError):
 class Backend(InstanceScorer, Protocol):
     """Where inference runs: both stages of a bundle."""
 
-    @property
-    def provider(self) -> str:
-        """What computes stage 1."""
-        ...
-
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -94,6 +94,11 @@ class StreamLocalizer:
         """The id of the next action that starts."""
         return self._tracker.next_id
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory in its rings."""
+        return self._history.nbytes + self._scores.nbytes
+
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:

@@ -165,7 +165,7 @@ def _info(server: Server, pipeline: Pipeline) -> Metric:
         "What works: the bundles, and the provider that computes the windows.",
         {
             "instance": server.instance,
-            "provider": bundles.current.backend.provider,
+            "provider": bundles.current.provider,
             "bundle_id": bundles.current.bundle_id,
             "previous_bundle_id": bundles.previous.bundle_id if bundles.previous else "",
             "canary_bundle_id": bundles.canary.bundle_id if bundles.canary else "",
@@ -238,7 +238,6 @@ class _TimedBackend:
     def __init__(
         self, inner: Backend, batch: Histogram, snippet_s: Histogram, instance_s: Histogram
     ) -> None:
-        self.provider = inner.provider
         self._inner = inner
         self._batch = batch
         self._snippet_s = snippet_s

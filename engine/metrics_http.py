@@ -33,7 +33,7 @@ def metrics_server(address: str, metrics: Metrics) -> Iterator[str]:
 
     An empty host is 127.0.0.1, and port 0 a free one. Raises SettingsError.
     """
-    host, port = _parsed(address)
+    host, port = parse_address(address)
     try:
         server = _HttpServer((host, port), metrics)
     except OSError as error:
@@ -49,7 +49,8 @@ def metrics_server(address: str, metrics: Metrics) -> Iterator[str]:
             thread.join()
 
 
-def _parsed(address: str) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as host and port. Raises SettingsError."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise SettingsError(f"--metrics: expected HOST:PORT, such as 127.0.0.1:9100, got {address}")

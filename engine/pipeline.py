@@ -9,7 +9,7 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +65,11 @@ class Pipeline:
         """Of the bundle that works for all streams, but for those that another is tried on."""
         return self.deployments.current.bundle_id
 
-    def step(self) -> list[Publication]:
-        """At most one micro-batch of inference a bundle; returns what is to be published."""
-        published, self._announcements = self._announcements, []
+    def step(self) -> Iterator[Publication]:
+        """At most one micro-batch of inference a bundle; gives what is to be published as it is
+        known, window after window. Has to be read to its end."""
+        announcements, self._announcements = self._announcements, []
+        yield from announcements
         deployment, jobs = self._next_batch()
         if jobs:
             deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
@@ -75,12 +77,11 @@ class Pipeline:
             scored = deployment.inference.take()
             self.batches += bool(scored)
             for job, scores, embedding in scored:
-                published += self._advance(job.stream, *stitch(job, scores, embedding))
+                yield from self._advance(job.stream, *stitch(job, scores, embedding))
             if deployment.inference.waits_for is not None:
                 self._offer_all()  # what was in flight
         for stream in list(self._closing.values()):
-            published += self._close(stream)
-        return published
+            yield from self._close(stream)
 
     def pending(self) -> bool:
         """Whether a step has something to do."""

@@ -37,6 +37,11 @@ class Ring:
         return self._rows.shape[1:]
 
     @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return self._rows.nbytes
+
+    @property
     def oldest(self) -> int:
         """Index of the oldest row that can be read."""
         return max(self.first_index, self.next_index - self.capacity)

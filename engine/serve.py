@@ -6,18 +6,25 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
-from hrpro.engine.inference import Backend
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
 from hrpro.engine.settings import SettingsError, load_settings
+from hrpro.engine.windows import plan_windows
 from hrpro.export.bundle import Bundle, check_fixed_settings
 from hrpro.export.golden import check_golden
+
+# Groups of settings whose defaults are the bundle's own.
+BROUGHT_BY_BUNDLE = ("window", "localization")
+
+if TYPE_CHECKING:
+    from hrpro.engine.backends.triton import TritonBackend
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,23 @@ class Addresses:
 def load_engine_config(
     bundle: Bundle, file: Path | None = None, assignments: Sequence[str] = ()
 ) -> EngineConfig:
-    """The engine's settings: defaults, the bundle's own, a YAML file, and assignments over them."""
-    base = bundle.manifest.model_dump(mode="json", include={"window", "localization"})
+    """The engine's settings: defaults, the bundle's own, a YAML file, and assignments over them.
+
+    Raises SettingsError, also for what does not fit the bundle; it lists all that is wrong.
+    """
+    base = bundle.manifest.model_dump(mode="json", include=set(BROUGHT_BY_BUNDLE))
     config = load_settings(EngineConfig, file, assignments, base)
-    check_fixed_settings(bundle.manifest, config.localization)
+    problems = []
+    for fits in (
+        lambda: check_fixed_settings(bundle.manifest, config.localization),
+        lambda: plan_windows(bundle.manifest, config),
+    ):
+        try:
+            fits()
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n  ".join(problems))
     return config
 
 
@@ -46,12 +66,12 @@ def new_deployment(
     backend = _new_backend(bundle, config)
     check_golden(bundle, backend)
     measured = backend if metrics is None else metrics.timed(backend)
-    deployment = Deployment(bundle.manifest, measured, config)
+    deployment = Deployment(bundle.manifest, measured, config, backend.provider)
     deployment.warm_up(backend)
     return deployment
 
 
-def _new_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+def _new_backend(bundle: Bundle, config: EngineConfig) -> OnnxRuntimeBackend | TritonBackend:
     if config.backend == "onnxruntime":
         return OnnxRuntimeBackend(bundle, config)
     try:
@@ -75,7 +95,8 @@ def serve(
 
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
-    the bound addresses once snippets can come. ``metrics`` measures from here on.
+    the bound addresses once snippets can come. ``metrics`` measures from here on. Raises DrainError
+    for a drain that is not complete in time.
     """
     metrics = metrics or Metrics()
     bundle, config = read(folder)
@@ -83,7 +104,7 @@ def serve(
     def load(other: Path) -> Deployment:
         new, own = read(other)
         # Of the settings only those that a bundle brings may change while the engine runs.
-        brought = {"window": own.window, "localization": own.localization}
+        brought = {name: getattr(own, name) for name in BROUGHT_BY_BUNDLE}
         changed = config.model_copy(update=brought)
         check_agreement(relied_on(bundle.manifest, config), new.manifest, changed)
         return new_deployment(new, changed, metrics)
@@ -91,7 +112,13 @@ def serve(
     deployer = Deployer(load, follow)  # what appears from here on is new
     pipeline = Pipeline(new_deployment(bundle, config, metrics))
     with Server(
-        pipeline, addresses.feed, addresses.events, addresses.control, deployer, metrics
+        pipeline,
+        addresses.feed,
+        addresses.events,
+        addresses.control,
+        deployer,
+        metrics,
+        config.drain_s,
     ) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())

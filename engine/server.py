@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -52,10 +51,10 @@ from hrpro.engine.protocol import (
     StreamNotice,
     Subscribed,
 )
+from hrpro.engine.status import all_counters, stream_statuses
 
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
-    from hrpro.engine.stream import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +62,10 @@ _log = logging.getLogger(__name__)
 MESSAGES_PER_TURN = 200
 
 _WELCOME_SUBSCRIPTION = re.compile(rb"\x01welcome/([A-Za-z0-9._:-]{1,64})/")
+
+
+class DrainError(HrproError):
+    """A drain was given up; the message says what is lost."""
 
 
 class Server:
@@ -85,6 +88,7 @@ class Server:
         control: str,
         deployer: Deployer,
         metrics: Metrics | None = None,
+        drain_s: float = math.inf,
     ) -> None:
         self.counters = Counters()
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
@@ -100,6 +104,8 @@ class Server:
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
+        self._drain_s = drain_s
+        self._drain_until_s = math.inf  # monotonic; when a drain is given up
         self._waited_for: str | None = None
         pipeline.wake = self._wake
         self._open(feed, events, control)
@@ -153,14 +159,17 @@ class Server:
         return "serving" if self._pipeline.waits_for is None else "waiting"
 
     def run(self) -> None:
-        """Serves until `stop()`, or until a drain is complete."""
+        """Serves until `stop()`, or until a drain is complete.
+
+        Raises DrainError for one that is not complete within ``drain_s``.
+        """
         bundle_id = self._pipeline.bundle_id
         _log.info("serving: bundle %s", bundle_id, extra=fact("serving", bundle_id=bundle_id))
         poller = zmq.Poller()
         for source in (self._feed, self._events, self._control, self._wake_reader):
             poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
-            while not (self._stop_requested or self._drained()):
+            while not (self._stop_requested or self._drained() or self._drain_overdue()):
                 poller.poll(self._idle_ms())
                 self.turn_began_s = time.monotonic()
                 self._turn()
@@ -171,6 +180,8 @@ class Server:
             for envelope in self._drain_envelopes:
                 self._send(self._control, envelope, DrainReply())
         self._peer_log.say_left_out(now=True)
+        if self._drain_overdue() and not self._drained():
+            raise self._gave_up()
         how = "drained" if self._drained() else "stopped"
         _log.info("%s", how, extra=fact(how))
 
@@ -178,6 +189,8 @@ class Server:
         """How long there is nothing to do unless a message comes; None is for ever."""
         parts = (self._pipeline, self._feeds, self._peer_log)
         due_s = [each for part in parts if (each := part.due_in_s()) is not None]
+        if self._drain_until_s < math.inf:
+            due_s.append(max(0.0, self._drain_until_s - time.monotonic()))
         return math.ceil(min(due_s) * 1000) if due_s else None
 
     def stop(self) -> None:
@@ -215,6 +228,23 @@ class Server:
         pipeline = self._pipeline
         return self._feeds.draining and not pipeline.streams and not pipeline.pending()
 
+    def _drain_overdue(self) -> bool:
+        return time.monotonic() >= self._drain_until_s
+
+    def _gave_up(self) -> DrainError:
+        """Tells those who wait for the drain what is lost."""
+        streams = self._pipeline.streams.values()
+        reason = self._pipeline.waits_for
+        error = DrainError(
+            f"the drain was given up after {self._drain_s:g} s (drain_s): {len(streams)} streams "
+            f"are not finished, {sum(stream.lag for stream in streams)} of their snippets not "
+            f"processed{f'; {reason}' if reason else ''}"
+        )
+        for envelope in self._drain_envelopes:
+            text = str(error)[: protocol.MAX_ERROR_CHARACTERS]
+            self._send(self._control, envelope, Error(None, "draining", text, None))
+        return error
+
     # ---- one turn ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
@@ -229,6 +259,7 @@ class Server:
             count = len(self._pipeline.streams)
             _log.info("draining: %d open streams", count, extra=fact("draining", streams=count))
             self._feeds.drain()
+            self._drain_until_s = time.monotonic() + self._drain_s
         if self._pipeline.pending():
             for publication in self._pipeline.step():
                 self._publish(publication)
@@ -354,10 +385,10 @@ class Server:
 
     def _on_deployed(self, changed_streams: int, envelope: tuple[bytes, ...] | None) -> None:
         self.counters.deploys += 1
-        reply = DeployReply(*self._bundle_ids(), changed_streams)
+        reply = DeployReply(*self._pipeline.deployments.bundle_ids, changed_streams)
         _log.info(
             "deployed: bundle %s, previous %s, canary %s, changed %d open streams",
-            *self._bundle_ids(),
+            *self._pipeline.deployments.bundle_ids,
             changed_streams,
             extra=fact("deployed", bundle_id=reply.bundle_id, changed_streams=changed_streams),
         )
@@ -372,56 +403,16 @@ class Server:
             refusal = Error(None, DEPLOY_REFUSED, text, None)
             self._send(self._control, list(envelope), refusal)
 
-    def _bundle_ids(self) -> tuple[str, str | None, str | None]:
-        """Of the current, the previous and the canary."""
-        deployments = self._pipeline.deployments
-        previous, canary = (
-            None if each is None else each.bundle_id
-            for each in (deployments.previous, deployments.canary)
-        )
-        return deployments.current.bundle_id, previous, canary
-
-    # ---- status --------------------------------------------------------------------------------
-
     def _status(self) -> StatusReply:
-        pipeline = self._pipeline
-        bundle_id, previous_bundle_id, canary_bundle_id = self._bundle_ids()
         return StatusReply(
-            instance=self.instance,
-            bundle_id=bundle_id,
-            previous_bundle_id=previous_bundle_id,
-            canary_bundle_id=canary_bundle_id,
-            state=self.state,
-            streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
-            counters={
-                **asdict(self.counters),
-                "snippets_processed": pipeline.snippets_scored,
-                "batches": pipeline.batches,
-                **{f"refused_{code}": count for code, count in self.refused.items()},
-            },
+            self.instance,
+            *self._pipeline.deployments.bundle_ids,
+            self.state,
+            tuple(stream_statuses(self._pipeline, self._feeds)),
+            all_counters(self._pipeline, self.counters, self.refused),
         )
 
-    def _stream_status(self, stream: Stream) -> dict[str, int | str | bool]:
-        feed = self._feeds.live.get(stream.stream)
-        return {
-            "stream": stream.stream,
-            "session": stream.session,
-            "bundle_id": stream.bundle_id,
-            "next_index": stream.next_index,
-            "processed": stream.processed,
-            "lag_snippets": stream.lag,
-            "lag_ms": round(stream.lag * self._pipeline.clock.snippet_s * 1000),
-            "credit_snippets": max(0, stream.send_until - stream.next_index),
-            "open_actions": stream.open_actions,
-            "proposals": stream.proposals,
-            "events": stream.events,
-            "duplicates": stream.duplicates,
-            "dropped": stream.dropped,
-            "missing": stream.missing,
-            "policy": stream.policy,
-            "idle": stream.idle,
-            "fed_by": feed is not None and feed.reachable,
-        }
+    # ---- sending -------------------------------------------------------------------------------
 
     def _send_to_feeder(self, identity: bytes, message: Message) -> bool:
         return self._send(self._feed, [identity], message)

@@ -23,7 +23,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from hrpro.engine.settings_text import SettingDescription, describe, group_of, type_text
+from hrpro.engine.settings_text import (
+    SettingDescription,
+    describe,
+    explain,
+    group_of,
+    type_text,
+)
 from hrpro.engine.wire import HrproError
 
 __all__ = [
@@ -32,6 +38,7 @@ __all__ = [
     "SettingsError",
     "describe",
     "differences",
+    "explain",
     "load_settings",
 ]
 
@@ -69,16 +76,22 @@ def load_settings(
     _lay_over(given.values, base or {})
     if file is not None:
         _lay_over(given.values, _read_file(file))
+    lines: list[str] = []
     for assignment in assignments:
-        _assign(given, assignment)
+        try:
+            _assign(given, assignment)
+        except SettingsError as error:
+            lines.append(str(error))
     try:
         # Through JSON, because strictness there still takes a list for a tuple and text for a path.
         text = json.dumps(given.values, default=str)
-        return model.model_validate_json(text, strict=True)
+        loaded = model.model_validate_json(text, strict=True)
+        if not lines:
+            return loaded
     except ValidationError as error:
-        lines = [_complaint(model, given, detail) for detail in error.errors()]
+        lines += [_complaint(model, given, detail) for detail in error.errors()]
     except (ValueError, RecursionError) as error:  # a YAML alias can hold itself
-        lines = [f"{file or 'settings'}: {error}"]
+        lines.append(f"{file or 'settings'}: {error}")
     if len(lines) > 1:
         lines.insert(0, f"{len(lines)} settings are wrong:")
     raise SettingsError("\n  ".join(lines))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -43,10 +45,7 @@ def _described(
     model: type[BaseModel], default: BaseModel | None, prefix: str
 ) -> Iterator[SettingDescription]:
     for name, field in model.model_fields.items():
-        if default is not None:
-            value = getattr(default, name)
-        else:
-            value = field.get_default(call_default_factory=True)
+        value = _default_of(field, name, default)
         group = group_of(field)
         if group is None or not isinstance(value, group):
             required = value is PydanticUndefined
@@ -55,6 +54,56 @@ def _described(
         if group is not None:
             instance = value if isinstance(value, group) else None
             yield from _described(group, instance, f"{prefix}{name}.")
+
+
+def _default_of(field: FieldInfo, name: str, group: BaseModel | None) -> Any:
+    """What a setting is where it is not given: that of the group it stands in, or its own."""
+    if group is not None:
+        return getattr(group, name)
+    return field.get_default(call_default_factory=True)
+
+
+def explain(model: type[BaseModel], brought: Collection[str] = ()) -> str:
+    """A YAML file with every setting of `model`, its meaning, type and default.
+
+    It loads to the defaults. Groups in ``brought`` get their defaults from elsewhere, so their
+    lines are switched off: "#" without a space after it, where comments have one.
+    """
+    return "\n".join(_explained(model, None, "", brought)) + "\n"
+
+
+def _explained(
+    model: type[BaseModel], default: BaseModel | None, indent: str, brought: Collection[str]
+) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        value = _default_of(field, name, default)
+        group = group_of(field)
+        off = "#" if name in brought else ""
+        if isinstance(value, BaseModel):
+            yield ""
+            yield from _comment(inspect.getdoc(type(value)) or "", indent)
+            if off:
+                yield from _comment("Switched off here: without a line, the bundle's own.", indent)
+            yield f"{off}{indent}{name}:"
+            for line in _explained(type(value), value, indent + "  ", ()):
+                yield off + line if line and not line.lstrip().startswith("#") else line
+            continue
+        meaning = f"{field.description}; " if field.description else ""
+        yield from _comment(meaning + type_text(field), indent)
+        if group is not None:
+            names = ", ".join(group.model_fields)
+            yield from _comment(f"a group of settings: {names}", indent)
+        if value is PydanticUndefined:
+            yield f"#{indent}{name}: required"
+        else:
+            yield f"{indent}{name}: {json.dumps(value, default=_plain)}"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    prefix = f"{indent}# "
+    return textwrap.wrap(
+        " ".join(text.split()), 100, initial_indent=prefix, subsequent_indent=prefix
+    )
 
 
 def _plain(value: object) -> object:
@@ -108,6 +157,8 @@ def _annotation_text(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in arguments)
+    if origin is Annotated:
+        return _annotation_text(arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(map(_annotation_text, arguments))
     if origin is tuple and arguments[-1:] != (Ellipsis,):

@@ -103,6 +103,11 @@ class Stream:
         return self._flush_at == self.processed
 
     @property
+    def buffer_bytes(self) -> int:
+        """Of memory that the stream has for itself as long as it lives."""
+        return self._snippets.nbytes + self.localizer.buffer_bytes
+
+    @property
     def finished(self) -> bool:
         """Whether the stream is over and all its scores are final."""
         return self.ended and self._flush_at is None and self.processed == self.next_index

@@ -100,13 +100,20 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     wished look-ahead is shorter than what the model itself needs."""
     hop = config.window.hop_snippets
     context, lookahead = manifest.context_snippets, manifest.lookahead_snippets
-    window = window_length(config.window, context, lookahead)
+    complaints = []
+    window = 0
+    try:
+        window = window_length(config.window, context, lookahead)
+    except SettingsError as error:
+        complaints.append(str(error))
     needed = least_lookahead(manifest, config)
     wished = int(manifest.clock.position(decision_lookahead_s(manifest, config)) + 1e-9)
     if wished < needed:
-        raise SettingsError(
+        complaints.append(
             f"lookahead_s: expected at least {manifest.clock.seconds(needed):.2f} (look-ahead "
             f"{lookahead} + hop {hop} snippets) or strict, got {config.lookahead_s}; "
             "a shorter hop allows less"
         )
+    if complaints:
+        raise SettingsError("\n  ".join(complaints))
     return WindowPlan(window, hop, window - hop - lookahead, lookahead, wished - needed + 1)

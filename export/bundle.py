@@ -261,14 +261,17 @@ def change_settings(
 
 
 def check_fixed_settings(manifest: Manifest, localization: LocalizationConfig) -> None:
-    """Raise SettingsError for a setting that the bundle's graph has otherwise."""
+    """Raise SettingsError for settings that the bundle's graph has otherwise."""
+    differing = []
     for name in _FIXED_BY_GRAPH:
         trained, given = getattr(manifest.localization, name), getattr(localization, name)
         if given != trained:
-            raise SettingsError(
+            differing.append(
                 f"localization.{name}: expected {trained}, which the bundle was trained with and "
                 f"its graph contains, got {given}"
             )
+    if differing:
+        raise SettingsError("\n  ".join(differing))
 
 
 @contextmanager

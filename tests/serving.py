@@ -42,8 +42,6 @@ PATIENCE_S = 10.0
 class TinyBackend:
     """Both scores of a snippet are its first feature."""
 
-    provider = "cpu"
-
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -280,7 +280,7 @@ def test_unhealthy_while_a_turn_does_not_end_but_not_while_nothing_comes() -> No
             super().__init__()
             self.goes_on = threading.Event()
 
-        def step(self) -> list[Publication]:
+        def step(self) -> Iterator[Publication]:
             assert self.goes_on.wait(PATIENCE_S)
             return super().step()
 

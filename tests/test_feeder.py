@@ -180,7 +180,7 @@ class SlowPipeline(TinyPipeline):
     step_snippets = 1
     step_s = 0.04
 
-    def step(self) -> list[Publication]:
+    def step(self) -> Iterator[Publication]:
         time.sleep(self.step_s)
         return super().step()
 

@@ -29,8 +29,6 @@ class Elsewhere:
         self._backend = backend
         self.score_instances = backend.score_instances
 
-    provider = "cpu"
-
     def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         self.calls.append(len(features))
         assert self.gate.wait(PATIENCE_S)

@@ -44,8 +44,9 @@ def example(name: str) -> str:
 
 
 def commands() -> list[str]:
-    """The `hrpro` command lines of README and the guide to deploying."""
-    return [*command_lines(README), *command_lines(ROOT / "docs" / "deploying.md")]
+    """The `hrpro` command lines of README and the guides to deploying and operating."""
+    guides = [ROOT / "docs" / name for name in ("deploying.md", "operating.md")]
+    return [line for document in (README, *guides) for line in command_lines(document)]
 
 
 # ---- the examples ------------------------------------------------------------------------------

@@ -231,7 +231,9 @@ def test_an_assignment_that_cannot_be_read(assignment: str, message: str) -> Non
 
 def test_an_assignment_into_a_value_is_refused() -> None:
     assert complaint(None, "window=3", "window.ratio=0.1") == (
-        "--set window.ratio=0.1: window is not a group, it was given as 3 (--set window=3)"
+        "2 settings are wrong:\n"
+        "  --set window.ratio=0.1: window is not a group, it was given as 3 (--set window=3)\n"
+        "  window: expected group of settings, came 3 (--set window=3)"
     )
 
 

@@ -307,6 +307,40 @@ def test_killed_in_mid_stream_and_started_again(
     assert_as_here(published, bundle, backend, recordings)
 
 
+def test_another_bundle_in_its_place_is_not_asked(
+    bundle: Bundle, other: Bundle, backend: OnnxRuntimeBackend, place: Place
+) -> None:
+    """Also where no request fails in between: the streams were silent."""
+    config = place.config(bundle)
+    recordings = {"b": RECORDINGS["b"]}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(place.served())
+        backend_there = TritonBackend(bundle, config)
+        drive = Drive(bundle.manifest, backend_there, config, recordings)
+        drive.send("b", 40)
+        drive.settle()
+        server.kill()
+        shutil.rmtree(place.repository / MODEL)
+        shutil.rmtree(place.repository / "hrpro-instance")
+        place.write(other, 1)
+        stack.enter_context(place.served())
+        drive.send("b", 20)
+        while drive.pipeline.waits_for is None or "expected" not in drive.pipeline.waits_for:
+            drive.woken.clear()
+            if drive.pipeline.pending():
+                drive.step()
+            else:
+                assert drive.woken.wait(PATIENCE_S)
+        assert drive.pipeline.waits_for == (
+            f"Triton at {place.address}: {MODEL}: expected a version with bundle "
+            f"{bundle.manifest.bundle_id}, got 1 has {other.manifest.bundle_id}"
+        )
+        place.write(bundle, 2)
+        place.load()
+        published = drive.finish()
+    assert_as_here(published, bundle, backend, recordings)
+
+
 # --- a server that takes its time ----------------------------------------------------------------
 
 
@@ -411,6 +445,6 @@ def test_a_server_that_answers_no_more_is_reported_and_keeps_no_feeder_waiting(
         wait_for(lambda: state() == "serving")
     said = [each.getMessage() for each in caplog.records if each.name == "hrpro.engine.server"]
     assert said[0] == (
-        f"waiting, the streams are held: Triton at {place.address}: "
+        f"waiting, the streams are held: Triton at {place.address}: {MODEL}: "
         "expected an answer in triton.deadline_s 0.3, got none"
     )

@@ -6,44 +6,29 @@ up when a connection begins and after each silence, and is named in every reques
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import (
-    InferenceServerClient,
-    InferInput,
-    InferRequestedOutput,
-    InferResult,
-)
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2
 
 from hrpro.engine.backends.onnxruntime import InstanceStage
+from hrpro.engine.backends.triton_connection import CallError, Connection
+from hrpro.engine.backends.triton_memory import Region, Regions, padded_bytes
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.inference import BackendError
-from hrpro.export.bundle import Bundle
+from hrpro.engine.windows import window_length
+from hrpro.export.bundle import Bundle, Manifest
 
 # A server takes longer to be replaced by another one than it may be silent without being asked
 # for its versions again.
 _SILENCE_S = 0.2
 # Waited before a request that follows a failed one: twice as long each time.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Otherwise a new channel waits as long as the one before would have, before it connects.
-    ("grpc.use_local_subchannel_pool", 1),
-]
 _VERSION_PARAMETER = "bundle_id."
-
-
-class _Connection:
-    """A channel to the server, and the version there that has the bundle."""
-
-    def __init__(self, address: str) -> None:
-        self.client = InferenceServerClient(address, channel_args=_CHANNEL_OPTIONS)
-        self.version = ""
-        self.answered_s = -float("inf")
 
 
 class TritonBackend(InstanceStage):
@@ -66,7 +51,8 @@ class TritonBackend(InstanceStage):
         self._address = config.triton.address
         self._deadline_s = config.triton.deadline_s
         self._max_batch = config.batch_limit
-        self._connection: _Connection | None = None
+        self._regions = _new_regions(bundle.manifest, config)
+        self._connection: Connection | None = None
         self._pause_s = 0.0
 
     def score_snippets(
@@ -76,39 +62,47 @@ class TritonBackend(InstanceStage):
         time.sleep(self._pause_s)
         try:
             scores, embedding = self._infer(features, valid)
-        except (InferenceServerException, BackendError, ValueError) as error:
+        except (BackendError, ValueError) as error:
             # A ValueError comes from an answer that is not what it says.
-            # Not closed here: another thread may wait for its answer, which is as good as ever.
-            self._connection = None
-            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-            raise BackendError(f"Triton at {self._address}: {self._reason(error)}") from None
-        self._pause_s = 0.0
-        return scores, embedding
+            what = f"{self._model}: " if isinstance(error, CallError) else ""
+            reason = f"Triton at {self._address}: {what}{error}"
+        else:
+            self._pause_s = 0.0
+            return scores, embedding
+        # Not closed here: another thread may wait for its answer, which is as good as ever.
+        self._connection = None
+        self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+        raise BackendError(reason)
 
     def _infer(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        connection = self._connection or _Connection(self._address)
+        connection = self._connection or Connection(self._address, self._deadline_s)
         if time.monotonic() - connection.answered_s > _SILENCE_S:
-            connection.version = self._find_version(connection.client)
+            connection.version = self._find_version(connection)
+            if self._regions is not None:
+                self._regions.renew(connection)
             self._connection = connection
-        result = connection.client.infer(
-            self._model,
-            [_input("features", "FP32", features), _input("valid", "BOOL", valid)],
-            connection.version,
-            outputs=[InferRequestedOutput(name) for name in self._outputs],
-            client_timeout=self._deadline_s,
+        request = service_pb2.ModelInferRequest(
+            model_name=self._model, model_version=connection.version
         )
-        connection.answered_s = time.monotonic()
-        shape = valid.shape  # (B, T)
-        scores, embedding = (
-            _output(result, name, (*shape, size)) for name, size in self._outputs.items()
-        )
+        lent = contextlib.nullcontext() if self._regions is None else self._regions.lent(connection)
+        with lent as region:
+            _add_input(request, "features", "FP32", features, region)
+            _add_input(request, "valid", "BOOL", valid, region)
+            shapes = {name: (*valid.shape, size) for name, size in self._outputs.items()}
+            places = {name: _add_output(request, name, shapes[name], region) for name in shapes}
+            response = connection.call("ModelInfer", request)
+            connection.answered_s = time.monotonic()
+            scores, embedding = (
+                _output(response, name, shapes[name], places[name]) for name in shapes
+            )
         return scores, embedding
 
-    def _find_version(self, client: InferenceServerClient) -> str:
+    def _find_version(self, connection: Connection) -> str:
         """The newest version that has the bundle."""
-        answer = client.get_model_config(self._model, client_timeout=self._deadline_s)
+        request = service_pb2.ModelConfigRequest(name=self._model)
+        answer = connection.call("ModelConfig", request)
         bundle_ids = {
             int(key.removeprefix(_VERSION_PARAMETER)): each.string_value
             for key, each in answer.config.parameters.items()
@@ -128,23 +122,58 @@ class TritonBackend(InstanceStage):
             )
         return str(max(fitting))
 
-    def _reason(self, error: Exception) -> str:
-        if not isinstance(error, InferenceServerException):
-            return str(error)
-        if "DEADLINE_EXCEEDED" in str(error.status()):
-            return f"expected an answer in triton.deadline_s {self._deadline_s:g}, got none"
-        return f"{self._model}: {error.message()}"
+
+def _new_regions(manifest: Manifest, config: EngineConfig) -> Regions | None:
+    """Shared memory for the largest batch, if the settings ask for it."""
+    mode, address = config.triton.shared_memory, config.triton.address
+    if mode == "off" or (mode == "auto" and not _is_here(address)):
+        return None
+    own = window_length(config.window, manifest.context_snippets, manifest.lookahead_snippets)
+    B = max(config.batch_limit, 2)  # there are two golden windows
+    T = max(own, manifest.window_length)
+    widths = (manifest.feature_dim, len(manifest.classes), manifest.embedding_width)
+    size_bytes = padded_bytes((B, T), np.bool_)
+    size_bytes += sum(padded_bytes((B, T, each), np.float32) for each in widths)
+    return Regions(address, size_bytes, config.triton.batches_in_flight, mode == "on")
 
 
-def _input(name: str, kind: str, array: NDArray[np.generic]) -> InferInput:
-    tensor = InferInput(name, list(array.shape), kind)
-    tensor.set_data_from_numpy(array)
-    return tensor
+def _is_here(address: str) -> bool:
+    """Whether a server is on this machine, by its address alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
-def _output(result: InferResult, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    array: NDArray[np.float32] | None = result.as_numpy(name)
-    if array is None or array.dtype != np.float32 or array.shape != shape:
-        got = "nothing" if array is None else f"{array.dtype} {array.shape}"
-        raise BackendError(f"{name}: expected float32 {shape}, got {got}")
-    return array
+def _add_input(
+    request: Any, name: str, kind: str, array: NDArray[np.generic], region: Region | None
+) -> None:
+    tensor = request.inputs.add(name=name, datatype=kind, shape=array.shape)
+    if region is None:
+        request.raw_input_contents.append(array.tobytes())
+    else:
+        region.take(tensor, array.shape, array.dtype)[...] = array
+
+
+def _add_output(
+    request: Any, name: str, shape: tuple[int, ...], region: Region | None
+) -> NDArray[np.float32] | None:
+    """Ask for an output; the place where the answer will be, if it is not in the response."""
+    tensor = request.outputs.add(name=name)
+    return None if region is None else region.take(tensor, shape, np.float32)
+
+
+def _output(
+    response: Any, name: str, shape: tuple[int, ...], place: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    names = [each.name for each in response.outputs]
+    if name not in names:
+        raise BackendError(f"{name}: expected FP32 {shape}, got nothing")
+    at = names.index(name)
+    kind, got = response.outputs[at].datatype, tuple(response.outputs[at].shape)
+    if kind != "FP32" or got != shape:
+        raise BackendError(f"{name}: expected FP32 {shape}, got {kind} {got}")
+    if place is not None:
+        return place.copy()
+    return np.frombuffer(response.raw_output_contents[at], np.float32).reshape(shape)

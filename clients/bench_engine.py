@@ -1,0 +1,217 @@
+"""The engine end to end beside bare inference, and what it adds to the time of inference.
+
+The engine and its feeder are processes of their own; this one subscribes. All times are of the
+monotonic clock, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.clients.bench_engine_process import Calls, bench_engine, read_calls
+from hrpro.clients.bench_feeder import Fed, Feed, FeederProcess, feeder_process
+from hrpro.clients.subscriber import EventSubscriber
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.messages import Publication, StreamNotice
+from hrpro.engine.windows import plan_windows
+from hrpro.engine.wire import NoReplyError
+from hrpro.export.bundle import Bundle
+
+_SILENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How an engine is fed: in rounds, in each of which every stream goes on by so many snippets.
+
+    ``snippets`` is a multiple of the hop. ``paced_snippets`` are those of each stream at half load.
+    """
+
+    streams: int
+    snippets: int
+    rounds: int
+    paced_snippets: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """A message and when the subscriber had it."""
+
+    message: Publication
+    came_s: float
+
+
+class _Listener:
+    """Notes all messages in a thread of its own, with the time at which they came."""
+
+    def __init__(self, subscriber: EventSubscriber) -> None:
+        self.published: list[Published] = []
+        self._subscriber = subscriber
+        self._ended: set[str] = set()
+        self._came = threading.Condition()
+        self._stop = False
+        self._thread = threading.Thread(target=self._listen, name="listener")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def wait_ended(self, streams: Collection[str]) -> None:
+        """Returns when all that came of streams has arrived. Raises NoReplyError."""
+        with self._came:
+            if not self._came.wait_for(lambda: self._ended.issuperset(streams), _SILENCE_S):
+                raise NoReplyError(f"expected the ends of streams within {_SILENCE_S:.0f} s")
+
+    def _listen(self) -> None:
+        while not self._stop:
+            message = self._subscriber.receive(timeout_s=0.1)
+            if message is None:
+                continue
+            self.published.append(Published(message, time.monotonic()))
+            if isinstance(message, StreamNotice) and message.kind == "ended":
+                with self._came:
+                    self._ended.add(message.stream)
+                    self._came.notify()
+
+
+def measure(
+    bundle: Bundle, config: EngineConfig, recording: Path, workload: Workload
+) -> dict[str, Any]:
+    """Throughput beside bare inference, in turn, and then the added latency at half load.
+
+    ``recording`` is a .npy file of features (n, D) that the streams are made of.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        figures, fed, published = _run(bundle, config, recording, workload, Path(file.name))
+        calls = read_calls(Path(file.name))
+    added, whole = added_latency_ms(fed, published, calls)
+    return {
+        **figures,
+        "added_latency_ms": _percentiles(added),
+        "whole_latency_ms": _percentiles(whole),
+        "half_load_snippets_per_s": figures["engine_snippets_per_s"] / 2,
+        "messages_at_half_load": len(added),
+    }
+
+
+def _run(
+    bundle: Bundle, config: EngineConfig, recording: Path, workload: Workload, calls: Path
+) -> tuple[dict[str, Any], Fed, list[Published]]:
+    """The figures of the throughput; what was fed at half load, and what came of that."""
+    with (
+        bench_engine(bundle.folder, config, calls) as engine,
+        EventSubscriber(engine.addresses.events) as subscriber,
+        feeder_process(engine.addresses.feed, recording, bundle.manifest.clock) as feeder,
+    ):
+        subscriber.wait_connected()
+        with _Listener(subscriber) as listener:
+            figures = _throughput(feeder, _Bare(bundle, config), workload, config)
+            figures["messages_per_snippet"] = len(listener.published) / figures["snippets"]
+            listener.published.clear()
+            half = figures["engine_snippets_per_s"] / 2
+            fed = feeder.feed(
+                Feed("paced", workload.streams, workload.paced_snippets, snippets_per_s=half)
+            )
+            listener.wait_ended(fed.sent_s.keys())
+            return figures, fed, listener.published
+
+
+def _throughput(
+    feeder: FeederProcess, bare: _Bare, workload: Workload, config: EngineConfig
+) -> dict[str, Any]:
+    chunk = min(config.window.hop_snippets, config.max_chunk_snippets)
+    round_ = Feed("cam", workload.streams, workload.snippets, chunk, end=False)
+    feeder.feed(round_)  # streams are opened, and have a past
+    bare.run(workload)
+    spent_s: dict[str, list[float]] = {"engine": [], "bare": []}
+    for n in range(workload.rounds):
+        # The other way round every other time: what gets busier or quieter meets both.
+        for side in ("engine", "bare")[:: 1 if n % 2 else -1]:
+            if side == "bare":
+                spent_s[side].append(bare.run(workload))
+            else:
+                fed = feeder.feed(round_)
+                spent_s[side].append(fed.ended_s - fed.began_s)
+    snippets = workload.rounds * workload.streams * workload.snippets
+    engine_s, bare_s = np.array(spent_s["engine"]), np.array(spent_s["bare"])
+    return {
+        "engine_snippets_per_s": snippets / engine_s.sum(),
+        "bare_snippets_per_s": snippets / bare_s.sum(),
+        "ratio": bare_s.sum() / engine_s.sum(),
+        "ratio_of_rounds": (bare_s / engine_s).tolist(),
+        "snippets": snippets,
+    }
+
+
+class _Bare:
+    """The snippet graph in this process, on as many threads, with nothing around it."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        self._backend = OnnxRuntimeBackend(bundle, config)
+        self._hop = config.window.hop_snippets
+        self._max_batch = config.batch_limit
+        window = plan_windows(bundle.manifest, config).window
+        shape = (config.batch_limit, window, bundle.manifest.feature_dim)
+        random = np.random.default_rng(0)
+        self._features = random.standard_normal(shape, dtype=np.float32)
+        self._valid = np.ones(shape[:2], dtype=np.bool_)
+        self._backend.score_snippets(self._features, self._valid)
+
+    def run(self, workload: Workload) -> float:
+        """Seconds for the windows of a round, in full batches."""
+        windows = workload.streams * workload.snippets // self._hop
+        began_s = time.monotonic()
+        while windows > 0:
+            size = min(windows, self._max_batch)
+            self._backend.score_snippets(self._features[:size], self._valid[:size])
+            windows -= size
+        return time.monotonic() - began_s
+
+
+def added_latency_ms(
+    fed: Fed, published: list[Published], calls: Calls
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each message: what the engine has added to inference, and all of its latency.
+
+    All of it is from the sending of the last snippet that the message was decided from to the
+    message on the subscriber's socket. Time in which the engine computed, be it for other streams,
+    is inference; what remains is added. Messages that waited for the end of a stream are left out.
+    """
+    both = np.concatenate([calls.snippet_stage, calls.instance_stage])
+    busy = both[np.argsort(both[:, 0])]
+    added, whole = [], []
+    for each in published:
+        message = each.message
+        # Of streams that were fed before, something may still come.
+        if isinstance(message, StreamNotice) or message.stream not in fed.sent_s:
+            continue
+        sent_s = fed.sent_s[message.stream]
+        if message.published_index >= len(sent_s) - 1:
+            continue
+        from_s = sent_s[message.published_index]
+        first, last = np.searchsorted(busy[:, 1], from_s), np.searchsorted(busy[:, 0], each.came_s)
+        overlap = np.minimum(busy[first:last, 1], each.came_s)
+        overlap -= np.maximum(busy[first:last, 0], from_s)
+        whole.append(each.came_s - from_s)
+        added.append(whole[-1] - overlap.sum())
+    return 1000 * np.array(added), 1000 * np.array(whole)
+
+
+def _percentiles(values: NDArray[np.float64]) -> dict[str, float]:
+    if not len(values):
+        return {"p50": float("nan"), "p99": float("nan")}
+    return {f"p{percent}": float(np.percentile(values, percent)) for percent in (50, 99)}

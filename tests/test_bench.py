@@ -1,0 +1,166 @@
+"""`hrpro bench`: what it computes from what it measures, and that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import PATIENCE_S, environment, hrpro, hrpro_json
+
+from hrpro.clients.bench_bundle import material
+from hrpro.clients.bench_engine import Published, added_latency_ms
+from hrpro.clients.bench_engine_process import Calls
+from hrpro.clients.bench_feeder import Fed
+from hrpro.clients.bench_memory import Growth, median_slope, resident_bytes
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.messages import FinalProposal, StreamNotice
+from hrpro.export.bundle import Bundle
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+
+
+# ---- the figures ---------------------------------------------------------------------------------
+
+
+def final(published_index: int) -> FinalProposal:
+    return FinalProposal(
+        stream="cam0", session=1, sequence=0, id=0, label="a", start_s=0.0, end_s=1.0, score=0.5,
+        published_index=published_index, published_s=4.0, action_id=None, bundle_id="b",
+    )  # fmt: skip
+
+
+def test_added_latency_is_without_the_time_of_inference() -> None:
+    # Snippets at 10, 20 and 30 s; the last one is known to be the last by the end alone.
+    fed = Fed(0.0, 40.0, {"cam0": [10.0, 20.0, 30.0]})
+    calls = Calls(
+        snippet_stage=np.array([[9.5, 10.25], [10.5, 11.0], [20.0, 20.5]]),
+        instance_stage=np.array([[11.25, 11.5]]),
+    )
+    published = [
+        Published(final(0), 12.0),  # 2 s, of them 0.25, 0.5 and 0.25 of inference
+        Published(final(1), 20.75),  # 0.75 s, of them 0.5
+        Published(final(1), 20.25),  # inference had begun, and went on for others
+        Published(final(2), 31.0),
+        Published(replace(final(1), stream="other"), 20.25),
+        Published(StreamNotice("cam0", 1, 0, "ended", 0, 3, 0, 0), 31.0),
+    ]
+    added, whole = added_latency_ms(fed, published, calls)
+    assert added.tolist() == [1000.0, 250.0, 0.0]
+    assert whole.tolist() == [2000.0, 750.0, 250.0]
+
+
+@pytest.mark.parametrize(
+    ("y", "slope"),
+    [
+        ([0, 2, 4, 6, 8, 10, 12], 2.0),
+        ([5, 5, 5, 5, 5, 5, 5], 0.0),
+        ([0, 0, 0, 900, 0, 0, 0], 0.0),  # one sample is off
+        ([0, 1, 2, 3, 4, 5, 500], 1.0),
+    ],
+)
+def test_a_slope_that_single_samples_do_not_bend(y: list[float], slope: float) -> None:
+    assert median_slope(np.arange(7.0), np.array(y, dtype=float)) == slope
+
+
+def test_growth_is_told_without_the_warm_up() -> None:
+    snippets = np.arange(1, 11) * 1000.0
+    rss = np.where(snippets <= 2000, snippets * 500, 1e6 + 3 * snippets)
+    assert Growth(snippets, rss).slope_bytes_per_million == pytest.approx(3e6)
+
+
+@on_linux
+def test_resident_memory() -> None:
+    program = "import sys; x = b'x' * 50_000_000; print(1, flush=True); sys.stdin.read()"
+    sizes = []
+    for size in (50, 100):
+        with subprocess.Popen(
+            [sys.executable, "-c", program.replace("50", str(size))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            sizes.append(resident_bytes(process.pid))
+            process.kill()
+    assert 49e6 < sizes[1] - sizes[0] < 52e6
+
+
+def test_material_has_quiet_and_loud_stretches(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    shares = []
+    for quiet_share in (0.8, 0.2):
+        recording = material(bundle, backend, quiet_share, 600)
+        assert recording.shape == (600, bundle.manifest.feature_dim)
+        assert recording.dtype == np.float32
+        scores, _ = backend.score_snippets(recording[None], np.ones((1, 600), dtype=np.bool_))
+        highest = scores[0].max(axis=1)
+        shares.append(float(np.mean(highest > 0.5 * highest.max())))
+    assert shares[0] < 0.35 < 0.65 < shares[1]
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+@on_linux
+def test_the_engine_beside_bare_inference(bundle: Bundle) -> None:
+    said = hrpro_json(
+        "bench", "engine", "--bundle", bundle.folder, "--window", 32, "--hop", 2, "--streams", 3,
+        "--batch", 4, "--rounds", 2, "--hops", 6, "--paced", 30, "--idle", 30, "--no-small",
+        "--set", "backlog_snippets=4000", "--set", "localization.history_snippets=4000",
+    )  # fmt: skip
+    assert said["ratio"] == pytest.approx(
+        said["engine_snippets_per_s"] / said["bare_snippets_per_s"]
+    )
+    assert len(said["ratio_of_rounds"]) == 2
+    assert min(said["ratio_of_rounds"]) <= said["ratio"] <= max(said["ratio_of_rounds"])
+    assert said["snippets"] == 2 * 3 * 6 * 2
+    assert said["messages_at_half_load"] > 0
+    for kind in ("added_latency_ms", "whole_latency_ms"):
+        assert list(said[kind]) == ["p50", "p99"]
+    assert 0 < said["added_latency_ms"]["p50"] < said["whole_latency_ms"]["p50"]
+    W, C, D = bundle.manifest.embedding_width, len(bundle.manifest.classes), 8
+    rings = (32 + 4000) * (4 * D + 1) + 4 * 4000 * (W + C)
+    assert said["buffer_bytes_per_stream"] == rings
+    assert said["idle_streams"] == 30
+    # All pages of the rings are there. They are so small that what sockets keep shows beside them.
+    assert 0.9 < said["rss_bytes_per_stream"] / rings == pytest.approx(said["rss_ratio"])
+    assert said["rss_ratio"] < 4
+
+
+@on_linux
+@pytest.mark.parametrize(("leak_bytes", "flat"), [(0, True), (8000, False)])
+def test_memory_is_flat_and_a_leak_is_seen(bundle: Bundle, leak_bytes: int, flat: bool) -> None:
+    # A window is 16 snippets: the leak is 500 MB in a million. So short after its start
+    # an engine still grows by what it keeps, at a rate of some 20 MB in a million.
+    said = hrpro(
+        "bench", "memory", "--bundle", bundle.folder, "--snippets", 40_000, "--streams", 8,
+        "--leak-bytes", leak_bytes, "--limit", 100_000_000, "--json", status=0 if flat else 1,
+    )  # fmt: skip
+    figures = json.loads(said.stdout)
+    assert figures["flat"] is flat
+    assert figures["snippets"] >= 40_000
+    if not flat:
+        assert 300e6 < figures["slope_bytes_per_million_snippets"] < 700e6
+
+
+def test_without_torch_it_says_what_is_missing() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "sys.argv = ['hrpro', 'bench', 'engine', '--json']\n"
+        "from hrpro.clients.cli import main; main()"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env=environment(),
+    )
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith("hrpro: hrpro bench: expected the package torch, ")
+    assert "pip install hrpro-stream[train]" in said.stderr
