@@ -136,6 +136,14 @@ class Deployments:
     canary: Deployment | None = None
     canary_streams: frozenset[str] = field(default_factory=frozenset)
 
+    @property
+    def bundle_ids(self) -> tuple[str, str | None, str | None]:
+        """Of the current, the previous and the canary."""
+        previous, canary = (
+            None if each is None else each.bundle_id for each in (self.previous, self.canary)
+        )
+        return self.current.bundle_id, previous, canary
+
     def of(self, stream: str) -> Deployment:
         """The one that works for a stream, whether it is open or will be."""
         if self.canary is not None and stream in self.canary_streams:

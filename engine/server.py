@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -52,10 +51,10 @@ from hrpro.engine.protocol import (
     StreamNotice,
     Subscribed,
 )
+from hrpro.engine.status import all_counters, stream_statuses
 
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
-    from hrpro.engine.stream import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -386,10 +385,10 @@ class Server:
 
     def _on_deployed(self, changed_streams: int, envelope: tuple[bytes, ...] | None) -> None:
         self.counters.deploys += 1
-        reply = DeployReply(*self._bundle_ids(), changed_streams)
+        reply = DeployReply(*self._pipeline.deployments.bundle_ids, changed_streams)
         _log.info(
             "deployed: bundle %s, previous %s, canary %s, changed %d open streams",
-            *self._bundle_ids(),
+            *self._pipeline.deployments.bundle_ids,
             changed_streams,
             extra=fact("deployed", bundle_id=reply.bundle_id, changed_streams=changed_streams),
         )
@@ -404,56 +403,16 @@ class Server:
             refusal = Error(None, DEPLOY_REFUSED, text, None)
             self._send(self._control, list(envelope), refusal)
 
-    def _bundle_ids(self) -> tuple[str, str | None, str | None]:
-        """Of the current, the previous and the canary."""
-        deployments = self._pipeline.deployments
-        previous, canary = (
-            None if each is None else each.bundle_id
-            for each in (deployments.previous, deployments.canary)
-        )
-        return deployments.current.bundle_id, previous, canary
-
-    # ---- status --------------------------------------------------------------------------------
-
     def _status(self) -> StatusReply:
-        pipeline = self._pipeline
-        bundle_id, previous_bundle_id, canary_bundle_id = self._bundle_ids()
         return StatusReply(
-            instance=self.instance,
-            bundle_id=bundle_id,
-            previous_bundle_id=previous_bundle_id,
-            canary_bundle_id=canary_bundle_id,
-            state=self.state,
-            streams=tuple(self._stream_status(stream) for stream in pipeline.streams.values()),
-            counters={
-                **asdict(self.counters),
-                "snippets_processed": pipeline.snippets_scored,
-                "batches": pipeline.batches,
-                **{f"refused_{code}": count for code, count in self.refused.items()},
-            },
+            self.instance,
+            *self._pipeline.deployments.bundle_ids,
+            self.state,
+            tuple(stream_statuses(self._pipeline, self._feeds)),
+            all_counters(self._pipeline, self.counters, self.refused),
         )
 
-    def _stream_status(self, stream: Stream) -> dict[str, int | str | bool]:
-        feed = self._feeds.live.get(stream.stream)
-        return {
-            "stream": stream.stream,
-            "session": stream.session,
-            "bundle_id": stream.bundle_id,
-            "next_index": stream.next_index,
-            "processed": stream.processed,
-            "lag_snippets": stream.lag,
-            "lag_ms": round(stream.lag * self._pipeline.clock.snippet_s * 1000),
-            "credit_snippets": max(0, stream.send_until - stream.next_index),
-            "open_actions": stream.open_actions,
-            "proposals": stream.proposals,
-            "events": stream.events,
-            "duplicates": stream.duplicates,
-            "dropped": stream.dropped,
-            "missing": stream.missing,
-            "policy": stream.policy,
-            "idle": stream.idle,
-            "fed_by": feed is not None and feed.reachable,
-        }
+    # ---- sending -------------------------------------------------------------------------------
 
     def _send_to_feeder(self, identity: bytes, message: Message) -> bool:
         return self._send(self._feed, [identity], message)

@@ -45,10 +45,7 @@ def _described(
     model: type[BaseModel], default: BaseModel | None, prefix: str
 ) -> Iterator[SettingDescription]:
     for name, field in model.model_fields.items():
-        if default is not None:
-            value = getattr(default, name)
-        else:
-            value = field.get_default(call_default_factory=True)
+        value = _default_of(field, name, default)
         group = group_of(field)
         if group is None or not isinstance(value, group):
             required = value is PydanticUndefined
@@ -57,6 +54,13 @@ def _described(
         if group is not None:
             instance = value if isinstance(value, group) else None
             yield from _described(group, instance, f"{prefix}{name}.")
+
+
+def _default_of(field: FieldInfo, name: str, group: BaseModel | None) -> Any:
+    """What a setting is where it is not given: that of the group it stands in, or its own."""
+    if group is not None:
+        return getattr(group, name)
+    return field.get_default(call_default_factory=True)
 
 
 def explain(model: type[BaseModel], brought: Collection[str] = ()) -> str:
@@ -72,10 +76,7 @@ def _explained(
     model: type[BaseModel], default: BaseModel | None, indent: str, brought: Collection[str]
 ) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        if default is not None:
-            value = getattr(default, name)
-        else:
-            value = field.get_default(call_default_factory=True)
+        value = _default_of(field, name, default)
         group = group_of(field)
         off = "#" if name in brought else ""
         if isinstance(value, BaseModel):

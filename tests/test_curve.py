@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import Trained, hrpro, hrpro_json, refusal
+from commands import ANY_PORT, PATIENCE_S, Trained, hrpro, hrpro_json, refusal, running
 from driving import assert_same, of_stream
 
 from hrpro.clients.curve import HOPS, Cost, Curve, Point, curve_table, run_in_process
 from hrpro.clients.curve_plot import plot_curve
 from hrpro.clients.engine_process import running_engine
+from hrpro.clients.feeder import FeatureFeeder
 from hrpro.clients.feeding import Source
 from hrpro.clients.stream_eval import stream_recordings
 from hrpro.engine.serve import load_engine_config, new_deployment
@@ -106,6 +107,22 @@ def test_in_this_process_the_same_is_published_as_by_an_engine(trained: Trained,
     for name in trained.recordings:
         assert len(of_stream(here, name)) > 10
         assert_same(of_stream(here, name), of_stream(there.publications, name))
+
+
+def test_an_engine_says_what_strict_is(trained: Trained) -> None:
+    sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    chosen = ("--set", "lookahead_s=strict", "--set", "window.hop_snippets=2")
+    with running("serve", trained.bundle, *sides, "--set", "threads=1", *chosen) as process:
+        assert process.stdout is not None
+        said: dict[str, str] = {}
+        for line in process.stdout:
+            name, _, text = line.strip().partition(" ")
+            said[name] = text.strip()
+            if name == "READY":
+                break
+        assert said["window"].endswith("hop 2, look-ahead 1.92 s (strict)")
+        with FeatureFeeder(said["feed"], "cam", 96) as feeder:
+            assert feeder.connect(PATIENCE_S).lookahead_s == pytest.approx(1.92)
 
 
 # ---- what is shown -----------------------------------------------------------------------------
