@@ -198,7 +198,6 @@ class _Timed:
     """A backend and the seconds that were spent in it."""
 
     def __init__(self, inner: Backend) -> None:
-        self.provider = inner.provider
         self.spent_s = 0.0
         self._inner = inner
 
