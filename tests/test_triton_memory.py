@@ -126,6 +126,7 @@ def test_a_server_that_cannot_open_it(
         assert_scores(there, backend)
         assert_scores(there, backend, sign=-1)
         (record,) = caplog.records
+        assert list(tmp_path.glob("hrpro-triton-*")) == []
         with pytest.raises(BackendError, match=f"triton.shared_memory always: {reason}"):
             TritonBackend(bundle, place.config(bundle, shared_memory="always")).score_snippets(
                 WINDOWS, VALID

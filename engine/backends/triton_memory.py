@@ -158,8 +158,7 @@ class Regions:
                         raise
                     continue  # the server still uses it
                 self._retired.remove(region)
-                del self._all[region.name]
-                region.remove()
+                self._remove(region)
 
     def _registered(self, connection: Connection) -> Region | None:
         if not connection.shares_memory:
@@ -169,14 +168,20 @@ class Regions:
             region = self._new_or_free()
             _register(connection, region)
         except (OSError, CallError) as error:
-            if region is not None:
-                self._retired.append(region)
             if isinstance(error, CallError) and not error.answered:
+                if region is not None:
+                    self._retired.append(region)
                 raise
+            if region is not None:
+                self._remove(region)
             self._refused(connection, str(error))
             return None
         self._said = ""
         return region
+
+    def _remove(self, region: Region) -> None:
+        del self._all[region.name]
+        region.remove()
 
     def _new_or_free(self) -> Region:
         try:
