@@ -6,6 +6,7 @@ monotonic clock, which all processes of a machine share.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.clients.bench_bundle import BenchError
 from hrpro.clients.bench_engine_process import Calls, bench_engine, read_calls
 from hrpro.clients.bench_feeder import Fed, Feed, FeederProcess, feeder_process
 from hrpro.clients.subscriber import EventSubscriber
@@ -119,7 +121,7 @@ def _run(
     ):
         subscriber.wait_connected()
         with _Listener(subscriber) as listener:
-            figures = _throughput(feeder, _Bare(bundle, config), workload, config)
+            figures = _throughput(feeder, _Bare(bundle, config), workload, config, engine.pid)
             figures["messages_per_snippet"] = len(listener.published) / figures["snippets"]
             listener.published.clear()
             half = figures["engine_snippets_per_s"] / 2
@@ -131,21 +133,24 @@ def _run(
 
 
 def _throughput(
-    feeder: FeederProcess, bare: _Bare, workload: Workload, config: EngineConfig
+    feeder: FeederProcess, bare: _Bare, workload: Workload, config: EngineConfig, pid: int
 ) -> dict[str, Any]:
     chunk = min(config.window.hop_snippets, config.max_chunk_snippets)
     round_ = Feed("cam", workload.streams, workload.snippets, chunk, end=False)
     feeder.feed(round_)  # streams are opened, and have a past
     bare.run(workload)
     spent_s: dict[str, list[float]] = {"engine": [], "bare": []}
+    cpu_s = {"engine": 0.0, "bare": 0.0}
     for n in range(workload.rounds):
         # The other way round every other time: what gets busier or quieter meets both.
         for side in ("engine", "bare")[:: 1 if n % 2 else -1]:
+            cpu_s[side] -= cpu_seconds(pid if side == "engine" else os.getpid())
             if side == "bare":
                 spent_s[side].append(bare.run(workload))
             else:
                 fed = feeder.feed(round_)
                 spent_s[side].append(fed.ended_s - fed.began_s)
+            cpu_s[side] += cpu_seconds(pid if side == "engine" else os.getpid())
     snippets = workload.rounds * workload.streams * workload.snippets
     engine_s, bare_s = np.array(spent_s["engine"]), np.array(spent_s["bare"])
     return {
@@ -153,8 +158,19 @@ def _throughput(
         "bare_snippets_per_s": snippets / bare_s.sum(),
         "ratio": bare_s.sum() / engine_s.sum(),
         "ratio_of_rounds": (bare_s / engine_s).tolist(),
+        # What other programs take of the machine is not in it.
+        "ratio_of_cpu_time": cpu_s["bare"] / cpu_s["engine"],
         "snippets": snippets,
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has had of the processors. Raises BenchError where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        raise BenchError(f"the time of a process can be measured on Linux alone: {error}") from None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class _Bare:
