@@ -107,7 +107,8 @@ def measure_curve(
 
     Windows are computed by ONNX Runtime in this process. ``progress`` is told of each point.
     """
-    config = config.model_copy(update={"backend": "onnxruntime"})
+    # There is one stream at a time: a batch has no others to wait for.
+    config = config.model_copy(update={"backend": "onnxruntime", "max_wait_ms": 0.0})
     offline = truth.compare(offline_segments(bundle, config, data)).average
     points = []
     for hop in sorted({*HOPS, config.window.hop_snippets}):

@@ -12,7 +12,7 @@ from hrpro.engine.settings import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
-SharedMemory = Literal["auto", "on", "off"]
+SharedMemory = Literal["auto", "always", "never"]
 
 
 class LocalizationConfig(Settings):

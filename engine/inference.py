@@ -23,6 +23,7 @@ from hrpro.engine.refine import InstanceScorer
 from hrpro.engine.wire import HrproError
 
 Rows = NDArray[np.float32]
+Windows = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
 
 class BackendError(HrproError):
@@ -55,6 +56,8 @@ class Inference:
         self._most = max(1, in_flight)
         self._workers = ThreadPoolExecutor(in_flight, "inference") if in_flight else None
         self._asked: deque[tuple[list[Job], Future[tuple[Rows, Rows]]]] = deque()
+        # Windows of batches that are answered: to write over them is faster than new memory.
+        self._unused: list[Windows] = []
 
     @property
     def has_room(self) -> bool:
@@ -79,14 +82,25 @@ class Inference:
             answer = Future()
             answer.set_result(self._backend.score_snippets(features, valid))
         else:
-            # Copies, because the next batch is put together in the same place.
+            windows = self._copy(features, valid)
+            B = len(jobs)
             answer = self._workers.submit(
-                self._backend.score_snippets, features.copy(), valid.copy()
+                self._backend.score_snippets, windows[0][:B], windows[1][:B]
             )
+            answer.add_done_callback(lambda _: self._unused.append(windows))
             answer.add_done_callback(lambda _: wake())
         for job in jobs:
             job.stream.asked = job.until
         self._asked.append((jobs, answer))
+
+    def _copy(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Windows:
+        """The next batch is put together in the same place. There may be room for more windows."""
+        windows = self._unused.pop() if self._unused else (features[:0], valid[:0])
+        if len(windows[0]) < len(features):
+            windows = np.empty_like(features), np.empty_like(valid)
+        for copy, each in zip(windows, (features, valid), strict=True):
+            copy[: len(each)] = each
+        return windows
 
     def take(self) -> list[tuple[Job, Rows, Rows]]:
         """The oldest batch, if it is answered: its jobs with P (T, C) and embedding (T, W)."""

@@ -251,6 +251,8 @@ class StreamLocalizer:
         sigma = self._config.soft_nms_sigma
         start, end, score = _columns(pool)
         is_final &= is_late | ~waits_for_better(start, end, score, is_final)
+        if not is_final.any():
+            return []
         self._forget(label_index)
         added = subtract_published(start, end, score, sigma, *_columns(list(published)))
         scores = soft_nms(start, end, added, sigma)

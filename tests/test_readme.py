@@ -27,6 +27,8 @@ from typer.main import get_command
 
 from hrpro.clients.cli import app
 from hrpro.engine.messages import ActionEvent
+from hrpro.engine.settings import load_settings
+from hrpro.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from hrpro.export.bundle import Bundle
@@ -44,9 +46,8 @@ def example(name: str) -> str:
 
 
 def commands() -> list[str]:
-    """The `hrpro` command lines of README and the guides to deploying and operating."""
-    guides = [ROOT / "docs" / name for name in ("deploying.md", "operating.md")]
-    return [line for document in (README, *guides) for line in command_lines(document)]
+    """The `hrpro` command lines of README and of what is in docs/."""
+    return [line for document in DOCUMENTS for line in command_lines(document)]
 
 
 # ---- the examples ------------------------------------------------------------------------------
@@ -128,6 +129,20 @@ def test_a_command_line_of_the_readme_is_one(line: str) -> None:
 def test_these_commands_print_json(command: str) -> None:
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert "--json" in {option for each in parameters for option in each.opts}
+
+
+def test_settings_that_training_compares_are_there() -> None:
+    text = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.MULTILINE))
+    spans += re.findall(r"--row \"[^\":]*:([^\"]*)\"", text)
+    named = [
+        re.sub(r"^--set ", "", span).split()
+        for span in spans
+        if re.match(r"^(--set )?[a-z0-9_.]+=(?!\.\.\.)[^A-Z ]+( |$)", span.strip())
+    ]
+    assert len(named) > 15
+    for assignments in named:
+        load_settings(TrainingConfig, None, assignments)  # raises for what is no setting
 
 
 def test_help_names_every_command() -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from driving import PATIENCE_S, Drive, Floats, assert_same, engine_config, of_st
 from other_bundles import renamed_bundle, reweighted_bundle
 from serving import RawPeer, serving
 from tiny_model import DIM, tiny_recording
-from triton_server import TritonServer, free_port, triton_server
-from tritonclient import grpc
+from triton_place import MODEL, Place, new_place
 
 from hrpro.clients import EventSubscriber, FeatureFeeder, StreamNotice, request_status
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.backends.triton import TritonBackend
-from hrpro.engine.config import EngineConfig, TritonConfig
+from hrpro.engine.config import SharedMemory
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.inference import BackendError
 from hrpro.engine.messages import Ack, Chunk, Hello, Publication, Welcome
@@ -34,47 +32,11 @@ from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.serve import new_deployment
 from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Bundle, BundleError
-from hrpro.export.triton import write_repository
 
-MODEL = "hrpro-snippet"
 RECORDINGS = {"a": tiny_recording(150, 1), "b": tiny_recording(90, 2), "c": tiny_recording(60, 3)}
 # An answer of the feed or of the control socket must come in this time, whatever Triton does.
 # It is some milliseconds; the bound is for machines that are busy.
 ANSWERED_IN_S = 1.0
-
-
-@dataclass
-class Place:
-    """A repository, and the address of the server that serves it whenever there is one."""
-
-    repository: Path
-    scratch: Path
-    port: int = field(default_factory=free_port)
-    server: TritonServer | None = None
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @contextlib.contextmanager
-    def served(self) -> Iterator[TritonServer]:
-        with triton_server(self.repository, self.scratch, [MODEL], self.port) as server:
-            self.server = server
-            yield server
-        sys.stderr.write("".join(server.log))  # pytest shows it beside a failure
-
-    def config(self, bundle: Bundle, deadline_s: float = 10.0, **options: int) -> EngineConfig:
-        triton = TritonConfig(address=self.address, deadline_s=deadline_s)
-        config = engine_config(bundle.manifest, backlog=64, **options)
-        return config.model_copy(update={"backend": "triton", "triton": triton})
-
-    def write(self, bundle: Bundle, version: int) -> None:
-        write_repository(bundle, self.repository, "hrpro", "python", version, "cpu", 1)
-
-    def load(self) -> None:
-        """Let the server read the repository again."""
-        with contextlib.closing(grpc.InferenceServerClient(self.address)) as client:
-            client.load_model(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +46,7 @@ def other(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture
 def place(bundle: Bundle, tmp_path: Path) -> Place:
-    (tmp_path / "repository").mkdir()
-    made = Place(tmp_path / "repository", tmp_path / "scratch")
-    made.scratch.mkdir()
-    made.write(bundle, 1)
-    return made
+    return new_place(bundle, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +82,13 @@ def assert_as_here(
 # --- the same ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared_memory", ["always", "never"])
 @pytest.mark.parametrize(("hop", "max_batch", "chunk"), [(1, 4, 7), (3, 16, 50)])
 def test_the_same_events_as_by_onnxruntime_here(
-    bundle: Bundle, backend: OnnxRuntimeBackend, both: Place, hop: int, max_batch: int, chunk: int
-) -> None:
-    config = both.config(bundle, hop=hop, max_batch=max_batch)
+    bundle: Bundle, backend: OnnxRuntimeBackend, both: Place, hop: int, max_batch: int, chunk: int,
+    shared_memory: SharedMemory,
+) -> None:  # fmt: skip
+    config = both.config(bundle, hop=hop, max_batch=max_batch, shared_memory=shared_memory)
     drive = Drive(bundle.manifest, TritonBackend(bundle, config), config, RECORDINGS)
     drive.take_turns([("a", 20, 1), ("b", 3, 2), ("c", 30, 3)])
     got = drive.finish(chunk)
@@ -263,12 +223,13 @@ def feed(address: str, name: str, features: Floats) -> int:
         return feeder.end().next_index
 
 
+@pytest.mark.parametrize("shared_memory", ["always", "never"])
 def test_killed_in_mid_stream_and_started_again(
-    bundle: Bundle, backend: OnnxRuntimeBackend, place: Place
+    bundle: Bundle, backend: OnnxRuntimeBackend, place: Place, shared_memory: SharedMemory
 ) -> None:
     """Twice; nothing is lost and nothing comes twice."""
     recordings = {name: np.tile(each, (12, 1)) for name, each in RECORDINGS.items()}
-    config = place.config(bundle, max_batch=2)
+    config = place.config(bundle, max_batch=2, shared_memory=shared_memory)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(place.served())
         pipeline = Pipeline(new_deployment(bundle, config))
@@ -344,18 +305,6 @@ def test_another_bundle_in_its_place_is_not_asked(
 # --- a server that takes its time ----------------------------------------------------------------
 
 
-def slow_down(place: Place, pause_s: float) -> None:
-    code = place.repository / MODEL / "1" / "model.py"
-    text = code.read_text()
-    execute = '    def execute(self, requests: list[Any]) -> list[Any]:\n        """'
-    assert execute in text
-    slow = f"import time\n_pause = lambda: time.sleep({pause_s})\n"
-    text = text.replace(
-        "        tensors = [[_input", "        _pause()\n        tensors = [[_input", 1
-    )
-    code.write_text(text.replace("\nArrays = ", f"\n{slow}\nArrays = ", 1))
-
-
 class Asking:
     """A peer that feeds one snippet a turn and asks for the status, and how long it waits."""
 
@@ -390,7 +339,7 @@ class Asking:
 def test_a_slow_server_keeps_no_feeder_waiting(
     bundle: Bundle, backend: OnnxRuntimeBackend, place: Place
 ) -> None:
-    slow_down(place, pause_s=0.4)
+    place.slow_down(pause_s=0.4)
     config = place.config(bundle, max_batch=16)
     with (
         place.served(),

@@ -80,19 +80,20 @@ class TritonBackend(InstanceStage):
         connection = self._connection or Connection(self._address, self._deadline_s)
         if time.monotonic() - connection.answered_s > _SILENCE_S:
             connection.version = self._find_version(connection)
-            if self._regions is not None:
-                self._regions.renew(connection)
+            connection.registered.clear()  # it may be another server
             self._connection = connection
         request = service_pb2.ModelInferRequest(
             model_name=self._model, model_version=connection.version
         )
         lent = contextlib.nullcontext() if self._regions is None else self._regions.lent(connection)
         with lent as region:
-            _add_input(request, "features", "FP32", features, region)
-            _add_input(request, "valid", "BOOL", valid, region)
+            contents = [
+                *_add_input(request, "features", "FP32", features, region),
+                *_add_input(request, "valid", "BOOL", valid, region),
+            ]
             shapes = {name: (*valid.shape, size) for name, size in self._outputs.items()}
             places = {name: _add_output(request, name, shapes[name], region) for name in shapes}
-            response = connection.call("ModelInfer", request)
+            response = connection.infer(request, contents)
             connection.answered_s = time.monotonic()
             scores, embedding = (
                 _output(response, name, shapes[name], places[name]) for name in shapes
@@ -126,7 +127,7 @@ class TritonBackend(InstanceStage):
 def _new_regions(manifest: Manifest, config: EngineConfig) -> Regions | None:
     """Shared memory for the largest batch, if the settings ask for it."""
     mode, address = config.triton.shared_memory, config.triton.address
-    if mode == "off" or (mode == "auto" and not _is_here(address)):
+    if mode == "never" or (mode == "auto" and not _is_here(address)):
         return None
     own = window_length(config.window, manifest.context_snippets, manifest.lookahead_snippets)
     B = max(config.batch_limit, 2)  # there are two golden windows
@@ -134,7 +135,7 @@ def _new_regions(manifest: Manifest, config: EngineConfig) -> Regions | None:
     widths = (manifest.feature_dim, len(manifest.classes), manifest.embedding_width)
     size_bytes = padded_bytes((B, T), np.bool_)
     size_bytes += sum(padded_bytes((B, T, each), np.float32) for each in widths)
-    return Regions(address, size_bytes, config.triton.batches_in_flight, mode == "on")
+    return Regions(address, size_bytes, config.triton.batches_in_flight, mode == "always")
 
 
 def _is_here(address: str) -> bool:
@@ -147,13 +148,14 @@ def _is_here(address: str) -> bool:
 
 
 def _add_input(
-    request: Any, name: str, kind: str, array: NDArray[np.generic], region: Region | None
-) -> None:
+    request: Any, name: str, kind: str, array: NDArray[Any], region: Region | None
+) -> list[NDArray[Any]]:
+    """Say what an input is; returns what is to be sent of it, nothing if it is in the region."""
     tensor = request.inputs.add(name=name, datatype=kind, shape=array.shape)
     if region is None:
-        request.raw_input_contents.append(array.tobytes())
-    else:
-        region.take(tensor, array.shape, array.dtype)[...] = array
+        return [array]
+    region.take(tensor, array.shape, array.dtype)[...] = array
+    return []
 
 
 def _add_output(

@@ -124,27 +124,18 @@ class Regions:
         self._size_bytes = size_bytes
         self._required = required
         self._said = ""
-        self._renewing = threading.Lock()
+        self._removing = threading.Lock()
         self._free: list[Region] = []
         self._retired = list(Region.left(self._prefix))
         self._most_retired = len(self._retired) + 2 * count
         self._all = {each.name: each for each in self._retired}
         weakref.finalize(self, _release, address, self._all)
 
-    def renew(self, connection: Connection) -> None:
-        """The server may be another one: it knows no region, and uses none of the retired ones."""
-        with self._renewing:
-            connection.registered.clear()
-            for region in list(self._retired):
-                with contextlib.suppress(CallError):  # it still uses it
-                    connection.call("SystemSharedMemoryUnregister", _by_name(region))
-                    self._retired.remove(region)
-                    del self._all[region.name]
-                    region.remove()
-
     @contextlib.contextmanager
     def lent(self, connection: Connection) -> Iterator[Region | None]:
         """One to write a request into; None where the server does not take them."""
+        if self._retired:
+            self._remove_retired(connection)
         region = self._registered(connection)
         if region is None:
             yield None
@@ -156,6 +147,19 @@ class Regions:
             self._retired.append(region)
             raise
         self._free.append(region)
+
+    def _remove_retired(self, connection: Connection) -> None:
+        with self._removing:
+            for region in list(self._retired):
+                try:
+                    connection.call("SystemSharedMemoryUnregister", _by_name(region))
+                except CallError as error:
+                    if not error.answered:
+                        raise
+                    continue  # the server still uses it
+                self._retired.remove(region)
+                del self._all[region.name]
+                region.remove()
 
     def _registered(self, connection: Connection) -> Region | None:
         if not connection.shares_memory:
@@ -187,7 +191,7 @@ class Regions:
     def _refused(self, connection: Connection, reason: str) -> None:
         connection.shares_memory = False
         if self._required:
-            raise BackendError(f"triton.shared_memory on: {reason}")
+            raise BackendError(f"triton.shared_memory always: {reason}")
         if reason != self._said:
             self._said = reason
             _log.warning(
