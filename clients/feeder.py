@@ -115,7 +115,7 @@ class FeatureFeeder:
         # By index, ascending, each (D,); what is not here below `next_index` does not exist.
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._buffer_snippets = buffer_snippets
-        self._dropped: set[int] = set()  # below `next_index`, the engine is not told yet
+        self._dropped: list[tuple[int, int]] = []  # [start, stop), ascending, not yet accepted
         self.dropped = 0
         """How many snippets there was no room for."""
         self._heard_s = time.monotonic()
@@ -254,14 +254,20 @@ class FeatureFeeder:
             waiting = [each for each in self._kept if each >= self._sent]
             if len(waiting) >= self._buffer_snippets:
                 self.dropped += 1
-                if self._hello.policy == "drop_newest":
-                    self._dropped.add(index)
+                dropped = index if self._hello.policy == "drop_newest" else waiting[0]
+                self._note_dropped(dropped)
+                if dropped == index:
                     return
-                self._dropped.add(waiting[0])
-                del self._kept[waiting[0]]
+                del self._kept[dropped]
         # Copied: the caller may change its array, and a view would keep all of it alive.
         self._kept[index] = row.copy()
         self._forget_history()
+
+    def _note_dropped(self, index: int) -> None:
+        start, stop = self._dropped.pop() if self._dropped else (index, index)
+        self._dropped += (
+            [(start, index + 1)] if stop == index else [(start, stop), (index, index + 1)]
+        )
 
     @property
     def _oldest(self) -> int:
@@ -329,6 +335,8 @@ class FeatureFeeder:
                     self._sent += len(message.features)
                 case Gap():
                     self._sent = message.next_index
+                    if self._ends_session(message):
+                        self._send_until = self._sent  # the next session has its own credit
                 case End():
                     self._talk = _Talk.END_SENT
         return False
@@ -353,12 +361,20 @@ class FeatureFeeder:
 
     def _gap(self, first: int) -> Gap:
         """What does not exist from here on, or what was dropped."""
-        dropped, stop = first in self._dropped, first + 1
-        while stop < self.next_index and stop not in self._kept:
-            if (stop in self._dropped) != dropped:
-                break
-            stop += 1
-        return Gap(self.stream, first, stop, dropped)
+        stop = next((index for index in self._kept if index > first), self.next_index)
+        for start, end in self._dropped:
+            if start <= first < end:
+                return Gap(self.stream, first, min(end, stop), dropped=True)
+            if first < start < stop:
+                stop = start
+        return Gap(self.stream, first, stop)
+
+    def _ends_session(self, gap: Gap) -> bool:
+        """Whether the engine goes on in another session: more is missing than a window has."""
+        assert self.welcome is not None
+        before = (index for index in reversed(self._kept) if index < gap.first_index)
+        came_until = next(before, gap.first_index - 1) + 1
+        return gap.next_index - came_until > self.welcome.window_snippets
 
     def _read(self) -> bool:
         """Takes in what has come from the engine; False when nothing has."""
@@ -433,8 +449,8 @@ class FeatureFeeder:
         """Lets go of accepted snippets, except the newest `history_snippets` of them."""
         while self._oldest < min(self._acked - self._history_snippets, self.next_index):
             del self._kept[self._oldest]
-        if self._dropped:
-            self._dropped = {index for index in self._dropped if index >= self._oldest}
+        needed_from = min(self._oldest, self._acked)
+        self._dropped = [span for span in self._dropped if span[1] > needed_from]
 
 
 def _history_snippets(welcome: Welcome) -> int:

@@ -153,7 +153,7 @@ class Feeds:
         for name, (first, since_s) in list(self._holes.items()):
             stream = self._pipeline.streams.get(name)
             missing_until = None if stream is None else stream.missing_until
-            if stream is None or missing_until is None:
+            if stream is None or stream.ended or missing_until is None:
                 del self._holes[name]
             elif stream.next_index != first:  # another one
                 self._holes[name] = stream.next_index, now_s
@@ -203,7 +203,14 @@ class Feeds:
         if live is not None and not live.ended and hello.first_index > live.next_index:
             self._give_up(live, hello.first_index)
         if live is not None and live.ended:
-            self._waiting[hello.stream] = (identity, hello)
+            waiting = self._waiting.get(hello.stream)
+            # What is before a gap that ended the session is not processed again.
+            if (
+                waiting is None
+                or waiting[0] != identity
+                or waiting[1].first_index < hello.first_index
+            ):
+                self._waiting[hello.stream] = (identity, hello)
             return
         try:
             stream = self._pipeline.open(hello.stream, hello.first_index, hello.policy)

@@ -232,6 +232,8 @@ class Stream:
             return None
         n = self._skip[1] - self.processed
         scores, embedding = self._last_rows or self.deployment.no_scores
+        if embedding.shape[1] != self.deployment.manifest.embedding_width:
+            _, embedding = self.deployment.no_scores  # another bundle has taken over
         return np.repeat(scores, n, axis=0), np.repeat(embedding, n, axis=0)
 
     def gaps_to(self, until: int) -> list[Span]:

@@ -612,6 +612,28 @@ def test_two_bundles_take_turns(others: dict[str, Loaded], busy: str) -> None:
         assert streams[quiet].processed == ready
 
 
+def test_drops_go_on_from_the_scores_of_the_bundle_before(others: dict[str, Loaded]) -> None:
+    features = tiny_recording(80)
+    drive = others["a"].drive({"x": features}, backlog=16)
+    stream = drive.pipeline.streams["x"]
+    stream.policy = "drop_oldest"
+    drive.send("x", 10)
+    drive.settle()
+    first = stream.processed
+    drive.pipeline.deploy(others["wide"].deployment(backlog=16))
+    while not stream.dropped:  # nothing is computed meanwhile
+        at = stream.next_index
+        drive.pipeline.append("x", at, features[at : at + 6])
+    dropped = stream.dropped
+    drive.settle()
+    drive.finish(chunk=4)
+    scores = drive.scores("x")
+    last = np.repeat(scores[first - 1 : first], dropped, axis=0)
+    np.testing.assert_array_equal(scores[first : first + dropped], last)
+    whole = others["a"].whole(features)[0]
+    np.testing.assert_allclose(scores[first + dropped :], whole[first + dropped :], atol=1e-4)
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 # What differs in the manifest or the settings -> how it is said. The window is as long as context,

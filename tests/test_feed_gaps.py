@@ -232,6 +232,42 @@ def test_a_feeder_goes_on_behind_a_gap_that_begins_another_session() -> None:
     assert [at for at, _ in pipeline.received["cam"]] == [*range(4), *range(104, 110)]
 
 
+def test_the_credit_of_a_session_ends_with_it() -> None:
+    class Roomy(TinyPipeline):
+        room_snippets = 64
+
+    pipeline = Roomy()
+    with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        for first in range(0, 200, 20):
+            feeder.send(rows(first, first + 4))
+            feeder.skip(16)  # more than a window, and within the credit
+        assert feeder.end().next_index == 200
+    expected = [at for first in range(0, 200, 20) for at in range(first, first + 4)]
+    assert [at for at, _ in pipeline.received["cam"]] == expected  # each of them once
+    assert pipeline.sessions == {"cam": 11}  # the last one is empty
+    assert server.refused == {}
+
+
+def test_what_is_before_a_gap_that_ended_the_session_is_not_processed_again() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.feeds.handle(b"cam", Gap("cam", 4, 50))
+    told = engine.say(hello(first_index=0))  # before the next session is there
+    welcomes = [each for each in told if isinstance(each, Welcome)]
+    assert [each.next_index for each in welcomes] == [50]
+
+
+def test_a_drain_does_not_wait_for_what_is_missing() -> None:
+    engine = Engine(gap_wait_s=5.0)
+    engine.say(chunk(0, 4), chunk(6, 8))
+    engine.pipeline.paused = True
+    engine.feeds.drain()
+    engine.now_s += 5
+    engine.say()
+    engine.pipeline.paused = False
+    assert Ended("cam", 4, 4, 4) in engine.say()
+
+
 def test_a_restarted_engine_gets_the_gaps_too() -> None:
     first, second = TinyPipeline(), TinyPipeline()
     with serving(first) as server:
@@ -300,6 +336,7 @@ def test_while_the_engine_is_away_a_camera_keeps_no_more_than_its_buffer(policy:
         for at in range(2, 60):
             feeder.send(rows(at, at + 1))
             assert len(feeder._kept) <= 16 + 5  # the credit that it had, and its buffer
+            assert len(feeder._dropped) <= 1
         with serving(again, feed=address):
             assert feeder.end().next_index == 60
     assert len(again.received["cam"]) == 60 - 2 - feeder.dropped
