@@ -166,7 +166,7 @@ class Stream:
         until = min(blocks * hop, self.ready_until())
         start, before = self._skip or (self.asked, self.asked)
         if until > before:
-            self.dropped += until - before
+            self.dropped += int(self._snippets.here(before, until).sum())
             self._skip = (start, until)
 
     def end(self, next_index: int) -> None:
@@ -188,6 +188,14 @@ class Stream:
             return False
         self.idle = True
         self._flush_at = self.known_until
+        return True
+
+    def resume(self) -> bool:
+        """Whether a stream whose silence is processed goes on now."""
+        behind = max(self.next_index, self.came_until)
+        if not self.idle or self._flush_at is not None or behind == self.processed:
+            return False
+        self.idle = False
         return True
 
     def restart(self) -> None:
