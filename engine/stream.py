@@ -198,6 +198,11 @@ class Stream:
         self.idle = False
         return True
 
+    def forget_embedding(self) -> None:
+        """What comes from here on is embedded by another model, of ``deployment``."""
+        if self._last_rows is not None:
+            self._last_rows = self._last_rows[0], self.deployment.no_scores[1]
+
     def restart(self) -> None:
         """What comes from here on begins anew, but for what stage 1 sees and the ids."""
         self._flush_at = None
@@ -240,8 +245,6 @@ class Stream:
             return None
         n = self._skip[1] - self.processed
         scores, embedding = self._last_rows or self.deployment.no_scores
-        if embedding.shape[1] != self.deployment.manifest.embedding_width:
-            _, embedding = self.deployment.no_scores  # another bundle has taken over
         return np.repeat(scores, n, axis=0), np.repeat(embedding, n, axis=0)
 
     def gaps_to(self, until: int) -> list[Span]:
