@@ -125,6 +125,7 @@ class FeatureFeeder:
         self._acked = first_index
         self._sent = first_index
         self._send_until = first_index
+        self._session_from = first_index  # an Ack of less is of a session that a gap has ended
         self._talk = _Talk.HELLO_DUE
         self._ending = False
         self._ended: Ended | None = None
@@ -336,7 +337,8 @@ class FeatureFeeder:
                 case Gap():
                     self._sent = message.next_index
                     if self._ends_session(message):
-                        self._send_until = self._sent  # the next session has its own credit
+                        # The next session has its own credit.
+                        self._send_until = self._session_from = self._sent
                 case End():
                     self._talk = _Talk.END_SENT
         return False
@@ -399,7 +401,8 @@ class FeatureFeeder:
             # The answer to a repeated Hello: what was sent since is on its way.
             self._on_ack(Ack(welcome.stream, welcome.next_index, welcome.send_until))
             return
-        if welcome.next_index < self._oldest:
+        # What a camera has dropped since its Hello is a gap.
+        if welcome.next_index < self._oldest and self._hello.policy == "wait":
             self._refuse(
                 "out_of_order",
                 f"stream {self.stream!r}: expected a Welcome to snippet {self._oldest}, the oldest"
@@ -411,6 +414,7 @@ class FeatureFeeder:
         self._talk = _Talk.WELCOMED
         self._acked = self._sent = welcome.next_index
         self._send_until = welcome.send_until
+        self._session_from = welcome.next_index
         self._sent_again_from = None
         self._forget_history()
 
@@ -419,7 +423,8 @@ class FeatureFeeder:
             return  # from before the Welcome that is to come
         self._acked = max(self._acked, ack.next_index)
         self._sent = max(self._sent, self._acked)
-        self._send_until = max(self._send_until, ack.send_until)
+        if ack.next_index >= self._session_from:
+            self._send_until = max(self._send_until, ack.send_until)
         if ack.missing_until is not None and ack.next_index != self._sent_again_from:
             # Lost on the way, or still on it. What comes twice does no harm.
             self._sent = self._sent_again_from = ack.next_index

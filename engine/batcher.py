@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class Batcher:
 
     def _jobs(self) -> list[Job]:
         """Up to ``max_batch`` windows, in turn."""
-        in_turn = [(stream, stream.asked) for stream, _ in self._waiting.values()]
+        first_ones = itertools.islice(self._waiting.values(), self._max_batch)
+        in_turn = [(stream, stream.asked) for stream, _ in first_ones]
         jobs: list[Job] = []
         while in_turn and len(jobs) < self._max_batch:
             room = self._max_batch - len(jobs)

@@ -89,6 +89,8 @@ class Deployment:
         before.batcher.withdraw(stream)
         before.inference.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
+        if not embeds_alike:
+            stream.forget_embedding()
         stream.localizer.use(
             self.config.localization,
             self.backend,

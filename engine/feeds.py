@@ -80,7 +80,7 @@ class Feed:
     """The connection that feeds a live stream."""
 
     identity: bytes
-    heard_s: float  # when its last message for the stream came, or it was last told something new
+    heard_s: float  # when its last message for the stream came, or something was processed
     told: State | None = None
     reachable: bool = True
 
@@ -162,6 +162,8 @@ class Feeds:
         if now_s >= self._look_at_s:
             self._look_at_s = now_s + _LOOK_INTERVAL_S
             for name, feed in self.live.items():
+                if not feed.reachable:
+                    self._touched.add(name)
                 if now_s - feed.heard_s >= self._idle_s:
                     self._pipeline.rest(name)
 
@@ -174,17 +176,16 @@ class Feeds:
 
     def acknowledge(self) -> None:
         """One Ack at most for each stream, where something has moved since its feeder was told."""
-        touched, self._touched = self._touched | self._pipeline.moved, set()
-        self._pipeline.moved = set()
+        moved, self._pipeline.moved = self._pipeline.moved, set()
+        touched, self._touched = self._touched | moved, set()
         for name in touched & self.live.keys():
             feed, state = self.live[name], _state(self._pipeline.streams[name])
+            if name in moved:
+                feed.heard_s = self._now_s()  # it may have waited for this
             if state == feed.told:
                 continue
-            feed.heard_s = self._now_s()  # it may have waited for this
             feed.reachable = self._send(feed.identity, Ack(name, *state))
             feed.told = state if feed.reachable else None
-            if not feed.reachable:
-                self._touched.add(name)
 
     def on_ended(self, notice: StreamNotice) -> None:
         """Tells the feeder that its stream is processed and published as a whole."""
@@ -201,7 +202,9 @@ class Feeds:
         self._check_fits(hello)
         live = self._pipeline.streams.get(hello.stream)
         if live is not None and not live.ended and hello.first_index > live.next_index:
-            self._give_up(live, hello.first_index)
+            goes_on = self._give_up(live, hello.first_index)
+            if not goes_on and self.live[hello.stream].identity == identity:
+                del self.live[hello.stream]  # it did not end it
         if live is not None and live.ended:
             waiting = self._waiting.get(hello.stream)
             # What is before a gap that ended the session is not processed again.
@@ -228,7 +231,8 @@ class Feeds:
                 self._end(stream)
             raise
         reachable = self._send(identity, welcome)
-        self.live[hello.stream] = Feed(identity, self._now_s(), _state(stream), reachable)
+        told = _state(stream) if reachable else None
+        self.live[hello.stream] = Feed(identity, self._now_s(), told, reachable)
 
     def _room_comes(self, name: str) -> bool:
         """Whether a place becomes free that no other Hello waits for; an idle stream gives its."""
@@ -353,6 +357,7 @@ class Feeds:
         window would be left, the end of the session; returns whether the session goes on."""
         self._touched.add(stream.stream)
         if until - stream.came_until > self._pipeline.window_snippets:
+            self._pipeline.give_up(stream.stream, stream.came_until)
             self._end(stream)
             return False
         self._pipeline.give_up(stream.stream, until)

@@ -132,18 +132,14 @@ class Pipeline:
         if live.policy == "drop_oldest" and stop > live.send_until:
             live.drop_oldest(stop)
             self._announcements += self._pass_over(live)
-        received, silent_from = live.received, live.next_index
         live.append(first_index, features)
-        if live.idle and live.received > received:
-            live.idle = False
-            self._announce(live, "resumed", (live.first_index, silent_from))
-        self._offer(live)
+        self._go_on(live)
 
     def give_up(self, stream: str, until: int) -> None:
         """The snippets below this index that have not come never will."""
         live = self._live(stream)
         live.give_up(until)
-        self._offer(live)
+        self._go_on(live)
 
     def rest(self, stream: str) -> bool:
         """Process a silent stream as if it ended, but keep it; returns whether there was need."""
@@ -225,7 +221,7 @@ class Pipeline:
         """Flush a stream that is silent, or over, once its scores are final."""
         if not (stream.flush_due or stream.finished):
             return []
-        newest = max(stream.known_until - 1, stream.first_index)
+        newest = max(stream.newest_used(stream.processed), stream.first_index)
         publisher = stream.deployment.publisher
         published: list[Publication] = [
             publisher.notice(stream, "gap", span) for span in stream.last_gap()
@@ -233,11 +229,13 @@ class Pipeline:
         published += publisher.publish(stream, stream.localizer.flush(), newest)
         self.moved.add(stream.stream)
         if stream.flush_due:
+            span = stream.first_index, stream.processed
+            published.append(publisher.notice(stream, "idle", span))
             stream.restart()
-            self._offer(stream)
+            self._go_on(stream)
             if not stream.ended:
                 del self._closing[stream.stream]
-            return [*published, publisher.notice(stream, "idle")]
+            return published
         del self.streams[stream.stream], self._closing[stream.stream]
         return [*published, publisher.notice(stream, "ended")]
 
@@ -245,6 +243,12 @@ class Pipeline:
         self, stream: Stream, kind: NoticeKind, span: tuple[int, int] | None = None
     ) -> None:
         self._announcements.append(stream.deployment.publisher.notice(stream, kind, span))
+
+    def _go_on(self, stream: Stream) -> None:
+        """Something of a stream has come, or will not."""
+        if stream.resume():
+            self._announce(stream, "resumed", (stream.first_index, stream.processed))
+        self._offer(stream)
 
     def _offer(self, stream: Stream) -> None:
         """Let the bundle of a stream know what there is to compute."""

@@ -88,12 +88,6 @@ class SnippetBuffer:
         self._given_up_until = max(self._given_up_until, until)
         self.settle(limit)
 
-    def drop(self, start: int, stop: int) -> int:
-        """Forget known snippets as if they had never come; returns how many were here."""
-        dropped = int(self.here(start, stop).sum())
-        self._clear(start, stop)
-        return dropped
-
     def settle(self, limit: int) -> None:
         """Follow what came and was given up as far as there is room, below ``limit``."""
         given_up_until = min(limit, self._given_up_until)

@@ -166,7 +166,7 @@ class Stream:
         until = min(blocks * hop, self.ready_until())
         start, before = self._skip or (self.asked, self.asked)
         if until > before:
-            self.dropped += until - before
+            self.dropped += int(self._snippets.here(before, until).sum())
             self._skip = (start, until)
 
     def end(self, next_index: int) -> None:
@@ -189,6 +189,19 @@ class Stream:
         self.idle = True
         self._flush_at = self.known_until
         return True
+
+    def resume(self) -> bool:
+        """Whether a stream whose silence is processed goes on now."""
+        behind = max(self.next_index, self.came_until)
+        if not self.idle or self._flush_at is not None or behind == self.processed:
+            return False
+        self.idle = False
+        return True
+
+    def forget_embedding(self) -> None:
+        """What comes from here on is embedded by another model, of ``deployment``."""
+        if self._last_rows is not None:
+            self._last_rows = self._last_rows[0], self.deployment.no_scores[1]
 
     def restart(self) -> None:
         """What comes from here on begins anew, but for what stage 1 sees and the ids."""
@@ -232,8 +245,6 @@ class Stream:
             return None
         n = self._skip[1] - self.processed
         scores, embedding = self._last_rows or self.deployment.no_scores
-        if embedding.shape[1] != self.deployment.manifest.embedding_width:
-            _, embedding = self.deployment.no_scores  # another bundle has taken over
         return np.repeat(scores, n, axis=0), np.repeat(embedding, n, axis=0)
 
     def gaps_to(self, until: int) -> list[Span]:

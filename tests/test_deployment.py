@@ -634,6 +634,23 @@ def test_drops_go_on_from_the_scores_of_the_bundle_before(others: dict[str, Load
     np.testing.assert_allclose(scores[first + dropped :], whole[first + dropped :], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["wide", "reweighted", "renamed"])
+def test_drops_have_no_embedding_of_another_model(others: dict[str, Loaded], name: str) -> None:
+    drive = others["a"].drive({"x": tiny_recording(40)}, backlog=16)
+    stream = drive.pipeline.streams["x"]
+    drive.send("x", 10)
+    drive.settle()
+    last = drive.scores("x")[-1]
+    drive.pipeline.deploy(others[name].deployment(backlog=16))
+    drive.send("x", 14)
+    stream.drop_oldest(stream.send_until + 3)
+    rows = stream.pass_over()
+    assert rows is not None
+    np.testing.assert_array_equal(rows[0], [last] * 3)
+    assert rows[1].shape == (3, others[name].manifest.embedding_width)
+    assert rows[1].any() == (name == "renamed")
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 # What differs in the manifest or the settings -> how it is said. The window is as long as context,

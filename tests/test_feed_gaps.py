@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from serving import (
     chunk,
     hear_until,
     hello,
+    new_server,
     open_files,
     rows,
     serving,
@@ -42,13 +44,14 @@ class Engine:
         self.pipeline = TinyPipeline(**config)
         self.counters = Counters()
         self.told: list[Message] = []
+        self.reachable = True
         self.notices: list[StreamNotice] = []
         self.feeds = Feeds(self.pipeline, self.counters, self._send, lambda: self.now_s)
         self.say(hello())
 
     def _send(self, identity: bytes, message: Message) -> bool:
         self.told.append(message)
-        return True
+        return self.reachable
 
     def say(self, *messages: Message) -> list[Message]:
         """What the feeder is told in a turn with these messages."""
@@ -174,6 +177,90 @@ def test_silence_over_sockets() -> None:
             assert message is not None
             heard.append(message.kind if isinstance(message, StreamNotice) else "")
         assert heard[0] == "opened"
+
+
+def test_a_feeder_that_cannot_be_told_keeps_no_stream_awake() -> None:
+    engine = Engine(idle_s=10.0)
+    engine.reachable = False
+    engine.say(chunk(0, 4))
+    for _ in range(3):
+        engine.now_s += 5.5
+        engine.say()
+    assert engine.seen()[-1] == ("idle", 0, 4)
+
+
+def test_a_feeder_that_cannot_be_told_is_tried_once_a_second() -> None:
+    engine = Engine()
+    engine.reachable = False
+    assert engine.say(chunk(0, 4)) == [Ack("cam", 4, 20)]
+    assert engine.say() == engine.say() == []
+    engine.now_s += 1.0
+    assert engine.say() == [Ack("cam", 4, 20)]
+    engine.reachable = True
+    engine.now_s += 1.0
+    assert engine.say() == [Ack("cam", 4, 20)]
+    engine.now_s += 1.0
+    assert engine.say() == []
+
+
+def test_what_comes_while_a_silence_is_processed_comes_after_it() -> None:
+    engine = Engine(idle_s=10.0)
+    engine.say(chunk(0, 4))
+    engine.now_s += 11
+    engine.pipeline.paused = True
+    engine.say()
+    engine.say(chunk(4, 6))
+    engine.pipeline.paused = False
+    engine.say()
+    assert engine.seen() == [("opened", 0, 0), ("idle", 0, 4), ("resumed", 0, 4)]
+    assert [each.sequence for each in engine.notices] == [0, 9, 10]
+    assert not engine.pipeline.streams["cam"].idle
+    engine.now_s += 11
+    engine.say()
+    engine.say()
+    assert engine.seen()[3:] == [("idle", 0, 6)]
+
+
+def test_a_gap_ends_a_silence_too() -> None:
+    engine = Engine(idle_s=10.0)
+    engine.say(chunk(0, 4))
+    engine.now_s += 11
+    engine.say()
+    engine.say()
+    engine.say(Gap("cam", 4, 6))
+    assert engine.seen()[1:] == [("idle", 0, 4), ("resumed", 0, 4)]
+    engine.now_s += 11
+    engine.say()
+    engine.say()
+    assert engine.seen()[3:] == [("gap", 4, 6), ("idle", 0, 6)]
+
+
+def test_a_hello_far_behind_the_stream_begins_another_session() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    told = engine.say(hello(first_index=50))
+    assert [type(each) for each in told] == [Welcome] and told[0].next_index == 50  # type: ignore
+    assert engine.say(chunk(50, 51)) == [Ack("cam", 51, 67)]
+
+
+def test_a_feeder_that_loses_its_stream_to_another_is_told() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.told.clear()
+    engine.feeds.handle(b"later", hello(first_index=50))
+    told = engine.say()
+    assert [type(each) for each in told] == [Ended, Welcome]
+
+
+def test_what_is_there_of_a_session_that_a_gap_ends_is_processed() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4), chunk(6, 8))
+    engine.say(Gap("cam", 4, 50))
+    engine.say()
+    assert engine.seen() == [
+        ("opened", 0, 0), ("gap", 4, 6), ("ended", 0, 8), ("opened", 50, 50),
+    ]  # fmt: skip
+    assert engine.notices[2].proposals == 8
 
 
 # ---- drops -------------------------------------------------------------------------------------
@@ -342,6 +429,26 @@ def test_while_the_engine_is_away_a_camera_keeps_no_more_than_its_buffer(policy:
     assert len(again.received["cam"]) == 60 - 2 - feeder.dropped
     newest = again.received["cam"][-1]
     assert (newest == (59, 60.0)) == (policy == "drop_oldest")
+
+
+def test_a_camera_that_is_there_before_its_engine_goes_on_with_what_it_has_kept() -> None:
+    pipeline = TinyPipeline(window=WindowConfig(window_snippets=64))
+    with new_server(pipeline) as server:
+        feeder = FeatureFeeder(
+            server.feed_address, "cam", 2, policy="drop_oldest", buffer_snippets=5
+        )
+        for at in range(20):  # its Hello, which nobody reads yet, says that it has snippet 0
+            feeder.send(rows(at, at + 1))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            with feeder:
+                assert feeder.end() == Ended("cam", 20, 20, 5)
+        finally:
+            server.stop()
+            thread.join(PATIENCE_S)
+    assert [at for at, _ in pipeline.received["cam"]] == [15, 16, 17, 18, 19]
+    assert server.counters.snippets_dropped_oldest == feeder.dropped == 15
 
 
 def test_a_buffer_of_nothing_is_refused() -> None:

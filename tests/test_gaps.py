@@ -288,6 +288,21 @@ def test_the_oldest_are_dropped(bundle: Bundle, backend: OnnxRuntimeBackend, hop
     assert (stream.received, stream.missing) == (80, 0)
 
 
+def test_what_never_came_is_not_dropped_again(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    features = tiny_recording(seed=7, length=80)
+    drive, stream = drive_of(bundle, backend, features, policy="drop_oldest")
+    drive.send("x", 8)
+    drive.settle()
+    first = stream.processed
+    drive.pipeline.give_up("x", 11)
+    while stream.next_index < 35:
+        at = stream.next_index
+        drive.pipeline.append("x", at, features[at : at + 6])
+    assert stream.processed > 11
+    assert stream.dropped == stream.processed - first - 3  # 8 to 10
+    assert stream.missing == 3
+
+
 def test_nobody_may_send_without_end(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
     features = tiny_recording(seed=7, length=60)
     drive, stream = drive_of(bundle, backend, features, policy="drop_newest")
