@@ -348,6 +348,8 @@ class FeatureFeeder:
             return replace(self._hello, first_index=self._oldest)
         if self._talk is not _Talk.WELCOMED or self.welcome is None:
             return None
+        if self._acked < self._session_from:
+            return None  # the next session is not there yet
         first = self._sent
         if first < self.next_index and first not in self._kept:
             return self._gap(first)

@@ -335,6 +335,18 @@ def test_the_credit_of_a_session_ends_with_it() -> None:
     assert server.refused == {}
 
 
+def test_a_feeder_waits_for_the_session_behind_a_gap() -> None:
+    pipeline = TinyPipeline()
+    with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        for first in range(0, 400, 40):
+            feeder.send(rows(first, first + 4))
+            feeder.skip(20)
+            feeder.skip(16)  # said apart, it would find no session
+        assert feeder.end().next_index == 400
+        assert server.refused == {}
+    assert len(pipeline.received["cam"]) == 40
+
+
 def test_what_is_before_a_gap_that_ended_the_session_is_not_processed_again() -> None:
     engine = Engine()
     engine.say(chunk(0, 4))
