@@ -93,8 +93,10 @@ def test_a_full_batch_does_not_wait() -> None:
     batcher = Batcher(PLAN, max_batch=4, max_wait_s=60.0)
     offer(batcher, Source("a", 3))
     assert taken(batcher) == []
-    offer(batcher, Source("b", 1))
-    assert taken(batcher) == [("a", 0), ("b", 0), ("a", 1), ("a", 2)]
+    offer(batcher, Source("b", 2))
+    assert taken(batcher) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert taken(batcher) == []  # what is left of "a" waits anew
+    assert batcher.due_in_s() == pytest.approx(60.0, abs=30.0)
 
 
 def test_what_cannot_be_computed_any_more_is_not_waited_for() -> None:

@@ -356,6 +356,24 @@ def test_what_is_before_a_gap_that_ended_the_session_is_not_processed_again() ->
     assert [each.next_index for each in welcomes] == [50]
 
 
+def test_another_feeder_of_a_session_that_has_to_begin_says_where() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.feeds.handle(b"cam", Gap("cam", 4, 50))
+    engine.feeds.handle(b"later", hello(first_index=2))
+    told = engine.say()
+    assert [each.next_index for each in told if isinstance(each, Welcome)] == [2]
+
+
+def test_nothing_comes_behind_the_end() -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.pipeline.paused = True
+    assert engine.say(End("cam", 4), Gap("cam", 4, 6)) == [Ack("cam", 4, 20)]
+    engine.pipeline.paused = False
+    assert engine.say() == [Ended("cam", 4, 4, 4)]
+
+
 def test_a_drain_does_not_wait_for_what_is_missing() -> None:
     engine = Engine(gap_wait_s=5.0)
     engine.say(chunk(0, 4), chunk(6, 8))
@@ -396,6 +414,19 @@ def test_what_is_lost_on_the_way_is_sent_again_when_the_engine_says_so() -> None
         assert feeder.end() == Ended("cam", 8, 8, 8)
     assert sorted(pipeline.received["cam"]) == [(at, at + 1.0) for at in range(8)]
     assert pipeline.sessions == {"cam": 1}
+
+
+def test_what_is_missing_is_sent_again_once() -> None:
+    with serving() as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+        feeder.send(rows(0, 8))
+        feeder.flush()
+        feeder._keep(rows(8, 9)[0])
+        feeder._keep(rows(9, 10)[0])
+        feeder._sent = 10
+        for expected in (8, 10):
+            feeder._on_ack(Ack("cam", 8, 24, 9))
+            assert feeder._sent == expected
+            feeder._sent = 10
 
 
 @pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])

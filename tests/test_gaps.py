@@ -288,6 +288,40 @@ def test_the_oldest_are_dropped(bundle: Bundle, backend: OnnxRuntimeBackend, hop
     assert (stream.received, stream.missing) == (80, 0)
 
 
+def test_what_was_dropped_comes_again(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    features = tiny_recording(seed=7, length=60)
+    drive, stream = drive_of(bundle, backend, features, policy="drop_newest")
+    for start in (0, 6, 12, 18, 18, 12):
+        drive.pipeline.append("x", start, features[start : start + 6])
+    assert (stream.dropped, stream.received, stream.next_index) == (4, 20, 24)
+
+
+def test_a_gap_is_published_whatever_is_given_up_before_it(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    features = tiny_recording(seed=7, length=60)
+    drive, stream = drive_of(bundle, backend, features)
+    drive.send("x", 4)
+    drive.pipeline.give_up("x", 6)
+    drive.pipeline.give_up("x", 3)
+    drive.finish()
+    assert ("gap", 4, 6) in notices(drive.published) and stream.missing == 2
+
+
+def test_no_more_is_dropped_than_is_known(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    features = tiny_recording(seed=7, length=80)
+    drive, stream = drive_of(bundle, backend, features, policy="drop_oldest")
+    drive.send("x", 6)
+    drive.pipeline.give_up("x", 40)  # far beyond the room
+    drive.pipeline.append("x", 40, features[40:56])
+    drive.settle()
+    assert stream.processed <= stream.known_until <= stream.next_index == 56
+    drive.finish()
+    assert len(drive.scores("x")) == 80
+    gaps = [stop - start for kind, start, stop in notices(drive.published) if kind == "gap"]
+    assert sum(gaps) == 34 + stream.dropped  # 6 to 39 never came
+
+
 def test_what_never_came_is_not_dropped_again(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
     features = tiny_recording(seed=7, length=80)
     drive, stream = drive_of(bundle, backend, features, policy="drop_oldest")

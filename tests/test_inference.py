@@ -173,3 +173,36 @@ def test_a_canary_that_does_not_answer_holds_its_own_streams_alone(
     drive.pipeline.roll_back()
     drive.finish()
     assert_as_local(drive, bundle, backend)
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_what_is_in_flight_is_not_dropped(
+    bundle: Bundle, backend: OnnxRuntimeBackend, elsewhere: Elsewhere, failures: int
+) -> None:
+    config = config_elsewhere(bundle.manifest, 1)
+    features = tiny_recording(70, 1)
+    drive = Drive(bundle.manifest, elsewhere, config, {"x": features})
+    stream = drive.pipeline.streams["x"]
+    stream.policy = "drop_oldest"
+    elsewhere.gate.clear()
+    drive.send("x", 12)
+    drive.step()
+    assert (stream.processed, stream.asked) == (0, 4)
+    for at in (12, 18, 24):
+        drive.pipeline.append("x", at, features[at : at + 6])
+    assert (stream.dropped, stream.next_index) == (6 + 10, 30)  # 4 to 9, and 20 to 29
+    elsewhere.failures = failures
+    elsewhere.gate.set()
+    drive.settle()
+    drive.finish(chunk=3)
+    assert [each.sequence for each in drive.published] == list(range(len(drive.published)))
+    valid = np.ones((1, 70), np.bool_)
+    whole = backend.score_snippets(features[None], valid)[0][0]
+    scores = drive.scores("x")
+    missing = [each for each in drive.published if getattr(each, "kind", "") == "gap"]
+    spans = [(each.first_index, each.next_index) for each in missing]  # type: ignore[union-attr]
+    assert spans[0][0] == 4  # behind what was in flight
+    assert sum(stop - start for start, stop in spans) == stream.dropped
+    np.testing.assert_allclose(scores[:4], whole[:4], atol=1e-5)
+    start, stop = spans[0]
+    np.testing.assert_array_equal(scores[start:stop], np.repeat(scores[3:4], stop - start, axis=0))
