@@ -28,7 +28,9 @@ class ModelConfig(Settings):
     )
     blocks: int = Field(2, ge=0, description="reliability-aware attention blocks")
     attention_heads: int = Field(
-        1, ge=1, description="attention heads of a block, or as many as divide the width"
+        4,
+        ge=1,
+        description="attention heads of a block, or as many as divide the width (paper: 1)",
     )
     attention_past: int | None = Field(
         32, ge=0, description="snippets before that a snippet attends to (null: all, both ways)"
