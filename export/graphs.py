@@ -1,12 +1,15 @@
-"""The two ONNX graphs of a bundle, traced from the trained torch modules.
+"""The ONNX graphs of a bundle, traced from the trained torch modules.
 
     snippet.onnx    features (B, T, D) float32, valid (B, T) bool
                     -> scores (B, T, C), cas (B, T, C), attention (B, T), embedding (B, T, W)
+    step.onnx       features (B, n, D), valid (B, history + n), arrival (B,) int64, and the state
+                    -> the same outputs of n positions (B, n, ...), and `new_` of each of the state;
+                    see hrpro.export.step
     instance.onnx   features (T, W) float32 (the embedding of a stretch), proposals (N, 2) float32
                     -> completeness (N, C), refined (N, 2), refined_completeness (N, C)
 
-B, T and N are dynamic, N may be 0. The memory prototypes are the initializer ``prototypes`` of
-snippet.onnx.
+B, T, n and N are dynamic, N may be 0. The memory prototypes are the initializer ``prototypes`` of
+snippet.onnx and step.onnx; ONNX Runtime computes their keys and values when it loads a graph.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.numpy_helper
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from hrpro.export.step import StepModel
 from hrpro.training.instance import InstanceModel
 from hrpro.training.model import SnippetModel, SnippetOutput
 
@@ -44,6 +49,34 @@ def export_snippet_graph(model: SnippetModel, path: Path) -> None:
         inputs=("features", "valid", PROTOTYPES),
         outputs=SNIPPET_OUTPUTS,
         shapes=({0: batch, 1: length}, {0: batch, 1: length}, {}),
+    )
+    _save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
+
+
+def export_step_graph(step: StepModel, path: Path) -> None:
+    """Write step.onnx."""
+    model = step.model
+    state = step.empty_state(2)
+    names = step.state_names()
+    batch, length = Dim("batch"), Dim("length")
+    graph = _trace(
+        step,
+        (
+            torch.zeros(2, 3, model.feature_dim),
+            torch.ones(2, step.history + 3, dtype=torch.bool),
+            torch.zeros(2, dtype=torch.int64),
+            state,
+            model.prototypes,
+        ),
+        inputs=("features", "valid", "arrival", *names, PROTOTYPES),
+        outputs=(*SNIPPET_OUTPUTS, *(f"new_{name}" for name in names)),
+        shapes=(
+            {0: batch, 1: length},
+            {0: batch, 1: step.history + length},
+            {0: batch},
+            [{0: batch} for _ in state],
+            {},
+        ),
     )
     _save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
 
@@ -75,10 +108,10 @@ class _WithPrototypes(torch.nn.Module):
 
 def _trace(
     model: torch.nn.Module,
-    arguments: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    shapes: tuple[dict[int, Dim], ...],
+    shapes: tuple[Any, ...],
 ) -> onnx.ModelProto:
     # The exporter prints its progress, and warns of its own internals.
     logger = logging.getLogger("torch.onnx")

@@ -174,15 +174,19 @@ class ReliabilityAwareBlock(nn.Module):
         # for nothing.
         _, memory_key, memory_value = self.query_key_value(memory[None])[0].chunk(3, dim=-1)
         mixed = reliability_attention(
-            self._split(query.reshape(B * band.blocks, band.block, W)),
-            self._split(band.around(key, memory_key)),
-            self._split(band.around(value, memory_value)),
+            self.split(query.reshape(B * band.blocks, band.block, W)),
+            self.split(band.around(key, memory_key)),
+            self.split(band.around(value, memory_value)),
             bias,
         )
-        mixed = mixed.transpose(1, 2).reshape(B, T, W)
+        return self.after_attention(x, mixed.transpose(1, 2).reshape(B, T, W))
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows eq. 6: its outcome (B, T, W) joins the snippets, and the feed-forward
+        layer."""
         x = self.attention_norm(x + self.dropout(self.output(mixed)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
-    def _split(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """(N, L, W) -> (N, H, L, W / H)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

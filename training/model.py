@@ -84,8 +84,8 @@ class SnippetModel(nn.Module):
 
     def attend_to(self, features: Tensor, valid: Tensor, prototypes: Tensor) -> SnippetOutput:
         """The forward pass with the given prototypes (C, D) in the memory."""
-        x = self._input(features)  # (B, T, W)
-        memory = self._input(prototypes)  # (C, W)
+        x = self.normalised(features)  # (B, T, W)
+        memory = self.normalised(prototypes)  # (C, W)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             # The residuals too: float32 beside the products would be converted at each of them.
@@ -98,22 +98,29 @@ class SnippetModel(nn.Module):
         x = x[:, : band.length]
         # What is not there counts as zero, as the convolution's own padding does.
         x = torch.where(valid[..., None], x, 0.0)
-        embedding = F.relu(self._embed(x))  # (B, T, W)
+        around = EMBEDDING_KERNEL // 2
+        return self.outputs(self.embedding(F.pad(x, (0, 0, around, around))))
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """X^e (B, T, W) of blocks' outputs (B, T + 2, W), one more before and after.
+
+        The convolution is one matrix product: that is quicker on a CPU, and can be quantised.
+        """
+        length = x.shape[1] - EMBEDDING_KERNEL + 1
+        shifted = torch.cat([x[:, k : k + length] for k in range(EMBEDDING_KERNEL)], dim=-1)
+        weight = self.embed.weight.transpose(1, 2).flatten(1)
+        return F.relu(F.linear(shifted, weight, self.embed.bias))
+
+    def outputs(self, embedding: Tensor) -> SnippetOutput:
+        """What the heads say of X^e (B, T, W)."""
         hidden = self.dropout(embedding)
         # In float32 also where products are bfloat16, which cannot tell 0.998 from 1.
         cas = self.classify(hidden).float().sigmoid()  # (B, T, C)
         attention = self.attend(hidden).float().sigmoid()  # (B, T, 1)
         return SnippetOutput(cas * attention, cas, attention[..., 0], embedding.float())
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """The convolution of (B, T, W) over T, as one matrix product: that is quicker on a CPU,
-        and can be quantised."""
-        x = F.pad(x, (0, 0, EMBEDDING_KERNEL // 2, EMBEDDING_KERNEL // 2))
-        length = x.shape[1] - EMBEDDING_KERNEL + 1
-        shifted = torch.cat([x[:, k : k + length] for k in range(EMBEDDING_KERNEL)], dim=-1)
-        return F.linear(shifted, self.embed.weight.transpose(1, 2).flatten(1), self.embed.bias)
-
-    def _input(self, features: Tensor) -> Tensor:
+    def normalised(self, features: Tensor) -> Tensor:
+        """What the first block sees of features (..., D): (..., W)."""
         normalised = (features - self.feature_mean) * self.feature_scale
         # Beyond there is no evidence, and what overflows would spread past the band as NaN.
         normalised = normalised.clamp(-_FEATURE_LIMIT, _FEATURE_LIMIT)
