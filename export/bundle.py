@@ -1,8 +1,9 @@
-"""The deployment bundle: a folder with two ONNX graphs and a manifest that describes them.
+"""The deployment bundle: a folder with ONNX graphs and a manifest that describes them.
 
     BUNDLE/
       bundle.json      `Manifest`
       snippet.onnx     stage 1, see hrpro.export.graphs
+      step.onnx        stage 1 a step at a time, where its attention has a band
       instance.onnx    stage 2
       golden.npz       windows with their outputs, see hrpro.export.golden
       bundle.sig       if it is signed, see hrpro.export.signing
@@ -11,8 +12,8 @@ A bundle is read only if every file has the SHA-256 that the manifest says. It i
 temporary folder beside its place and renamed, so a killed export leaves no half bundle. Where it
 takes the place of another one, that one is moved aside first and comes back if the rename fails.
 
-Schema versions: 2 has golden windows, precision, display names and the time of the export. Bundles
-of version 1 are read as they are; what they lack is empty.
+Schema versions: 3 has the step graph; 2 has golden windows, precision, display names and the time
+of the export. Bundles of earlier versions are read as they are; what they lack is empty.
 
     BundleError    the folder is not a usable bundle; the message names file, expectation, finding
 """
@@ -37,13 +38,14 @@ from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError, checked
 from hrpro.engine.wire import label as wire_label
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 SNIPPET_GRAPH = "snippet.onnx"
+STEP_GRAPH = "step.onnx"
 INSTANCE_GRAPH = "instance.onnx"
 GOLDEN = "golden.npz"
 SIGNATURE = "bundle.sig"
-FILES = (SNIPPET_GRAPH, INSTANCE_GRAPH, GOLDEN)
+FILES = (SNIPPET_GRAPH, STEP_GRAPH, INSTANCE_GRAPH, GOLDEN)
 # Settings that the instance graph has inside, too.
 _FIXED_BY_GRAPH = ("border_ratio", "border_limit")
 
@@ -56,6 +58,16 @@ _NOT_OF_IDENTITY = ("bundle_id", "created")
 
 class BundleError(HrproError, ValueError):
     """A folder that is not a usable bundle."""
+
+
+class StepLayout(Settings):
+    """What step.onnx keeps of a stream's past, see `hrpro.export.step.StepModel`."""
+
+    history: int = Field(ge=1, description="flags of past snippets that a step is given")
+    capacity: int = Field(ge=1, description="keys and values of past snippets that a block keeps")
+    state: dict[str, tuple[int, ...]] = Field(
+        description="shape of each part of a stream's state, float32; keys and values are rings"
+    )
 
 
 class Manifest(Settings):
@@ -86,6 +98,9 @@ class Manifest(Settings):
     )
     window_flops: int = Field(
         ge=0, description="floating-point operations of a window's matrix products; 0: not known"
+    )
+    step: StepLayout | None = Field(
+        description="of step.onnx; null: there is none, since attention has no band"
     )
     localization: LocalizationConfig
     training: dict[str, Any] = Field(description="the full training configuration")
@@ -132,6 +147,11 @@ class Bundle:
         return self.folder / SNIPPET_GRAPH
 
     @property
+    def step_graph(self) -> Path | None:
+        """Stage 1 a step at a time, where there is one."""
+        return None if self.manifest.step is None else self.folder / STEP_GRAPH
+
+    @property
     def instance_graph(self) -> Path:
         """Stage 2."""
         return self.folder / INSTANCE_GRAPH
@@ -167,7 +187,9 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
-    _check_files(folder, manifest, FILES[:2] if version == 1 else FILES)
+    absent = {GOLDEN} if version == 1 else set()
+    absent |= {STEP_GRAPH} if manifest.step is None else set()
+    _check_files(folder, manifest, [name for name in FILES if name not in absent])
     if manifest.bundle_id != expected_id:
         raise BundleError(
             f"{path}: bundle_id: expected {expected_id} for this content, "
@@ -182,8 +204,12 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | empty | known
 
 
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {"schema_version": 3, "step": None}
+
+
 # From each version to the next.
-_UPGRADES = {1: _from_version_1}
+_UPGRADES = {1: _from_version_1, 2: _from_version_2}
 
 
 def _check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:

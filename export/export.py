@@ -23,6 +23,7 @@ from hrpro.export.bundle import (
     GOLDEN,
     INSTANCE_GRAPH,
     SNIPPET_GRAPH,
+    STEP_GRAPH,
     Bundle,
     Manifest,
     Precision,
@@ -31,8 +32,9 @@ from hrpro.export.bundle import (
     write_manifest,
 )
 from hrpro.export.golden import write_golden
-from hrpro.export.graphs import export_instance_graph, export_snippet_graph
+from hrpro.export.graphs import export_instance_graph, export_snippet_graph, export_step_graph
 from hrpro.export.precision import GOLDEN_TOLERANCES, convert
+from hrpro.export.step import StepModel
 from hrpro.export.verify import Exactness, ExportError, golden_features, verify_graphs
 from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.data import DataSet
@@ -75,8 +77,9 @@ def export_bundle(
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
         export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
+        step = _export_step(model, folder / STEP_GRAPH)
         verified = verify_graphs(model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness)
-        content = _content(description, model, exactness)
+        content = _content(description, model, exactness) | {"step": step}
         content |= {"figures": dict(figures), "verified": verified}
         bundle = Bundle(folder, write_manifest(folder, content))
         if precision != "fp32":
@@ -87,6 +90,17 @@ def export_bundle(
         write_golden(folder / GOLDEN, OnnxRuntimeBackend(bundle), windows)
         write_manifest(folder, content)
     return read_bundle(target)
+
+
+def _export_step(model: TrainedModel, path: Path) -> dict[str, Any] | None:
+    """Write step.onnx and describe it, if the attention has a band."""
+    if model.snippet.config.attention_past is None:
+        return None
+    step = StepModel(model.snippet)
+    export_step_graph(step, path)
+    shapes = [tuple(each.shape[1:]) for each in step.empty_state(1)]
+    state = dict(zip(step.state_names(), shapes, strict=True))
+    return {"history": step.history, "capacity": step.capacity, "state": state}
 
 
 def _content(

@@ -1,4 +1,4 @@
-"""The snippet model, one step at a time: what was computed for the past is kept, not computed again.
+"""The snippet model one step at a time: what is known of the past is kept, not computed again.
 
 Attention looks at no more than a band, so the keys and values of the newest snippets are all that
 a new one needs of the past. A step takes the n newest snippets of B streams and gives the outputs

@@ -68,15 +68,18 @@ def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
         "tolerances",
         "compared",
         "window_flops",
+        "step",
     ):
         del content[name]
-    del content["files"]["golden.npz"], content["localization"]["completeness_weight"]
-    (copy / "golden.npz").unlink()
+    del content["localization"]["completeness_weight"]
+    for name in ("golden.npz", "step.onnx"):
+        del content["files"][name]
+        (copy / name).unlink()
     (copy / "bundle.json").write_text(json.dumps(content))
     rewrite(copy, schema_version=1)
     said = json.loads((copy / "bundle.json").read_text())["bundle_id"]
     old = read_bundle(copy)
-    assert (old.manifest.schema_version, old.manifest.bundle_id) == (2, said)
+    assert (old.manifest.schema_version, old.manifest.bundle_id) == (3, said)
     assert (old.manifest.precision, old.golden) == ("fp32", None)
     assert old.manifest.localization.completeness_weight == 0.5
     assert check_golden(old, OnnxRuntimeBackend(old)) == {}
