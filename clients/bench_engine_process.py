@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from hrpro.clients.engine_process import RunningEngine, running_module
 from hrpro.engine import serve as engine
 from hrpro.engine.metrics import Metrics
+from hrpro.engine.noted import NotedBackend
 from hrpro.export.bundle import read_bundle
 
 if TYPE_CHECKING:
@@ -75,39 +75,20 @@ class _NotingMetrics(Metrics):
         self._calls = calls
         self._stand_in = stand_in
         self._leak_bytes = leak_bytes
+        self._leaked: list[bytes] = []
 
     def timed(self, backend: Backend) -> Backend:
         """The backend, or what stands in for it, its calls noted."""
         if self._stand_in is not None:
             backend = _StandIn(self._stand_in, backend)
-        return _NotedBackend(super().timed(backend), self._calls, self._leak_bytes)
+        return NotedBackend(super().timed(backend), self._note)
 
-
-class _NotedBackend:
-    def __init__(self, inner: Backend, calls: BinaryIO, leak_bytes: int) -> None:
-        self._inner = inner
-        self._calls = calls
-        self._leak_bytes = leak_bytes
-        self._leaked: list[bytes] = []
-
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        if self._leak_bytes:
+    def _note(self, stage: str, rows: int, began_s: float, ended_s: float) -> None:
+        number = 1 if stage == "snippet" else 2
+        array("d", (number, began_s, ended_s)).tofile(self._calls)
+        if self._leak_bytes and stage == "snippet":
             # Not zeros, whose pages would not be there until they are written to.
-            self._leaked.append(b"x" * (self._leak_bytes * len(features)))
-        with self._noted(1):
-            return self._inner.score_snippets(features, valid)
-
-    def score_instances(
-        self, embedding: Floats, proposals: Floats
-    ) -> tuple[Floats, Floats, Floats]:
-        with self._noted(2):
-            return self._inner.score_instances(embedding, proposals)
-
-    @contextlib.contextmanager
-    def _noted(self, stage: int) -> Iterator[None]:
-        began_s = time.monotonic()
-        yield
-        array("d", (stage, began_s, time.monotonic())).tofile(self._calls)
+            self._leaked.append(b"x" * (self._leak_bytes * rows))
 
 
 class _StandIn:
@@ -115,12 +96,24 @@ class _StandIn:
 
     def __init__(self, manifest: Manifest, instance_stage: Backend) -> None:
         self._widths = (len(manifest.classes), manifest.embedding_width)
+        self._state = {} if manifest.step is None else manifest.step.state
         self.score_instances = instance_stage.score_instances
 
     def score_snippets(self, features: Floats, _: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         B, T, _ = features.shape
         scores, embedding = (np.zeros((B, T, width), np.float32) for width in self._widths)
         return scores, embedding
+
+    def score_step(
+        self, features: Floats, valid: NDArray[np.bool_], *_: object
+    ) -> tuple[Floats, Floats, list[Floats]]:
+        B, n, _ = features.shape
+        new = [
+            # Keys and values (H, capacity, W / H) have as many rows as there are new snippets.
+            np.zeros((B, shape[0], n, shape[2]) if len(shape) == 3 else (B, *shape), np.float32)
+            for shape in self._state.values()
+        ]
+        return *self.score_snippets(features, valid), new
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.inference import Backend
 from hrpro.engine.messages import FinalProposal, Publication
+from hrpro.engine.noted import NotedBackend
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.windows import decision_lookahead_s, least_lookahead
 from hrpro.export.bundle import Bundle
@@ -114,9 +115,9 @@ def measure_curve(
     for hop in sorted({*HOPS, config.window.hop_snippets}):
         window = config.window.model_copy(update={"hop_snippets": hop})
         at_hop = config.model_copy(update={"window": window})
-        backend = _Timed(OnnxRuntimeBackend(bundle, at_hop))
+        timed = _Timed(OnnxRuntimeBackend(bundle, at_hop))
         for lookahead in _lookaheads(config):
-            points.append(_measure(bundle, at_hop, lookahead, backend, data, truth))
+            points.append(_measure(bundle, at_hop, lookahead, timed, data, truth))
             progress(1)
     return Curve(offline, sum(map(len, data.recordings)), tuple(points))
 
@@ -136,7 +137,7 @@ def _measure(
     bundle: Bundle,
     config: EngineConfig,
     lookahead: Lookahead,
-    backend: _Timed,
+    timed: _Timed,
     data: DataSet,
     truth: GroundTruth,
 ) -> Point:
@@ -154,9 +155,9 @@ def _measure(
     point = Point(hop, lookahead, told_s, clock.seconds(least))
     if clock.position(derived_s) + 1e-9 < least:
         return point
-    deployment = Deployment(manifest, backend, config)
-    deployment.warm_up(backend)
-    backend.spent_s = 0.0
+    deployment = Deployment(manifest, timed.backend, config)
+    deployment.warm_up(timed.backend)
+    timed.spent_s = 0.0
     recordings = {each.name: each.features for each in data.recordings}
     started_s = time.perf_counter()
     published = run_in_process(deployment, recordings)
@@ -174,7 +175,7 @@ def _measure(
         point.least_s,
         truth.compare(by_recording).average,
         delay_percentiles(finals),
-        Cost(backend.spent_s * ms_each, total_s * ms_each),
+        Cost(timed.spent_s * ms_each, total_s * ms_each),
     )
 
 
@@ -199,21 +200,10 @@ class _Timed:
 
     def __init__(self, inner: Backend) -> None:
         self.spent_s = 0.0
-        self._inner = inner
+        self.backend = NotedBackend(inner, self._note)
 
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        started_s = time.perf_counter()
-        outputs = self._inner.score_snippets(features, valid)
-        self.spent_s += time.perf_counter() - started_s
-        return outputs
-
-    def score_instances(
-        self, embedding: Floats, proposals: Floats
-    ) -> tuple[Floats, Floats, Floats]:
-        started_s = time.perf_counter()
-        outputs = self._inner.score_instances(embedding, proposals)
-        self.spent_s += time.perf_counter() - started_s
-        return outputs
+    def _note(self, _stage: str, _rows: int, began_s: float, ended_s: float) -> None:
+        self.spent_s += ended_s - began_s
 
 
 def curve_table(curve: Curve) -> Table:

@@ -127,7 +127,10 @@ class EngineConfig(Settings):
         "latency", description="compute windows as they come, or wait for large batches"
     )
     max_batch: int | None = Field(
-        None, ge=1, description="windows in one inference call (default: 16, for throughput 64)"
+        None,
+        ge=1,
+        description="hops in one inference call (default: 64; of windows, unless for throughput, "
+        "16)",
     )
     max_wait_ms: float | None = Field(
         None,
@@ -158,6 +161,14 @@ class EngineConfig(Settings):
     )
     threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
+    inference: Literal["auto", "incremental", "window"] = Field(
+        "auto",
+        description="compute each snippet once, from what is kept of the past, or a whole window "
+        "for each hop (auto: the former where the bundle has a step graph, on the CPU)",
+    )
+    cache_precision: Literal["fp32", "fp16"] = Field(
+        "fp32", description="of the keys and values that are kept of the past of a stream"
+    )
     triton: TritonConfig = TritonConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
     fall_back_to_cpu: bool = Field(
@@ -184,6 +195,11 @@ class EngineConfig(Settings):
     def batch_limit(self) -> int:
         """Most windows in one inference call."""
         return self.max_batch or (16 if self.mode == "latency" else 64)
+
+    @property
+    def step_batch_limit(self) -> int:
+        """Most hops in one step; one is less work than a window by the length of that."""
+        return self.max_batch or 64
 
     @property
     def batch_wait_s(self) -> float:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.incremental import Steps, StepScorer, runs_by_steps
 from hrpro.engine.inference import Backend, Inference
 from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.publish import Publisher
@@ -50,12 +51,19 @@ class Deployment:
         self.backend = backend
         self.config = config
         self.inference = Inference(backend, config.batches_in_flight)
+        self.steps: Steps | None = None
+        if runs_by_steps(manifest, config):
+            self.steps = Steps(manifest, cast(StepScorer, backend), config)
         self.plan = plan_windows(manifest, config)
-        self.batcher = Batcher(self.plan, config.batch_limit, config.batch_wait_s)
+        batch_limit = config.batch_limit if self.steps is None else config.step_batch_limit
+        self.batcher = Batcher(self.plan, batch_limit, config.batch_wait_s)
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
 
     def warm_up(self, backend: Backend) -> None:
         """Let a backend compute a batch of each size, so that the first snippets do not wait."""
+        if self.steps is not None:
+            self.steps.warm_up(cast(StepScorer, backend), self.batcher.sizes, self.plan.hop)
+            return
         for size in reversed(self.batcher.sizes):
             shape = (size, self.plan.window, self.manifest.feature_dim)
             backend.score_snippets(
@@ -81,12 +89,18 @@ class Deployment:
             next_action_id,
         )
 
+    def leave(self, stream: Stream) -> None:
+        """A stream is over, or another bundle works for it."""
+        self.batcher.withdraw(stream)
+        if self.steps is not None:
+            self.steps.leave(stream)
+
     def take_over(self, stream: Stream) -> bool:
         """Work for a stream from its next window on; returns whether that is a change."""
         before, stream.deployment = stream.deployment, self
         if before is self:
             return False
-        before.batcher.withdraw(stream)
+        before.leave(stream)
         before.inference.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
         if not embeds_alike:

@@ -26,7 +26,9 @@ def stream_bytes(manifest: Manifest, config: EngineConfig) -> int:
     windows that do not fit the bundle.
     """
     no_backend = cast(Backend, None)  # nothing is computed
-    return Stream("footprint", 1, 0, Deployment(manifest, no_backend, config)).buffer_bytes
+    deployment = Deployment(manifest, no_backend, config)
+    own_bytes = Stream("footprint", 1, 0, deployment).buffer_bytes
+    return own_bytes + (0 if deployment.steps is None else deployment.steps.stream_bytes)
 
 
 def derived(deployment: Deployment) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Histogram,
@@ -31,6 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from hrpro.engine.messages import ActionEvent, EventKind, FinalProposal, Publication
+from hrpro.engine.noted import NotedBackend
 from hrpro.engine.wire import ERROR_CODES
 
 if TYPE_CHECKING:
@@ -63,7 +62,11 @@ class Metrics(Collector):
         self._server: Server | None = None
         self._pipeline: Pipeline | None = None
         self._event_kinds: Counter[EventKind] = Counter()
-        self._batch = self._histogram("batch_windows", "Windows in a call of stage 1.", _BATCHES)
+        self._batch = self._histogram(
+            "batch_windows",
+            "Windows, or streams that go on by a step, in a call of stage 1.",
+            _BATCHES,
+        )
         inference = self._histogram(
             "inference_seconds", "Time of a call of a stage of the model.", _WORK_S, "stage"
         )
@@ -104,7 +107,16 @@ class Metrics(Collector):
 
     def timed(self, backend: Backend) -> Backend:
         """The same backend, its calls noted."""
-        return _TimedBackend(backend, self._batch, self._snippet_stage, self._instance_stage)
+        return NotedBackend(backend, self._note_call)
+
+    def _note_call(
+        self, stage: Literal["snippet", "instance"], rows: int, began_s: float, ended_s: float
+    ) -> None:
+        if stage == "instance":
+            self._instance_stage.observe(ended_s - began_s)
+            return
+        self._batch.observe(rows)
+        self._snippet_stage.observe(ended_s - began_s)
 
     def published(self, publication: Publication) -> None:
         """A message has been handed to the events socket."""
@@ -230,31 +242,6 @@ def _streams(pipeline: Pipeline) -> Iterator[Metric]:
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"hrpro_{name}", help_text, value)
-
-
-class _TimedBackend:
-    """A backend whose calls are noted."""
-
-    def __init__(
-        self, inner: Backend, batch: Histogram, snippet_s: Histogram, instance_s: Histogram
-    ) -> None:
-        self._inner = inner
-        self._batch = batch
-        self._snippet_s = snippet_s
-        self._instance_s = instance_s
-
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        self._batch.observe(len(features))
-        with self._snippet_s.time():
-            return self._inner.score_snippets(features, valid)
-
-    def score_instances(
-        self, embedding: NDArray[np.float32], proposals: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        with self._instance_s.time():
-            return self._inner.score_instances(embedding, proposals)
 
 
 class Arrivals:

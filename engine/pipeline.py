@@ -71,7 +71,11 @@ class Pipeline:
         announcements, self._announcements = self._announcements, []
         yield from announcements
         deployment, jobs = self._next_batch()
-        if jobs:
+        if jobs and deployment.steps is not None:
+            self.batches += 1
+            for job, scores, embedding in deployment.steps.score(jobs):
+                yield from self._advance(job.stream, scores, embedding)
+        elif jobs:
             deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
         for deployment in self.deployments.at_work():
             scored = deployment.inference.take()
@@ -195,7 +199,8 @@ class Pipeline:
 
     def _fill_windows(self, jobs: list[Job]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         for row, job in enumerate(jobs):
-            job.stream.read_window(job.stop, self._features[row], self._valid[row])
+            start = job.stop - self.window_snippets
+            job.stream.read_snippets(start, self._features[row], self._valid[row])
         return self._features[: len(jobs)], self._valid[: len(jobs)]
 
     def _advance(self, stream: Stream, scores: Rows, embedding: Rows) -> list[Publication]:
@@ -237,6 +242,7 @@ class Pipeline:
                 del self._closing[stream.stream]
             return published
         del self.streams[stream.stream], self._closing[stream.stream]
+        stream.deployment.leave(stream)
         return [*published, publisher.notice(stream, "ended")]
 
     def _announce(

@@ -12,6 +12,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
+from hrpro.engine.incremental import runs_by_steps
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
@@ -49,6 +50,7 @@ def load_engine_config(
     for fits in (
         lambda: check_fixed_settings(bundle.manifest, config.localization),
         lambda: plan_windows(bundle.manifest, config),
+        lambda: runs_by_steps(bundle.manifest, config),
     ):
         try:
             fits()

@@ -221,12 +221,12 @@ class Stream:
         hop, lookahead = self._plan.hop, self._plan.lookahead
         return (self.known_until - lookahead) // hop * hop
 
-    def read_window(
-        self, stop: int, features: NDArray[np.float32], valid: NDArray[np.bool_]
+    def read_snippets(
+        self, start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> None:
-        """Fill a window's ``features`` (T, D) and ``valid`` (T,) that ends before ``stop``."""
-        start = stop - self._plan.window
-        first, last = max(start, self.first_index), min(stop, self.known_until)
+        """Fill ``features`` (T, D) and ``valid`` (T,) with the snippets from ``start`` on; before
+        the stream, and where nothing is known yet, there is none."""
+        first, last = max(start, self.first_index), min(start + len(valid), self.known_until)
         here = slice(first - start, last - start)
         features[: here.start] = 0
         valid[: here.start] = False

@@ -17,6 +17,8 @@ real one of a stream may hold anything, and are to be ignored.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,7 +113,7 @@ class StepModel(nn.Module):
         return self.model.outputs(self.model.embedding(x)), [*new, x[:, n:]]
 
     def _blocks(self) -> list[ReliabilityAwareBlock]:
-        return list(self.model.blocks)
+        return cast(list[ReliabilityAwareBlock], list(self.model.blocks))
 
 
 def _attend(
@@ -136,14 +138,16 @@ def _attend(
     else:
         query = F.linear(asking, weight[:W], bias[:W])
         key, value = F.linear(rows, weight[W:], bias[W:]).chunk(2, dim=-1)
-    known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
-    query, key, value, *known = (block.split(each) for each in (query, key, value, *known))
+    known_key, known_value = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
+    query, key, value, known_key, known_value = (
+        block.split(each) for each in (query, key, value, known_key, known_value)
+    )
     query = query * query.shape[-1] ** -0.5
     scores = torch.cat([query @ keys.mT, query @ key.mT], dim=-1)  # (B, H, n, capacity + n)
     scores = scores + torch.where(seen, 0.0, -torch.inf)[:, None]
-    scores = torch.cat([scores, query @ known[0].mT], dim=-1).softmax(dim=-1)
+    scores = torch.cat([scores, query @ known_key.mT], dim=-1).softmax(dim=-1)
     capacity, n = keys.shape[2], key.shape[2]
     mixed = scores[..., :capacity] @ values
     mixed = mixed + scores[..., capacity : capacity + n] @ value
-    mixed = mixed + scores[..., capacity + n :] @ known[1]
+    mixed = mixed + scores[..., capacity + n :] @ known_value
     return block.after_attention(asking, mixed.transpose(1, 2).flatten(2)), key, value

@@ -101,6 +101,7 @@ class TinyPipeline(Pipeline):
             embedding_width=1,
             context_snippets=3,
             lookahead_snippets=0,
+            step=None,
         )
         settings = {
             "lookahead_s": 0.64,

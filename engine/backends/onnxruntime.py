@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from hrpro.engine.backends.step import StepSession
 from hrpro.engine.config import EngineConfig, Provider
+from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
 from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
 
 _log = logging.getLogger(__name__)
 
+CPU_PROVIDER = "CPUExecutionProvider"
 _PROVIDERS: dict[Provider, str] = {
-    "cpu": "CPUExecutionProvider",
+    "cpu": CPU_PROVIDER,
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
@@ -43,7 +47,7 @@ class InstanceStage:
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         self._instance = onnxruntime.InferenceSession(
-            bundle.instance_graph, _options(config), [_PROVIDERS["cpu"]]
+            bundle.instance_graph, _options(config), [CPU_PROVIDER]
         )
 
     def score_instances(
@@ -58,21 +62,42 @@ class InstanceStage:
 
 
 class OnnxRuntimeBackend(InstanceStage):
-    """Both graphs of a bundle as ONNX Runtime sessions. Raises ProviderError."""
+    """Both stages of a bundle as ONNX Runtime sessions. Raises ProviderError.
+
+    Stage 1 is the step graph or the snippet graph, as `runs_by_steps` says; both can score windows.
+    """
 
     def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         super().__init__(bundle, config)
+        self._step: StepSession | None = None
+        if runs_by_steps(bundle.manifest, config):
+            self._step = StepSession(bundle, _options(config), [CPU_PROVIDER])
+            self.provider: Provider = "cpu"
+            return
         self._snippet = onnxruntime.InferenceSession(
             bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
         )
         self.provider = _provider_in_use(self._snippet, config)
         self._bound = None if self.provider == "cpu" else BoundSession(self._snippet, "cuda")
 
+    def score_step(
+        self,
+        features: Floats,
+        valid: NDArray[np.bool_],
+        arrival: NDArray[np.int64],
+        state: Sequence[Floats],
+    ) -> Stepped:
+        """See `hrpro.engine.incremental.StepScorer`."""
+        assert self._step is not None, "windows are computed, not steps"
+        return self._step.step(features, valid, arrival, state)
+
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+        if self._step is not None:
+            return self._step.whole(features, valid)
         inputs = {"features": features, "valid": valid}
         if self._bound is not None:
             scores, embedding = self._bound.run(inputs)
@@ -126,6 +151,7 @@ class BoundSession:
 
 
 def _options(config: EngineConfig) -> onnxruntime.SessionOptions:
+    """Threads and their manners, as configured."""
     options = onnxruntime.SessionOptions()
     # The pool would count the machine's cores, not the ones this process may use.
     options.intra_op_num_threads = config.threads or _usable_cores()

@@ -1,0 +1,256 @@
+"""Stage 1 a step at a time: what a stream's past has given is kept in its slot of a pool.
+
+    jobs -> what each stream has not fed yet -> gather slots -> step -> scatter -> rows
+
+A step takes the snippets that came since the last one, and gives the scores that have become final
+by them, see `hrpro.export.step`. A stream whose slot does not stand where its next job begins is
+fed again from its ring, from as far back as scores depend on, with the same outcome: it
+is new, or another bundle has worked for it, or it was silent, or snippets were passed over.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.batcher import Job
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.inference import Backend
+from hrpro.engine.settings import SettingsError
+from hrpro.engine.stream import Stream
+from hrpro.export.bundle import Manifest, StepLayout
+
+Floats = NDArray[np.float32]
+Stepped = tuple[Floats, Floats, list[Floats]]
+
+_NOWHERE = -1
+
+
+class StepScorer(Backend, Protocol):
+    """A backend that can go on from a state."""
+
+    def score_step(
+        self,
+        features: Floats,
+        valid: NDArray[np.bool_],
+        arrival: NDArray[np.int64],
+        state: Sequence[Floats],
+    ) -> Stepped:
+        """The n newest snippets (B, n, D), their flags after those of the past (B, history + n),
+        the arrival index (B,) of the first, and the state -> P (B, n, C) and embedding (B, n, W) of
+        the positions that are final by them, and what is new of the state."""
+        ...
+
+
+def runs_by_steps(manifest: Manifest, config: EngineConfig) -> bool:
+    """Whether stage 1 is computed by steps. Raises SettingsError where it cannot, and should."""
+    obstacle = None
+    if manifest.step is None:
+        obstacle = "a bundle with a step graph (attention within a band, exported by this version)"
+    elif config.backend != "onnxruntime":
+        obstacle = "backend onnxruntime"
+    elif config.provider != "cpu":
+        obstacle = "provider cpu"
+    if obstacle is not None and config.inference == "incremental":
+        raise SettingsError(f"inference incremental: expected {obstacle}")
+    return obstacle is None and config.inference != "window"
+
+
+class StatePool:
+    """The state of streams, a slot each, in arrays that are made once.
+
+    Keys and values are rings: a new row takes the place of the oldest one, and nothing is shifted.
+    Slots side by side are given as they lie, others are copied together.
+    """
+
+    def __init__(self, layout: StepLayout, slots: int, dtype: type[np.floating]) -> None:
+        self._layout = layout
+        # Not written to, hence not resident, before a slot is in use.
+        self._parts = [
+            np.zeros((slots, *shape), dtype=dtype if _is_ring(name) else np.float32)
+            for name, shape in layout.state.items()
+        ]
+        self._flags = np.zeros((slots, layout.history), dtype=np.bool_)
+        self._gathered: list[Floats] = []
+
+    def reset(self, slot: int) -> None:
+        """A stream begins: nothing before it is there. What was kept is masked by that, but for
+        the convolution's rows."""
+        self._flags[slot] = False
+        for name, part in zip(self._layout.state, self._parts, strict=True):
+            if not _is_ring(name):
+                part[slot] = 0
+
+    def flags(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the past snippets of each slot are there, (B, history)."""
+        return self._flags[slots]
+
+    def gather(self, slots: NDArray[np.int64]) -> list[Floats]:
+        """The state (B, ...) of slots in ascending order; to be read only, until the next call."""
+        B, first = len(slots), int(slots[0])
+        if len(self._gathered[0] if self._gathered else ()) < B:
+            self._gathered = [
+                np.empty((B, *part.shape[1:]), dtype=np.float32) for part in self._parts
+            ]
+        side_by_side = int(slots[-1]) - first == B - 1
+        state = []
+        for part, out in zip(self._parts, self._gathered, strict=True):
+            if side_by_side and part.dtype == np.float32:
+                state.append(part[first : first + B])
+            elif part.dtype == np.float32:
+                np.take(part, slots, axis=0, out=out[:B], mode="clip")  # "raise" would copy twice
+                state.append(out[:B])
+            else:
+                out[:B] = part[slots]
+                state.append(out[:B])
+        return state
+
+    def scatter(
+        self,
+        slots: NDArray[np.int64],
+        arrival: NDArray[np.int64],
+        new: Sequence[Floats],
+        flags: NDArray[np.bool_],
+    ) -> None:
+        """Take what a step has made of the n snippets from ``arrival`` (B,) on."""
+        n = flags.shape[1] - self._layout.history
+        kept = min(n, self._layout.capacity)  # of more, the first are the oldest by now
+        at = (arrival[:, None] + np.arange(n - kept, n)) % self._layout.capacity  # (B, kept)
+        for name, part, rows in zip(self._layout.state, self._parts, new, strict=True):
+            if not _is_ring(name):
+                part[slots] = rows
+            elif kept == 1:
+                part[slots, :, at[:, 0]] = rows[:, :, -1]
+            else:
+                part[slots[:, None], :, at] = rows[:, :, n - kept :].transpose(0, 2, 1, 3)
+        self._flags[slots] = flags[:, n:]
+
+
+def _is_ring(name: str) -> bool:
+    return name.startswith(("keys_", "values_"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """What a stream is fed in a step: snippets from ``start`` on, for its ``jobs``."""
+
+    slot: int
+    start: int
+    jobs: list[Job]
+
+
+class Steps:
+    """The streams of one bundle, computed by steps."""
+
+    def __init__(self, manifest: Manifest, scorer: StepScorer, config: EngineConfig) -> None:
+        assert manifest.step is not None
+        self._layout = manifest.step
+        self._scorer = scorer
+        self._context, self._delay = manifest.context_snippets, manifest.lookahead_snippets
+        self._feature_dim = manifest.feature_dim
+        self._max_streams = config.max_streams
+        self._dtype = np.float16 if config.cache_precision == "fp16" else np.float32
+        self._pool: StatePool | None = None  # while a stream has a slot
+        self._slots: dict[Stream, int] = {}
+        self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
+        self._fed = np.full(config.max_streams, _NOWHERE, dtype=np.int64)  # up to this snippet
+        self._features = np.zeros((0, manifest.feature_dim), dtype=np.float32)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of the state of one stream."""
+        size = np.dtype(self._dtype).itemsize
+        return self._layout.history + sum(
+            int(np.prod(shape)) * (size if _is_ring(name) else 4)
+            for name, shape in self._layout.state.items()
+        )
+
+    def warm_up(self, scorer: StepScorer, sizes: Sequence[int], hop: int) -> None:
+        """Compute a step of each size, of streams that go on."""
+        for B in reversed(sizes):
+            state = [np.zeros((B, *shape), np.float32) for shape in self._layout.state.values()]
+            scorer.score_step(
+                np.zeros((B, hop, self._feature_dim), np.float32),
+                np.zeros((B, self._layout.history + hop), np.bool_),
+                np.zeros(B, np.int64),
+                state,
+            )
+
+    def leave(self, stream: Stream) -> None:
+        """A stream is over, or another bundle works for it."""
+        slot = self._slots.pop(stream, None)
+        if slot is None:
+            return
+        heapq.heappush(self._unused, slot)
+        if not self._slots:
+            self._pool = None
+
+    def score(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Floats, Floats]]:
+        """P (n, C) and embedding (n, W) of each job's snippets; those of a stream in order.
+
+        Streams that have as many snippets to feed are computed together.
+        """
+        by_stream: dict[Stream, list[Job]] = {}
+        for job in jobs:
+            by_stream.setdefault(job.stream, []).append(job)
+        together: dict[int, list[_Feed]] = {}
+        for stream, of_stream in by_stream.items():
+            slot = self._slot(stream)
+            start = self._start(stream, slot, of_stream[0].first)
+            n = of_stream[-1].until + self._delay - start
+            together.setdefault(n, []).append(_Feed(slot, start, of_stream))
+        for n, feeds in together.items():
+            feeds.sort(key=lambda feed: feed.slot)
+            scores, embedding = self._step(n, feeds)
+            for row, feed in enumerate(feeds):
+                # The last one fed makes the last but `delay` final.
+                first = feed.start - self._delay
+                for job in feed.jobs:
+                    counted = slice(job.first - first, job.until - first)
+                    yield job, scores[row, counted], embedding[row, counted]
+
+    def _slot(self, stream: Stream) -> int:
+        if stream not in self._slots:
+            if self._pool is None:
+                self._pool = StatePool(self._layout, self._max_streams, self._dtype)
+            self._slots[stream] = slot = heapq.heappop(self._unused)
+            self._fed[slot] = _NOWHERE
+        return self._slots[stream]
+
+    def _start(self, stream: Stream, slot: int, first: int) -> int:
+        """Where to go on feeding, for the scores from ``first`` on."""
+        oldest = max(stream.first_index, first - self._context)
+        fed = int(self._fed[slot])
+        if oldest <= fed <= first + self._delay:
+            return fed
+        assert self._pool is not None
+        self._pool.reset(slot)
+        return oldest
+
+    def _step(self, n: int, feeds: list[_Feed]) -> tuple[Floats, Floats]:
+        B, history, pool = len(feeds), self._layout.history, self._pool
+        assert pool is not None
+        if len(self._features) < B * n:
+            self._features = np.zeros((B * n, self._feature_dim), dtype=np.float32)
+        features = self._features[: B * n].reshape(B, n, -1)
+        slots = np.array([feed.slot for feed in feeds], dtype=np.int64)
+        arrival = np.array([feed.start for feed in feeds], dtype=np.int64)
+        flags = np.empty((B, history + n), dtype=np.bool_)
+        flags[:, :history] = pool.flags(slots)
+        for row, feed in enumerate(feeds):
+            stream = feed.jobs[0].stream
+            stream.read_snippets(feed.start, features[row], flags[row, history:])
+            # What is not known yet counts as missing, at the end and before a silence: what follows
+            # all the same has to be fed in its place.
+            known = feed.start + n <= stream.known_until
+            self._fed[feed.slot] = feed.start + n if known else _NOWHERE
+        scores, embedding, new = self._scorer.score_step(
+            features, flags, arrival, pool.gather(slots)
+        )
+        pool.scatter(slots, arrival, new, flags)
+        return scores, embedding

@@ -1,0 +1,53 @@
+"""A backend whose calls are noted: for metrics, and for benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrpro.engine.incremental import Floats, Stepped, StepScorer
+from hrpro.engine.inference import Backend
+
+# Of which stage, how many windows, streams or proposals, from when to when (monotonic seconds).
+Note = Callable[[Literal["snippet", "instance"], int, float, float], None]
+
+
+class NotedBackend:
+    """The same backend; ``note`` is called behind each call, in its thread."""
+
+    def __init__(self, inner: Backend, note: Note) -> None:
+        self._inner = inner
+        self._note = note
+
+    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """See `hrpro.engine.inference.Backend`."""
+        began_s = time.monotonic()
+        outputs = self._inner.score_snippets(features, valid)
+        self._note("snippet", len(features), began_s, time.monotonic())
+        return outputs
+
+    def score_step(
+        self,
+        features: Floats,
+        valid: NDArray[np.bool_],
+        arrival: NDArray[np.int64],
+        state: Sequence[Floats],
+    ) -> Stepped:
+        """See `hrpro.engine.incremental.StepScorer`; for one that has it."""
+        began_s = time.monotonic()
+        outputs = cast(StepScorer, self._inner).score_step(features, valid, arrival, state)
+        self._note("snippet", len(features), began_s, time.monotonic())
+        return outputs
+
+    def score_instances(
+        self, embedding: Floats, proposals: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        """See `hrpro.engine.refine.InstanceScorer`."""
+        began_s = time.monotonic()
+        outputs = self._inner.score_instances(embedding, proposals)
+        self._note("instance", len(proposals), began_s, time.monotonic())
+        return outputs
