@@ -159,6 +159,7 @@ class Steps:
         self._slots: dict[Stream, int] = {}
         self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
         self._fed = np.full(config.max_streams, _NOWHERE, dtype=np.int64)  # up to this snippet
+        self._known = np.zeros(config.max_streams, dtype=np.int64)  # up to this one, at that time
         self._features = np.zeros((0, manifest.feature_dim), dtype=np.float32)
 
     @property
@@ -190,10 +191,10 @@ class Steps:
         if not self._slots:
             self._pool = None
 
-    def score(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Floats, Floats]]:
+    def score(self, jobs: Sequence[Job]) -> Iterator[list[tuple[Job, Floats, Floats]]]:
         """P (n, C) and embedding (n, W) of each job's snippets; those of a stream in order.
 
-        Streams that have as many snippets to feed are computed together.
+        Streams that have as many snippets to feed are computed together, in one call.
         """
         by_stream: dict[Stream, list[Job]] = {}
         for job in jobs:
@@ -207,12 +208,13 @@ class Steps:
         for n, feeds in together.items():
             feeds.sort(key=lambda feed: feed.slot)
             scores, embedding = self._step(n, feeds)
+            scored = []
             for row, feed in enumerate(feeds):
-                # The last one fed makes the last but `delay` final.
-                first = feed.start - self._delay
+                first = feed.start - self._delay  # the position of the first scores
                 for job in feed.jobs:
                     counted = slice(job.first - first, job.until - first)
-                    yield job, scores[row, counted], embedding[row, counted]
+                    scored.append((job, scores[row, counted], embedding[row, counted]))
+            yield scored
 
     def _slot(self, stream: Stream) -> int:
         if stream not in self._slots:
@@ -225,8 +227,10 @@ class Steps:
     def _start(self, stream: Stream, slot: int, first: int) -> int:
         """Where to go on feeding, for the scores from ``first`` on."""
         oldest = max(stream.first_index, first - self._context)
-        fed = int(self._fed[slot])
-        if oldest <= fed <= first + self._delay:
+        fed, known = int(self._fed[slot]), int(self._known[slot])
+        # What was not known yet was fed as missing, at the end or before a silence.
+        is_true = fed <= known or known == stream.known_until
+        if is_true and oldest <= fed <= first + self._delay:
             return fed
         assert self._pool is not None
         self._pool.reset(slot)
@@ -245,10 +249,8 @@ class Steps:
         for row, feed in enumerate(feeds):
             stream = feed.jobs[0].stream
             stream.read_snippets(feed.start, features[row], flags[row, history:])
-            # What is not known yet counts as missing, at the end and before a silence: what follows
-            # all the same has to be fed in its place.
-            known = feed.start + n <= stream.known_until
-            self._fed[feed.slot] = feed.start + n if known else _NOWHERE
+            self._fed[feed.slot] = feed.start + n
+            self._known[feed.slot] = stream.known_until
         scores, embedding, new = self._scorer.score_step(
             features, flags, arrival, pool.gather(slots)
         )

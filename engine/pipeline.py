@@ -72,9 +72,10 @@ class Pipeline:
         yield from announcements
         deployment, jobs = self._next_batch()
         if jobs and deployment.steps is not None:
-            self.batches += 1
-            for job, scores, embedding in deployment.steps.score(jobs):
-                yield from self._advance(job.stream, scores, embedding)
+            for stepped in deployment.steps.score(jobs):
+                self.batches += 1
+                for job, scores, embedding in stepped:
+                    yield from self._advance(job.stream, scores, embedding)
         elif jobs:
             deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
         for deployment in self.deployments.at_work():

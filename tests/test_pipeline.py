@@ -106,7 +106,7 @@ def test_strict_is_the_least_lookahead_by_name(
         for config in (named, in_seconds)
     )
     assert one.pipeline.lookahead_s == pytest.approx(least * SNIPPET_S)
-    assert one.finish(chunk=5) == other.finish()
+    assert_same(one.finish(chunk=5), other.finish())
     assert finals(one.published)
 
 

@@ -1,0 +1,247 @@
+"""By steps or by windows: the same publications, whatever comes of the streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from driving import Drive, assert_same, engine_config, of_stream
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from other_bundles import reweighted_bundle
+from tiny_model import DIM, PAST, tiny_recording
+
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.deployment import Deployment
+from hrpro.engine.incremental import StatePool, runs_by_steps
+from hrpro.engine.messages import Publication
+from hrpro.engine.settings import SettingsError
+from hrpro.export.bundle import Bundle, StepLayout
+
+few = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+NAMES = ("a", "b", "c")
+LENGTH = 60
+
+# What happens to a stream: (name, what, how many snippets)
+happening = st.tuples(
+    st.sampled_from(NAMES),
+    st.sampled_from(["send", "send", "send", "step", "lose", "rest", "deploy"]),
+    st.integers(1, 12),
+)
+
+
+@pytest.fixture(scope="session")
+def other(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return reweighted_bundle(bundle.folder, tmp_path_factory.mktemp("other") / "bundle", seed=3)
+
+
+@pytest.fixture(scope="session")
+def backends(bundle: Bundle, other: Bundle) -> dict[tuple[str, str], OnnxRuntimeBackend]:
+    """By bundle and how they compute."""
+    return {
+        (each.manifest.bundle_id, how): OnnxRuntimeBackend(each, config(each, how))
+        for each in (bundle, other)
+        for how in ("window", "incremental")
+    }
+
+
+def config(bundle: Bundle, inference: str, **changes: object) -> EngineConfig:
+    return engine_config(bundle.manifest, lookahead_s="strict").model_copy(
+        update={"inference": inference, **changes}
+    )
+
+
+def published(
+    bundles: tuple[Bundle, Bundle],
+    backends: dict[tuple[str, str], OnnxRuntimeBackend],
+    inference: str,
+    happenings: list[tuple[str, str, int]],
+    **changes: object,
+) -> list[Publication]:
+    """What comes of three streams to which these things happen, one after the other."""
+    deployments = [
+        Deployment(
+            each.manifest,
+            backends[each.manifest.bundle_id, inference],
+            config(each, inference, **changes),
+        )
+        for each in bundles
+    ]
+    recordings = {name: tiny_recording(LENGTH, seed) for seed, name in enumerate(NAMES)}
+    first = deployments[0]
+    drive = Drive(first.manifest, first.backend, first.config, recordings, first_index=5)
+    at_work = 0
+    for name, what, count in happenings:
+        stream = drive.pipeline.streams[name]
+        if what == "send":
+            drive.send(name, count)
+        elif what == "step":
+            drive.settle()
+        elif what == "lose" and stream.next_index + count <= 5 + LENGTH:
+            drive.pipeline.give_up(name, stream.next_index + count)
+        elif what == "rest":
+            drive.settle()
+            drive.pipeline.rest(name)
+            drive.settle()
+        elif what == "deploy":
+            drive.settle()
+            at_work = 1 - at_work
+            drive.pipeline.deploy(deployments[at_work])
+    return drive.finish(chunk=9)
+
+
+@few
+@given(happenings=st.lists(happening, max_size=30), hop=st.sampled_from([1, 3]))
+def test_steps_publish_what_windows_publish(
+    bundle: Bundle,
+    other: Bundle,
+    backends: dict[tuple[str, str], OnnxRuntimeBackend],
+    happenings: list[tuple[str, str, int]],
+    hop: int,
+) -> None:
+    window = bundle.manifest.window.model_copy(update={"hop_snippets": hop})
+    by_windows, by_steps = (
+        published((bundle, other), backends, how, happenings, window=window)
+        for how in ("window", "incremental")
+    )
+    for name in NAMES:
+        assert_same(of_stream(by_steps, name), of_stream(by_windows, name))
+
+
+def test_a_stream_is_fed_once(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    """Each snippet once, and one more time what scores depend on where something came between."""
+    drive = Drive(
+        bundle.manifest, backend, engine_config(bundle.manifest), {"x": tiny_recording(40)}
+    )
+    fed: list[int] = []
+    scorer = drive.pipeline.deployments.current.steps
+    assert scorer is not None
+    score_step = backend.score_step
+
+    class Counting:
+        def score_step(self, features: np.ndarray, *rest: object) -> object:
+            fed.append(features.shape[1])
+            return score_step(features, *rest)  # type: ignore[arg-type]
+
+    scorer._scorer = Counting()  # type: ignore[assignment]
+    context, delay = bundle.manifest.context_snippets, bundle.manifest.lookahead_snippets
+    for _ in range(20):
+        drive.send("x", 1)
+        drive.settle()
+    assert fed == [1 + delay] + [1] * (20 - delay - 1)
+    fed.clear()
+    drive.pipeline.rest("x")
+    drive.settle()
+    assert sum(fed) == delay  # as if it ended: what is behind counts as missing
+    fed.clear()
+    drive.send("x", 1 + delay)
+    drive.settle()
+    assert sum(fed) == context + 1 + delay  # what was fed as missing is there now
+
+
+def test_slots_are_used_again(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    """A stream that follows another one in its slot knows nothing of it."""
+    settings_ = engine_config(bundle.manifest, max_streams=1)
+    features = tiny_recording(30, seed=4)
+    fresh = Drive(bundle.manifest, backend, settings_, {"x": features}).finish()
+    drive = Drive(bundle.manifest, backend, settings_, {"w": 100 * tiny_recording(30, seed=8)})
+    drive.finish()
+    again = Drive(bundle.manifest, backend, settings_, {"x": features})
+    again.pipeline.deployments.current.steps = drive.pipeline.deployments.current.steps
+    assert_same(again.finish(), fresh)
+
+
+def test_more_streams_than_slots_are_refused_before(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    drive = Drive(
+        bundle.manifest,
+        backend,
+        engine_config(bundle.manifest, max_streams=2),
+        {name: tiny_recording(20) for name in "ab"},
+    )
+    assert len(drive.finish()) > 4
+
+
+# --- the pool ------------------------------------------------------------------------------------
+
+LAYOUT = StepLayout(
+    history=4, capacity=3, state={"keys_0": (1, 3, 2), "values_0": (1, 3, 2), "tail": (2, 2)}
+)
+
+
+def rows(*values: float) -> np.ndarray:
+    """New keys (1, 1, n, 2) of one stream."""
+    return np.repeat(np.array(values, np.float32)[None, None, :, None], 2, axis=3)
+
+
+def scattered(pool: StatePool, slot: int, arrival: int, new: np.ndarray) -> None:
+    n = new.shape[2]
+    tail = np.full((1, 2, 2), new[0, 0, -1, 0])
+    flags = np.ones((1, 4 + n), np.bool_)
+    pool.scatter(np.array([slot]), np.array([arrival]), [new, -new, tail], flags)
+
+
+def test_the_oldest_row_is_overwritten_in_place() -> None:
+    pool = StatePool(LAYOUT, 4, np.float32)
+    scattered(pool, 1, 10, rows(10, 11))  # 10 % 3 = 1
+    scattered(pool, 1, 12, rows(12))
+    scattered(pool, 1, 13, rows(13))  # in the place of 10
+    keys, values, tail = pool.gather(np.array([1]))
+    assert keys[0, 0, :, 0].tolist() == [12, 13, 11]
+    np.testing.assert_array_equal(values, -keys)
+    assert tail[0, :, 0].tolist() == [13, 13]
+    scattered(pool, 1, 14, rows(14, 15, 16, 17, 18))  # of more than it holds, the newest
+    assert pool.gather(np.array([1]))[0][0, 0, :, 0].tolist() == [18, 16, 17]
+
+
+def test_slots_side_by_side_are_not_copied() -> None:
+    pool = StatePool(LAYOUT, 4, np.float32)
+    for slot in range(4):
+        scattered(pool, slot, 0, rows(slot + 1))
+    beside, apart = (pool.gather(np.array(slots)) for slots in ([1, 2], [0, 3]))
+    assert beside[0][:, 0, 0, 0].tolist() == [2, 3]
+    assert apart[0][:, 0, 0, 0].tolist() == [1, 4]
+    assert np.shares_memory(beside[0], pool._parts[0])
+    assert not np.shares_memory(apart[0], pool._parts[0])
+
+
+def test_half_precision_keeps_eleven_bits() -> None:
+    pool = StatePool(LAYOUT, 2, np.float16)
+    scattered(pool, 0, 0, rows(1 + 2**-10))
+    scattered(pool, 1, 0, rows(1 + 2**-12))
+    keys = pool.gather(np.array([0, 1]))[0]
+    assert keys.dtype == np.float32
+    assert keys[:, 0, 0, 0].tolist() == [1 + 2**-10, 1]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_what_is_computed_how(bundle: Bundle, tmp_path: Path) -> None:
+    manifest = bundle.manifest
+    assert runs_by_steps(manifest, EngineConfig())
+    assert not runs_by_steps(manifest, EngineConfig(inference="window"))
+    assert not runs_by_steps(manifest, EngineConfig(backend="triton"))
+    assert not runs_by_steps(manifest, EngineConfig(provider="cuda"))
+    without = manifest.model_copy(update={"step": None})
+    assert not runs_by_steps(without, EngineConfig())
+    for refused, expected in (
+        ((without, EngineConfig(inference="incremental")), "a bundle with a step graph"),
+        ((manifest, EngineConfig(inference="incremental", backend="triton")), "backend onnx"),
+        ((manifest, EngineConfig(inference="incremental", provider="cuda")), "provider cpu"),
+    ):
+        with pytest.raises(SettingsError, match=f"inference incremental: expected {expected}"):
+            runs_by_steps(*refused)
+
+
+def test_the_state_is_told(bundle: Bundle) -> None:
+    layout = bundle.manifest.step
+    assert layout is not None
+    assert layout.capacity == PAST + 1
+    assert layout.state["keys_0"] == (2, PAST + 1, DIM // 2)
+    assert layout.state["tail"] == (2, DIM)
