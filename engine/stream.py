@@ -226,11 +226,13 @@ class Stream:
     ) -> None:
         """Fill ``features`` (T, D) and ``valid`` (T,) with the snippets from ``start`` on; before
         the stream, and where nothing is known yet, there is none."""
-        first, last = max(start, self.first_index), min(start + len(valid), self.known_until)
+        last = max(start, min(start + len(valid), self.known_until))
+        first = min(max(start, self.first_index), last)
         here = slice(first - start, last - start)
         features[: here.start] = 0
         valid[: here.start] = False
-        self._snippets.read(first, last, features[here], valid[here])
+        if first < last:
+            self._snippets.read(first, last, features[here], valid[here])
         features[here.stop :] = 0
         valid[here.stop :] = False
 

@@ -77,10 +77,15 @@ def export_bundle(
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
         export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
-        step = _export_step(model, folder / STEP_GRAPH)
-        verified = verify_graphs(model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness)
-        content = _content(description, model, exactness) | {"step": step}
-        content |= {"figures": dict(figures), "verified": verified}
+        content = _content(description, model, exactness) | {"figures": dict(figures)}
+        step_graph = None
+        if exactness.exact:
+            step, step_graph = StepModel(model.snippet), folder / STEP_GRAPH
+            export_step_graph(step, step_graph)
+            content["step"] = step.layout().model_dump()
+        content["verified"] = verify_graphs(
+            model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness, step_graph
+        )
         bundle = Bundle(folder, write_manifest(folder, content))
         if precision != "fp32":
             bundle, compared = _in_precision(bundle, precision, comparison)
@@ -90,17 +95,6 @@ def export_bundle(
         write_golden(folder / GOLDEN, OnnxRuntimeBackend(bundle), windows)
         write_manifest(folder, content)
     return read_bundle(target)
-
-
-def _export_step(model: TrainedModel, path: Path) -> dict[str, Any] | None:
-    """Write step.onnx and describe it, if the attention has a band."""
-    if model.snippet.config.attention_past is None:
-        return None
-    step = StepModel(model.snippet)
-    export_step_graph(step, path)
-    shapes = [tuple(each.shape[1:]) for each in step.empty_state(1)]
-    state = dict(zip(step.state_names(), shapes, strict=True))
-    return {"history": step.history, "capacity": step.capacity, "state": state}
 
 
 def _content(
@@ -129,6 +123,7 @@ def _content(
         "figures": {},
         "verified": {},
         "window_flops": _window_flops(model, length),
+        "step": None,
         "tolerances": {},
         "compared": {},
         "versions": {

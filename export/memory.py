@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.numpy_helper
+from numpy.typing import NDArray
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.export.bundle import (
     GOLDEN,
     INSTANCE_GRAPH,
-    SNIPPET_GRAPH,
     Bundle,
     BundleError,
     Manifest,
@@ -43,13 +43,12 @@ def replace_prototypes(folder: Path, run: Path) -> tuple[Manifest, float]:
             f"{manifest.feature_dim} of the bundle, got {len(description.classes)} classes and "
             f"D = {description.feature_dim}"
         )
-    graph = onnx.load(bundle.snippet_graph)
-    (initializer,) = (each for each in graph.graph.initializer if each.name == PROTOTYPES)
-    old = onnx.numpy_helper.to_array(initializer)
-    new = model.snippet.prototypes.numpy().astype(old.dtype)
-    initializer.CopyFrom(onnx.numpy_helper.from_array(new, PROTOTYPES))
+    prototypes = model.snippet.prototypes.numpy()
     with replaced_folder(folder) as temporary:
-        onnx.save(graph, temporary / SNIPPET_GRAPH)
+        change = 0.0
+        for graph in (bundle.snippet_graph, bundle.step_graph):
+            if graph is not None:
+                change = _with_prototypes(graph, prototypes, temporary / graph.name)
         shutil.copyfile(bundle.instance_graph, temporary / INSTANCE_GRAPH)
         written = Bundle(temporary, manifest)
         if bundle.golden is not None:
@@ -58,4 +57,15 @@ def replace_prototypes(folder: Path, run: Path) -> tuple[Manifest, float]:
             write_golden(temporary / GOLDEN, OnnxRuntimeBackend(written), features)
         content = manifest.model_dump(mode="json") | {"figures": {}, "compared": {}}
         written = Bundle(temporary, write_manifest(temporary, content))
-    return written.manifest, float(np.abs(new.astype(np.float64) - old).max())
+    return written.manifest, change
+
+
+def _with_prototypes(graph: Path, prototypes: NDArray[np.float32], out: Path) -> float:
+    """Write a graph with another memory; returns the largest change of a value."""
+    model = onnx.load(graph)
+    (initializer,) = (each for each in model.graph.initializer if each.name == PROTOTYPES)
+    old = onnx.numpy_helper.to_array(initializer)
+    new = prototypes.astype(old.dtype)
+    initializer.CopyFrom(onnx.numpy_helper.from_array(new, PROTOTYPES))
+    onnx.save(model, out)
+    return float(np.abs(new.astype(np.float64) - old).max())

@@ -12,7 +12,8 @@ values, in any order: there is no positional encoding. The row with arrival inde
 u % `capacity`, so the host overwrites the oldest row in place, and nothing is shifted.
 
 Streams do not see each other, and what is final depends on no later snippet: rows behind the last
-real one of a stream may hold anything, and are to be ignored.
+real one of a stream may hold anything, and what comes of them is to be ignored. (What waits and the
+tail are those of the last n rows: only a stream that has ended can have fewer real ones.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hrpro.export.bundle import StepLayout
 from hrpro.training.attention import ReliabilityAwareBlock
 from hrpro.training.model import EMBEDDING_KERNEL, SnippetModel, SnippetOutput
 
@@ -71,6 +73,12 @@ class StepModel(nn.Module):
             names += [f"waiting_{n}"] if self.future else []
         return [*names, "tail"]
 
+    def layout(self) -> StepLayout:
+        """Of the state of one stream, for the manifest."""
+        shapes = [tuple(each.shape[1:]) for each in self.empty_state(1)]
+        state = dict(zip(self.state_names(), shapes, strict=True))
+        return StepLayout(history=self.history, capacity=self.capacity, state=state)
+
     def forward(
         self,
         features: Tensor,
@@ -113,7 +121,7 @@ class StepModel(nn.Module):
         return self.model.outputs(self.model.embedding(x)), [*new, x[:, n:]]
 
     def _blocks(self) -> list[ReliabilityAwareBlock]:
-        return cast(list[ReliabilityAwareBlock], list(self.model.blocks))
+        return cast("list[ReliabilityAwareBlock]", list(self.model.blocks))
 
 
 def _attend(
@@ -138,10 +146,9 @@ def _attend(
     else:
         query = F.linear(asking, weight[:W], bias[:W])
         key, value = F.linear(rows, weight[W:], bias[W:]).chunk(2, dim=-1)
-    known_key, known_value = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
-    query, key, value, known_key, known_value = (
-        block.split(each) for each in (query, key, value, known_key, known_value)
-    )
+    known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
+    known_key, known_value = (block.split(each) for each in known)
+    query, key, value = (block.split(each) for each in (query, key, value))
     query = query * query.shape[-1] ** -0.5
     scores = torch.cat([query @ keys.mT, query @ key.mT], dim=-1)  # (B, H, n, capacity + n)
     scores = scores + torch.where(seen, 0.0, -torch.inf)[:, None]

@@ -10,7 +10,7 @@ has no band); and proposals of several counts, none among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from hrpro.engine.wire import HrproError
+from hrpro.export.bundle import Bundle, StepLayout
+from hrpro.export.graphs import SNIPPET_OUTPUTS
+from hrpro.export.step import StepModel
+from hrpro.export.steps import Floats, Step, onnx_step, run_steps
 from hrpro.training.train import TrainedModel
 
 # Largest absolute difference. P, S, A and completeness are in [0, 1], borders in snippets.
@@ -37,9 +41,7 @@ _LEVELS = (
 )
 _LEVEL_LENGTH = 40
 
-_OUTPUTS = ("scores", "cas", "attention", "embedding")
-
-Floats = NDArray[np.float32]
+_OF_SNIPPETS = ("scores", "embedding")
 
 # Windows (B, T, D), validity (B, T) -> the outputs, one window after the other: (B * T, ...).
 Scorer = Callable[[Floats, NDArray[np.bool_]], list[Floats]]
@@ -59,7 +61,11 @@ class Exactness:
 
 
 def verify_graphs(
-    model: TrainedModel, snippet_graph: Path, instance_graph: Path, exactness: Exactness
+    model: TrainedModel,
+    snippet_graph: Path,
+    instance_graph: Path,
+    exactness: Exactness,
+    step_graph: Path | None = None,
 ) -> dict[str, float]:
     """Largest difference by name. Raises ExportError if one exceeds its tolerance."""
     in_onnx = _onnx_scorer(_session(snippet_graph))
@@ -82,7 +88,55 @@ def verify_graphs(
         _refuse_differences(worst)  # stage 2 has no answer to NaN
         _compare_instances(worst, model, instance, expected[-1], random)
     _refuse_differences(worst)
+    if step_graph is not None:
+        _verify_steps(worst, model, step_graph, exactness.lookahead, random)
     return worst
+
+
+def _verify_steps(
+    worst: dict[str, float],
+    model: TrainedModel,
+    graph: Path,
+    delay: int,
+    random: np.random.Generator,
+) -> None:
+    layout = StepModel(model.snippet).layout()
+    for level in _LEVELS:
+        lengths = _LENGTHS if level == _LEVELS[-1] else (_LEVEL_LENGTH,)
+        features = [_random_features(model, length, random) for length in lengths]
+        step = onnx_step(_session(graph, level), layout)
+        by_steps = compare_steps(step, layout, delay, features, _torch_scorer(model))
+        _refuse_differences(by_steps, "step.onnx: ")
+        for name, difference in by_steps.items():
+            worst[name] = max(worst[name], difference)
+
+
+def compare_graphs(bundle: Bundle, recordings: Sequence[Floats]) -> dict[str, float]:
+    """Largest difference by name between a bundle's step graph, if any, and its snippet graph."""
+    layout, graph = bundle.manifest.step, bundle.step_graph
+    if layout is None or graph is None:
+        return {}
+    step, whole = onnx_step(_session(graph), layout), _onnx_scorer(_session(bundle.snippet_graph))
+    return compare_steps(step, layout, bundle.manifest.lookahead_snippets, recordings, whole)
+
+
+def compare_steps(
+    step: Step, layout: StepLayout, delay: int, recordings: Sequence[Floats], whole: Scorer
+) -> dict[str, float]:
+    """Largest difference by name between recordings (T, D), with gaps, by steps and as a whole."""
+    random = np.random.default_rng(0)
+    parts = [(each, _gaps(len(each), random)) for each in recordings]
+    worst = dict.fromkeys(_OF_SNIPPETS, 0.0)
+    found = run_steps(step, layout, delay, parts, random)
+    for got, (features, valid) in zip(found, parts, strict=True):
+        _note_snippets(worst, got, whole(features[None], valid[None]))
+    return worst
+
+
+def _gaps(length: int, random: np.random.Generator) -> NDArray[np.bool_]:
+    """Validity (T,) of a recording of which a fifth is lost, three snippets or more at a time."""
+    there: NDArray[np.bool_] = np.repeat(random.random(-(-length // 3)) < 0.8, 3)[:length]
+    return there
 
 
 def _session(graph: Path, level: Any = None) -> onnxruntime.InferenceSession:
@@ -112,12 +166,13 @@ def _compare_levels(
         _compare_instances(worst, model, _session(instance_graph, level), expected[-1], random)
 
 
-def _refuse_differences(worst: dict[str, float]) -> None:
-    for name, tolerance in TOLERANCES.items():
+def _refuse_differences(worst: dict[str, float], where: str = "") -> None:
+    for name, difference in worst.items():
+        tolerance = TOLERANCES[name]
         # A comparison with NaN is false, and NaN must not pass.
-        if not worst[name] <= tolerance:
+        if not difference <= tolerance:
             raise ExportError(
-                f"{name}: ONNX Runtime differs from torch by {worst[name]:.3g}, "
+                f"{where}{name}: ONNX Runtime differs from torch by {difference:.3g}, "
                 f"expected at most {tolerance:g}"
             )
 
@@ -138,7 +193,7 @@ def golden_features(model: TrainedModel, length: int) -> Floats:
 
 def _onnx_scorer(session: onnxruntime.InferenceSession) -> Scorer:
     def score(features: Floats, valid: NDArray[np.bool_]) -> list[Floats]:
-        outputs = session.run(list(_OUTPUTS), {"features": features, "valid": valid})
+        outputs = session.run(list(SNIPPET_OUTPUTS), {"features": features, "valid": valid})
         return [np.concatenate(list(each)) for each in outputs]
 
     return score
@@ -208,7 +263,7 @@ def _compare_instances(
 
 
 def _note_snippets(worst: dict[str, float], got: list[Floats], expected: list[Floats]) -> None:
-    for name, left, right in zip(_OUTPUTS, got, expected, strict=True):
+    for name, left, right in zip(SNIPPET_OUTPUTS, got, expected, strict=True):
         _note(worst, "embedding" if name == "embedding" else "scores", left, right)
 
 

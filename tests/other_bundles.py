@@ -18,6 +18,7 @@ from hrpro.export.bundle import (
     INSTANCE_GRAPH,
     MANIFEST,
     SNIPPET_GRAPH,
+    STEP_GRAPH,
     Bundle,
     change_settings,
     read_bundle,
@@ -43,13 +44,13 @@ def changed_bundle(source: Path, target: Path, *assignments: str) -> Bundle:
 def reweighted_bundle(source: Path, target: Path, seed: int) -> Bundle:
     """Other weights in both stages."""
     shutil.copytree(source, target)
-    random = np.random.default_rng(seed)
-    for name in (SNIPPET_GRAPH, INSTANCE_GRAPH):
+    for name in (SNIPPET_GRAPH, STEP_GRAPH, INSTANCE_GRAPH):
         model = onnx.load(target / name)
         for each in model.graph.initializer:
             array = numpy_helper.to_array(each)
             if array.dtype == np.float32 and array.ndim == 2:
-                noise = random.standard_normal(array.shape) * array.std() * 0.5
+                # By value: step.onnx has parts of the weights of snippet.onnx.
+                noise = 0.7 * array * np.sin(1e4 * array.astype(np.float64) + seed)
                 changed = (array + noise).astype(np.float32)
                 each.CopyFrom(numpy_helper.from_array(changed, each.name))
         onnx.save(model, target / name)
@@ -60,11 +61,13 @@ def widened_bundle(source: Path, target: Path) -> Bundle:
     """The same model with each feature of its embedding twice, of which stage 2 reads one."""
     shutil.copytree(source, target)
     width = 2 * read_bundle(source).manifest.embedding_width
-    snippet = onnx.load(target / SNIPPET_GRAPH)
-    _rename(snippet.graph, "embedding", "once")
-    snippet.graph.node.append(helper.make_node("Concat", ["once", "once"], ["embedding"], axis=-1))
-    _set_width(snippet.graph.output, "embedding", width)
-    onnx.save(snippet, target / SNIPPET_GRAPH)
+    for name in (SNIPPET_GRAPH, STEP_GRAPH):
+        model = onnx.load(target / name)
+        _rename(model.graph, "embedding", "once")
+        twice = helper.make_node("Concat", ["once", "once"], ["embedding"], axis=-1)
+        model.graph.node.append(twice)
+        _set_width(model.graph.output, "embedding", width)
+        onnx.save(model, target / name)
     instance = onnx.load(target / INSTANCE_GRAPH)
     _rename(instance.graph, "features", "once")
     bounds = {"first": 0, "stop": width // 2, "axis": 1}

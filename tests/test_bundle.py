@@ -30,7 +30,7 @@ from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
 from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.precision import GOLDEN_TOLERANCES
-from hrpro.export.verify import ExportError
+from hrpro.export.verify import ExportError, compare_graphs
 from hrpro.training.run import begin_run, finish_run, write_weights
 
 pytest_plugins = ("cli_fixtures",)
@@ -304,6 +304,7 @@ def test_the_memory_is_refreshed_without_a_new_graph(
     assert [node.op_type for node in graphs[0].node] == [node.op_type for node in graphs[1].node]
     backend = OnnxRuntimeBackend(refreshed, EngineConfig(threads=1))
     check_golden(refreshed, backend)
+    assert compare_graphs(refreshed, [tiny_recording(40)])["scores"] < 1e-5
     features, valid = tiny_recording(20)[None], np.ones((1, 20), np.bool_)
     before = OnnxRuntimeBackend(bundle, EngineConfig(threads=1)).score_snippets(features, valid)[0]
     assert np.abs(before - backend.score_snippets(features, valid)[0]).max() > 1e-3

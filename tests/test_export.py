@@ -77,6 +77,7 @@ def test_a_bundle_says_what_it_is(bundle: Bundle) -> None:
         "golden.npz",
         "instance.onnx",
         "snippet.onnx",
+        "step.onnx",
     ]
 
 
@@ -163,7 +164,8 @@ def test_exact_positions(settings: dict[str, Any], expected: Exactness) -> None:
 
 
 def test_untouched_graphs_pass(bundle: Bundle, model: TrainedModel) -> None:
-    worst = verify_graphs(model, bundle.snippet_graph, bundle.instance_graph, EXACT)
+    graphs = bundle.snippet_graph, bundle.instance_graph
+    worst = verify_graphs(model, *graphs, EXACT, bundle.step_graph)
     assert worst.keys() == TOLERANCES.keys()
     assert worst["scores"] < 1e-5
 

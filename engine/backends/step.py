@@ -23,6 +23,8 @@ class StepSession:
         self._layout = layout
         self._delay = bundle.manifest.lookahead_snippets
         self._session = onnxruntime.InferenceSession(graph, options, providers)
+        # A model without attention has no rings, and its graph no use for an arrival.
+        self._has_arrival = any(each.name == "arrival" for each in self._session.get_inputs())
         self._outputs = ["scores", "embedding", *(f"new_{name}" for name in layout.state)]
 
     def step(
@@ -35,6 +37,8 @@ class StepSession:
         """See `hrpro.engine.incremental.StepScorer`."""
         inputs = {"features": features, "valid": valid, "arrival": arrival}
         inputs |= dict(zip(self._layout.state, state, strict=True))
+        if not self._has_arrival:
+            del inputs["arrival"]
         scores, embedding, *new = self._session.run(self._outputs, inputs)
         return scores, embedding, new
 
