@@ -190,7 +190,9 @@ class _Cameras:
         cpu_s = time.process_time() - cpu_s
         over_s = time.monotonic() - self._clock.snippet_s - late_s
         latency_ms = 1000 * np.array(self._latency_s)
-        percentiles = np.percentile(latency_ms, [50, 99, 100]) if len(latency_ms) else [math.inf] * 3
+        percentiles = (
+            np.percentile(latency_ms, [50, 99, 100]) if len(latency_ms) else [math.inf] * 3
+        )
         return Live(
             streams,
             seconds,

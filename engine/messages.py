@@ -6,6 +6,7 @@ that exists is a valid one. `hrpro.engine.protocol` turns messages into frames a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -35,11 +36,19 @@ class Message:
     TYPE: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = wire.checked(
-                f"{self.TYPE}.{each.name}", each.metadata["check"], getattr(self, each.name)
-            )
-            object.__setattr__(self, each.name, value)
+        for name, where, check in checks(type(self)):
+            given = getattr(self, name)
+            value = wire.checked(where, check, given)
+            if value is not given:
+                object.__setattr__(self, name, value)
+
+
+@functools.cache
+def checks(kind: type[Message]) -> tuple[tuple[str, str, wire.Check], ...]:
+    """Of each field of a message its name, what errors call it, and its check."""
+    return tuple(
+        (each.name, f"{kind.TYPE}.{each.name}", each.metadata["check"]) for each in fields(kind)
+    )
 
 
 # ---- feed: feeder -> engine --------------------------------------------------------------------

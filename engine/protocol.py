@@ -12,6 +12,7 @@ socket and lets only those messages pass that belong there:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -129,7 +130,7 @@ _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, Deplo
 def encode(message: Message) -> list[bytes]:
     """The frames of a message; publications begin with their topic."""
     header: dict[str, object] = {"v": VERSION, "type": message.TYPE}
-    header |= {each.name: getattr(message, each.name) for each in fields(message)}
+    header |= {name: getattr(message, name) for name, _ in _fields(type(message))}
     if isinstance(message, Chunk):
         del header["features"]
         header |= {"dtype": "float32", "shape": message.features.shape}
@@ -225,11 +226,17 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
     if kind is Chunk:
         header["features"] = _features(header, frames[1])
     values = {
-        each.name: _required(header, each.name, name)
-        for each in fields(kind)
-        if each.name in header or each.default is MISSING
+        field_name: _required(header, field_name, name)
+        for field_name, is_required in _fields(kind)
+        if field_name in header or is_required
     }
     return kind(**values)
+
+
+@functools.cache
+def _fields(kind: type[Message]) -> tuple[tuple[str, bool], ...]:
+    """The fields of a message, and whether each has to be there."""
+    return tuple((each.name, each.default is MISSING) for each in fields(kind))
 
 
 def _required(header: dict[str, Any], field_name: str, message_name: str) -> Any:

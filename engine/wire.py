@@ -113,6 +113,8 @@ def integer(lowest: int, highest: int) -> Check:
     """An integer within the bounds; a bool is none."""
 
     def check(value: object) -> int:
+        if type(value) is int and lowest <= value <= highest:  # all but all that come
+            return value
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole or not lowest <= int(value) <= highest:  # type: ignore[call-overload]
             raise _Unfit(f"an integer of {lowest}..{highest}")
@@ -130,6 +132,8 @@ def flag(value: object) -> bool:
 
 def number(value: object) -> float:
     """A finite number. An integer passes: several msgpack libraries write 25.0 as 25."""
+    if type(value) is float and math.isfinite(value):  # all but all that come
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _Unfit("a finite number")
     try:
