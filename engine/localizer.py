@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
-from hrpro.engine.refine import InstanceScorer, Proposal, refine_runs
+from hrpro.engine.refine import Asking, InstanceScorer, Proposal, alone, refine_runs
 from hrpro.engine.ring import Ring
 from hrpro.engine.soft_nms import soft_nms, subtract_published, waits_for_better
 from hrpro.engine.tracker import ActionChange, ActionTracker
@@ -103,6 +103,12 @@ class StreamLocalizer:
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:
         """Take the next n snippets: scores P (n, C) in [0, 1] and embedding (n, W)."""
+        return alone(self.advancing(scores, embedding))
+
+    def advancing(
+        self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
+    ) -> Asking[list[Decision]]:
+        """The same, beside other streams."""
         decisions: list[Decision] = []
         position = 0
         while position < len(scores):
@@ -110,7 +116,7 @@ class StreamLocalizer:
             if stop > position:
                 self._skip(scores[position:stop], embedding[position:stop])
             else:
-                decisions += self._push(scores[position], embedding[position])
+                decisions += yield from self._push(scores[position], embedding[position])
                 stop = position + 1
             position = stop
         return decisions
@@ -141,14 +147,16 @@ class StreamLocalizer:
         self._detector.skip(scores)
         self._tracker.skip(scores)
 
-    def _push(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> list[Decision]:
+    def _push(
+        self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
+    ) -> Asking[list[Decision]]:
         """Take one snippet: scores (C,) and embedding (W,)."""
         self._history.append(embedding[None])
         self._scores.append(scores[None])
         self._closed += self._detector.push(scores)
         decisions: list[Decision] = [*self._tracker.push(scores)]
         if self._closed:
-            self._refine(self._ready())
+            yield from self._refine(self._ready())
         if self._wait is not None:
             decisions += self._publish(self._detector.next_index - self._wait)
         return decisions
@@ -158,7 +166,7 @@ class StreamLocalizer:
         self._closed += self._detector.flush()
         self._tracker.flush()
         ready, self._closed = self._closed, []
-        self._refine(ready)
+        alone(self._refine(ready))
         return self._publish(self._detector.next_index)
 
     def use(
@@ -175,7 +183,7 @@ class StreamLocalizer:
         """
         if embedding_width is not None or config != self._config:
             ready, self._closed = self._closed, []
-            self._refine(ready)
+            alone(self._refine(ready))
         if any(getattr(config, name) != getattr(self._config, name) for name in DETECTION_SETTINGS):
             self._detector = self._replayed(config)
         if config.history_snippets != self._config.history_snippets:
@@ -218,13 +226,14 @@ class StreamLocalizer:
         self._closed = waiting
         return ready
 
-    def _refine(self, runs: list[Run]) -> None:
+    def _refine(self, runs: list[Run]) -> Asking[None]:
         embedded = [run for run in runs if run.start >= self._embedded_from]
         older = [run for run in runs if run.start < self._embedded_from]
         for scorer, of_one_model in ((self._scorer, embedded), (None, older)):
-            for proposal in refine_runs(
+            proposals = yield from refine_runs(
                 of_one_model, self._detector, self._history, scorer, self._config
-            ):
+            )
+            for proposal in proposals:
                 self._pool[proposal.label_index].append(proposal)
 
     def _publish(self, due_until: int) -> list[Decision]:

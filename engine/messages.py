@@ -6,7 +6,6 @@ that exists is a valid one. `hrpro.engine.protocol` turns messages into frames a
 
 from __future__ import annotations
 
-import functools
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -34,21 +33,25 @@ class Message:
     """What all messages share. Making one raises ProtocolError when a field does not fit."""
 
     TYPE: ClassVar[str]
+    # Of each field its name, what errors call it, and its check.
+    _CHECKS: ClassVar[tuple[tuple[str, str, wire.Check], ...]]
 
     def __post_init__(self) -> None:
-        for name, where, check in checks(type(self)):
+        for name, where, check in self._checks():
             given = getattr(self, name)
             value = wire.checked(where, check, given)
             if value is not given:
                 object.__setattr__(self, name, value)
 
-
-@functools.cache
-def checks(kind: type[Message]) -> tuple[tuple[str, str, wire.Check], ...]:
-    """Of each field of a message its name, what errors call it, and its check."""
-    return tuple(
-        (each.name, f"{kind.TYPE}.{each.name}", each.metadata["check"]) for each in fields(kind)
-    )
+    @classmethod
+    def _checks(cls) -> tuple[tuple[str, str, wire.Check], ...]:
+        """Looked up once for each kind of message."""
+        if "_CHECKS" not in cls.__dict__:
+            cls._CHECKS = tuple(
+                (each.name, f"{cls.TYPE}.{each.name}", each.metadata["check"])
+                for each in fields(cls)
+            )
+        return cls._CHECKS
 
 
 # ---- feed: feeder -> engine --------------------------------------------------------------------

@@ -44,10 +44,10 @@ class NotedBackend:
         return outputs
 
     def score_instances(
-        self, embedding: Floats, proposals: Floats
+        self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
     ) -> tuple[Floats, Floats, Floats]:
         """See `hrpro.engine.refine.InstanceScorer`."""
         began_s = time.monotonic()
-        outputs = self._inner.score_instances(embedding, proposals)
+        outputs = self._inner.score_instances(embedding, proposals, stretch)
         self._note("instance", len(proposals), began_s, time.monotonic())
         return outputs

@@ -9,7 +9,7 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hrpro.engine.batcher import Job
 from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.messages import NoticeKind, Policy, Publication
+from hrpro.engine.refine import Asking, alone, together
 from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
 from hrpro.engine.windows import decision_lookahead_s
@@ -74,15 +75,15 @@ class Pipeline:
         if jobs and deployment.steps is not None:
             for stepped in deployment.steps.score(jobs):
                 self.batches += 1
-                for job, scores, embedding in stepped:
-                    yield from self._advance(job.stream, scores, embedding)
+                yield from self._advance_all(stepped)
         elif jobs:
             deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
         for deployment in self.deployments.at_work():
             scored = deployment.inference.take()
             self.batches += bool(scored)
-            for job, scores, embedding in scored:
-                yield from self._advance(job.stream, *stitch(job, scores, embedding))
+            yield from self._advance_all(
+                (job, *stitch(job, scores, embedding)) for job, scores, embedding in scored
+            )
             if deployment.inference.waits_for is not None:
                 self._offer_all()  # what was in flight
         for stream in list(self._closing.values()):
@@ -136,7 +137,7 @@ class Pipeline:
         stop = first_index + len(features)
         if live.policy == "drop_oldest" and stop > live.send_until:
             live.drop_oldest(stop)
-            self._announcements += self._pass_over(live)
+            self._announcements += alone(self._passing_over(live))
         live.append(first_index, features)
         self._go_on(live)
 
@@ -204,24 +205,46 @@ class Pipeline:
             job.stream.read_snippets(start, self._features[row], self._valid[row])
         return self._features[: len(jobs)], self._valid[: len(jobs)]
 
-    def _advance(self, stream: Stream, scores: Rows, embedding: Rows) -> list[Publication]:
-        """Scores (n, C) and embedding (n, W) of the next snippets, and what comes of them."""
+    def _advance_all(self, scored: Iterable[tuple[Job, Rows, Rows]]) -> Iterator[Publication]:
+        """Scores (n, C) and embedding (n, W) of each job; those of a stream are in order. What
+        stage 2 is asked by streams side by side, it is asked in one call."""
+        by_stream: dict[Stream, list[tuple[Rows, Rows]]] = {}
+        for job, scores, embedding in scored:
+            by_stream.setdefault(job.stream, []).append((scores, embedding))
+        advancing = [self._advance(stream, parts) for stream, parts in by_stream.items()]
+        for published in together(advancing):
+            yield from published
+
+    def _advance(
+        self, stream: Stream, parts: Sequence[tuple[Rows, Rows]]
+    ) -> Asking[list[Publication]]:
+        """What comes of the next snippets of a stream, part by part."""
+        published: list[Publication] = []
+        for scores, embedding in parts:
+            published += yield from self._advance_by(stream, scores, embedding)
+        return published
+
+    def _advance_by(
+        self, stream: Stream, scores: Rows, embedding: Rows
+    ) -> Asking[list[Publication]]:
         publisher, until = stream.deployment.publisher, stream.processed + len(scores)
         published: list[Publication] = [
             publisher.notice(stream, "gap", span) for span in stream.gaps_to(until)
         ]
-        decisions = stream.advance(scores, embedding)
+        decisions = yield from stream.advancing(scores, embedding)
         self.snippets_scored += len(scores)
         self.moved.add(stream.stream)
         published += publisher.publish(stream, decisions, stream.newest_used(until))
-        published += self._pass_over(stream)
+        published += yield from self._passing_over(stream)
         self._offer(stream)
         return published
 
-    def _pass_over(self, stream: Stream) -> list[Publication]:
+    def _passing_over(self, stream: Stream) -> Asking[list[Publication]]:
         """What comes of snippets that were dropped, if they are next."""
         rows = stream.pass_over()
-        return [] if rows is None else self._advance(stream, *rows)
+        if rows is None:
+            return []
+        return (yield from self._advance_by(stream, *rows))
 
     def _close(self, stream: Stream) -> list[Publication]:
         """Flush a stream that is silent, or over, once its scores are final."""

@@ -12,7 +12,6 @@ socket and lets only those messages pass that belong there:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -127,10 +126,17 @@ _CONTROL: tuple[type[ControlRequest], ...] = (
 _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, DeployReply, Error)
 
 
+# The fields of each kind of message, and whether a peer has to give them.
+_FIELDS = {
+    kind.TYPE: tuple((each.name, each.default is MISSING) for each in fields(kind))
+    for kind in {*_FEED, *_FEED_REPLY, *_EVENTS, *_CONTROL, *_CONTROL_REPLY}
+}
+
+
 def encode(message: Message) -> list[bytes]:
     """The frames of a message; publications begin with their topic."""
     header: dict[str, object] = {"v": VERSION, "type": message.TYPE}
-    header |= {name: getattr(message, name) for name, _ in _fields(type(message))}
+    header |= {name: getattr(message, name) for name, _ in _FIELDS[message.TYPE]}
     if isinstance(message, Chunk):
         del header["features"]
         header |= {"dtype": "float32", "shape": message.features.shape}
@@ -227,16 +233,10 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
         header["features"] = _features(header, frames[1])
     values = {
         field_name: _required(header, field_name, name)
-        for field_name, is_required in _fields(kind)
+        for field_name, is_required in _FIELDS[name]
         if field_name in header or is_required
     }
     return kind(**values)
-
-
-@functools.cache
-def _fields(kind: type[Message]) -> tuple[tuple[str, bool], ...]:
-    """The fields of a message, and whether each has to be there."""
-    return tuple((each.name, each.default is MISSING) for each in fields(kind))
 
 
 def _required(header: dict[str, Any], field_name: str, message_name: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import Run, RunDetector
 from hrpro.engine.ring import Ring
 
+Floats = NDArray[np.float32]
+Scored = tuple[Floats, Floats, Floats]
+T = TypeVar("T")
+
 _PROPOSALS_AT_ONCE = 256
 
 
@@ -21,10 +25,14 @@ class InstanceScorer(Protocol):
     """Stage 2: an ONNX session in the engine, the torch model in training."""
 
     def score_instances(
-        self, embedding: NDArray[np.float32], proposals: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
+    ) -> Scored:
         """Embedding (T, W) and proposals (N, 2) in snippets from its first row ->
-        completeness (N, C), refined borders (N, 2), their completeness (N, C)."""
+        completeness (N, C), refined borders (N, 2), their completeness (N, C).
+
+        With ``stretch`` (N, 2) the embedding holds several stretches: a proposal counts from the
+        first of these rows, and sees nothing behind the last.
+        """
         ...
 
 
@@ -47,13 +55,80 @@ class Proposal:
         return min(self.run_stop, int(self.end))
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """For stage 2: a stretch of embedding (T, W), and proposals (N, 2) from its first row on."""
+
+    scorer: InstanceScorer
+    embedding: Floats
+    proposals: Floats
+
+
+# What asks questions on its way to an outcome: those of many streams are answered in one call.
+Asking = Generator[Question, Scored, T]
+
+
+def alone(asking: Asking[T]) -> T:
+    """The outcome, each question answered by itself."""
+    (outcome,) = together([asking])
+    return outcome
+
+
+def together(all_asking: Sequence[Asking[T]]) -> list[T]:
+    """The outcomes, in their order; questions that come at the same time are one call."""
+    outcomes: dict[int, T] = {}
+    questions: dict[int, Question] = {}
+    answers: dict[int, Scored | None] = dict.fromkeys(range(len(all_asking)))
+    while answers:
+        for n, answer in answers.items():
+            try:
+                # The first time there is no answer yet.
+                questions[n] = all_asking[n].send(answer)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                outcomes[n] = stop.value
+        answers = {}
+        by_scorer: dict[int, list[int]] = {}
+        for n, question in questions.items():
+            by_scorer.setdefault(id(question.scorer), []).append(n)
+        for numbers in by_scorer.values():
+            of_scorer = [questions[n] for n in numbers]
+            answers.update(zip(numbers, _answers(of_scorer), strict=True))
+        questions.clear()
+    return [outcomes[n] for n in range(len(all_asking))]
+
+
+def _answers(questions: Sequence[Question]) -> list[Scored]:
+    """Of questions to one scorer. In blocks: the features of many regions at once would need much
+    memory."""
+    scorer = questions[0].scorer
+    lengths = [len(each.embedding) for each in questions]
+    counts = [len(each.proposals) for each in questions]
+    firsts = np.cumsum([0, *lengths[:-1]])
+    spans = np.stack([firsts, firsts + lengths - 1], axis=1)  # (questions, 2)
+    stretch = None if len(questions) == 1 else np.repeat(spans, counts, axis=0)
+    embedding = _joined([each.embedding for each in questions])
+    proposals = _joined([each.proposals for each in questions])
+    outputs = []
+    for n in range(0, len(proposals), _PROPOSALS_AT_ONCE):
+        block = slice(n, n + _PROPOSALS_AT_ONCE)
+        of_block = () if stretch is None else (stretch[block],)
+        outputs.append(scorer.score_instances(embedding, proposals[block], *of_block))
+    ends = np.cumsum(counts)[:-1]
+    parts = [np.split(_joined(each), ends) for each in zip(*outputs, strict=True)]
+    return [(a, b, c) for a, b, c in zip(*parts, strict=True)]
+
+
+def _joined(arrays: Sequence[Floats]) -> Floats:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def refine_runs(
     runs: Sequence[Run],
     detector: RunDetector,
     history: Ring,
     scorer: InstanceScorer | None,
     config: LocalizationConfig,
-) -> list[Proposal]:
+) -> Asking[list[Proposal]]:
     """Score closed runs by contrast and completeness, and move their borders.
 
     ``history`` holds the embedding of the newest snippets. The score is the weighted mean of p_OIC
@@ -73,12 +148,7 @@ def refine_runs(
     first = max(first, history.oldest)
     stretch = history.read(first, history.next_index)  # (T, W)
     relative = (borders - first).astype(np.float32)  # (N, 2)
-    # In blocks: the features of many regions at once would need much memory.
-    outputs = [
-        scorer.score_instances(stretch, relative[n : n + _PROPOSALS_AT_ONCE])
-        for n in range(0, len(relative), _PROPOSALS_AT_ONCE)
-    ]
-    completeness, refined, refined_completeness = map(np.concatenate, zip(*outputs, strict=True))
+    completeness, refined, refined_completeness = yield Question(scorer, stretch, relative)
     labels = [run.label_index for run in runs]
     rows = np.arange(len(runs))
     refined = np.clip(refined.astype(np.float64) + first, detector.first_index, detector.next_index)

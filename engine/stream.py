@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.localizer import Decision
 from hrpro.engine.messages import Policy
+from hrpro.engine.refine import Asking
 from hrpro.engine.snippets import SnippetBuffer
 from hrpro.engine.wire import StreamError
 
@@ -275,9 +276,9 @@ class Stream:
         start, self._gap_start = self._gap_start, None
         return [] if start is None else [(start, self.processed)]
 
-    def advance(self, scores: Rows, embedding: Rows) -> list[Decision]:
+    def advancing(self, scores: Rows, embedding: Rows) -> Asking[list[Decision]]:
         """Scores P (n, C) and embedding (n, W) of the next snippets are final."""
-        decisions = self.localizer.advance(scores, embedding)
+        decisions = yield from self.localizer.advancing(scores, embedding)
         self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
         self.processed += len(scores)
         self.asked = max(self.asked, self.processed)

@@ -5,7 +5,8 @@
     step.onnx       features (B, n, D), valid (B, history + n), arrival (B,) int64, and the state
                     -> the same outputs of n positions (B, n, ...), and `new_` of each of the state;
                     see hrpro.export.step
-    instance.onnx   features (T, W) float32 (the embedding of a stretch), proposals (N, 2) float32
+    instance.onnx   features (T, W) float32 (the embedding of stretches, one behind the other),
+                    proposals (N, 2) float32, stretch (N, 2) int64: first and last row of each one's
                     -> completeness (N, C), refined (N, 2), refined_completeness (N, C)
 
 B, T, n and N are dynamic, N may be 0. The memory prototypes are the initializer ``prototypes`` of
@@ -85,12 +86,14 @@ def export_instance_graph(model: InstanceModel, width: int, path: Path) -> None:
     """Write instance.onnx for embeddings of ``width``."""
     embedding = torch.zeros(13, width)
     proposals = torch.tensor([[1.0, 4.0], [2.5, 9.0], [3.0, 11.5]])
+    stretch = torch.tensor([[0, 12], [0, 12], [0, 12]])
+    count = Dim("count")
     graph = _trace(
         model,
-        (embedding, proposals),
-        inputs=("features", "proposals"),
+        (embedding, proposals, stretch),
+        inputs=("features", "proposals", "stretch"),
         outputs=INSTANCE_OUTPUTS,
-        shapes=({0: Dim("length")}, {0: Dim("count")}),
+        shapes=({0: Dim("length")}, {0: count}, {0: count}),
     )
     _save(graph, path)
 

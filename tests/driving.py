@@ -16,7 +16,7 @@ from hrpro.engine.inference import Backend
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
-from hrpro.engine.refine import InstanceScorer, Proposal
+from hrpro.engine.refine import Asking, InstanceScorer, Proposal
 from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
@@ -63,9 +63,9 @@ class Recorder:
     def next_action_id(self) -> int:
         return self.inner.next_action_id
 
-    def advance(self, scores: Floats, embedding: Floats) -> list[Decision]:
+    def advancing(self, scores: Floats, embedding: Floats) -> Asking[list[Decision]]:
         self.scores.append(scores)
-        return self._keep(self.inner.advance(scores, embedding))
+        return self._keep((yield from self.inner.advancing(scores, embedding)))
 
     def use(
         self, config: LocalizationConfig, scorer: InstanceScorer | None, width: int | None

@@ -27,7 +27,7 @@ from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.protocol import Chunk, Hello, Message, Policy
-from hrpro.engine.refine import Proposal
+from hrpro.engine.refine import Asking, Proposal
 from hrpro.engine.server import Server
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.tracker import ActionChange
@@ -61,9 +61,10 @@ class TinyLocalizer:
     def __init__(self, first_index: int) -> None:
         self._next_index = first_index
 
-    def advance(
+    def advancing(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
-    ) -> list[Decision]:
+    ) -> Asking[list[Decision]]:
+        yield from ()
         decisions: list[Decision] = []
         for value in scores[:, 0].tolist():
             at, self._next_index = self._next_index, self._next_index + 1

@@ -89,19 +89,36 @@ class InstanceModel(nn.Module):
         self._completeness_factor = float(scores)
         self._offset_factor = float(moves)
 
-    def forward(self, embedding: Tensor, proposals: Tensor) -> InstanceOutput:
-        """Score the proposals, refine them, and score what became of them."""
+    def forward(
+        self, embedding: Tensor, proposals: Tensor, stretch: Tensor | None = None
+    ) -> InstanceOutput:
+        """Score the proposals, refine them, and score what became of them.
+
+        Where the embedding holds several stretches, of other streams, one behind the other,
+        ``stretch`` (int64, (N, 2)) are the first and the last row of each proposal's own, from
+        whose first row the proposal counts.
+        """
         lowest = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
-        return self.score(embedding, proposals, lowest, lowest + (embedding.shape[0] - 1))
+        if stretch is None:
+            return self.score(embedding, proposals, lowest, lowest + (embedding.shape[0] - 1))
+        first, last = stretch[:, 0:1], stretch[:, 1:2]
+        return self.score(embedding, proposals, lowest, last - first, first)
 
     def score(
-        self, embedding: Tensor, proposals: Tensor, lowest: Tensor, highest: Tensor
+        self,
+        embedding: Tensor,
+        proposals: Tensor,
+        lowest: Tensor,
+        highest: Tensor,
+        row: Tensor | None = None,
     ) -> InstanceOutput:
-        """The same where a proposal may see the snippets ``lowest`` to ``highest``, (N, 1)."""
-        completeness, offset = self.heads(self.pooling(embedding, proposals, lowest, highest))
+        """The same where a proposal may see the snippets ``lowest`` to ``highest``, (N, 1), and
+        snippet 0 of its own is ``row``, see `RegionPooling`."""
+        regions = self.pooling(embedding, proposals, lowest, highest, row)
+        completeness, offset = self.heads(regions)
         unit = self._offset_factor * self.trust * self.pooling.border(proposals)
         refined = refined_borders(proposals, offset, unit)
-        again, _ = self.heads(self.pooling(embedding, refined, lowest, highest))
+        again, _ = self.heads(self.pooling(embedding, refined, lowest, highest, row))
         factor = self._completeness_factor
         return InstanceOutput(factor * completeness, refined, factor * again)
 

@@ -6,6 +6,7 @@ has been: that an engine without one does not start, in place of a silent fall-b
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ _PROVIDERS: dict[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _SNIPPET_OUTPUTS = ["scores", "embedding"]
+_INSTANCE_OUTPUTS = ["completeness", "refined", "refined_completeness"]
 Providers = list[str | tuple[str, dict[str, Any]]]
 
 
@@ -49,16 +51,32 @@ class InstanceStage:
         self._instance = onnxruntime.InferenceSession(
             bundle.instance_graph, _options(config), [CPU_PROVIDER]
         )
+        # Bundles of schema versions 1 and 2 know of one stretch alone.
+        self._has_stretches = len(self._instance.get_inputs()) > 2
 
     def score_instances(
-        self, embedding: NDArray[np.float32], proposals: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
+    ) -> tuple[Floats, Floats, Floats]:
         """Stage 2, see `hrpro.engine.refine.InstanceScorer`."""
-        completeness, refined, refined_completeness = self._instance.run(
-            ["completeness", "refined", "refined_completeness"],
-            {"features": embedding, "proposals": proposals},
-        )
-        return completeness, refined, refined_completeness
+        inputs = {"features": embedding, "proposals": proposals}
+        if self._has_stretches:
+            if stretch is None:
+                stretch = np.tile(np.array([0, len(embedding) - 1]), (len(proposals), 1))
+            return self._run(inputs | {"stretch": stretch})
+        if stretch is None or not len(stretch):
+            return self._run(inputs)
+        # One stretch at a time: proposals of one stand side by side.
+        begins = np.flatnonzero(np.diff(stretch[:, 0], prepend=-1)).tolist()
+        parts = []
+        for begin, end in itertools.pairwise([*begins, len(proposals)]):
+            own = embedding[stretch[begin, 0] : stretch[begin, 1] + 1]
+            parts.append(self._run({"features": own, "proposals": proposals[begin:end]}))
+        joined = [np.concatenate(each) for each in zip(*parts, strict=True)]
+        return joined[0], joined[1], joined[2]
+
+    def _run(self, inputs: dict[str, NDArray[Any]]) -> tuple[Floats, Floats, Floats]:
+        completeness, refined, again = self._instance.run(_INSTANCE_OUTPUTS, inputs)
+        return completeness, refined, again
 
 
 class OnnxRuntimeBackend(InstanceStage):
