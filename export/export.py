@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
@@ -35,7 +36,13 @@ from hrpro.export.golden import write_golden
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph, export_step_graph
 from hrpro.export.precision import GOLDEN_TOLERANCES, convert
 from hrpro.export.step import StepModel
-from hrpro.export.verify import Exactness, ExportError, golden_features, verify_graphs
+from hrpro.export.verify import (
+    Exactness,
+    ExportError,
+    compare_graphs,
+    golden_features,
+    verify_graphs,
+)
 from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.metrics import GroundTruth, to_segments
@@ -87,11 +94,12 @@ def export_bundle(
             model, folder / SNIPPET_GRAPH, folder / INSTANCE_GRAPH, exactness, step_graph
         )
         bundle = Bundle(folder, write_manifest(folder, content))
+        windows = golden_features(model, content["window_length"])
         if precision != "fp32":
-            bundle, compared = _in_precision(bundle, precision, comparison)
+            compared = _in_precision(bundle, precision, comparison)
+            _check_steps(bundle, precision, windows)
             content |= {"precision": precision, "compared": compared}
         content["tolerances"] = GOLDEN_TOLERANCES[precision]
-        windows = golden_features(model, content["window_length"])
         write_golden(folder / GOLDEN, OnnxRuntimeBackend(bundle), windows)
         write_manifest(folder, content)
     return read_bundle(target)
@@ -144,25 +152,41 @@ def _window_flops(model: TrainedModel, length: int) -> int:
 
 def _in_precision(
     bundle: Bundle, precision: Precision, comparison: Comparison | None
-) -> tuple[Bundle, dict[str, float]]:
-    """The bundle with its snippet graph converted, and what that cost and brought."""
+) -> dict[str, float]:
+    """Convert the bundle's graphs of stage 1; returns what that cost and brought, by windows."""
     full = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     full_map = _average_map(bundle, full, comparison)
-    graph = bundle.snippet_graph
-    lower_graph = graph.with_name("lower.onnx")
-    convert(graph, precision, lower_graph)
-    lower_graph.replace(graph)
+    for graph in (bundle.snippet_graph, bundle.step_graph):
+        if graph is not None:
+            lower_graph = graph.with_name("lower.onnx")
+            convert(graph, precision, lower_graph)
+            lower_graph.replace(graph)
     lower = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     compared = {"speedup": _speedup(bundle.manifest, full, lower)}
     if comparison is None:
-        return bundle, compared
+        return compared
     lower_map = _average_map(bundle, lower, comparison)
     if full_map - lower_map > comparison.gate and not comparison.force:
         raise ExportError(
             f"{precision}: average mAP {lower_map:.4f} on {comparison.data.name}, {full_map:.4f} "
             f"in fp32: expected a loss of at most {comparison.gate:g}; --force takes it"
         )
-    return bundle, compared | {"average_map": lower_map, "average_map_fp32": full_map}
+    return compared | {"average_map": lower_map, "average_map_fp32": full_map}
+
+
+def _check_steps(bundle: Bundle, precision: Precision, windows: NDArray[np.float32]) -> None:
+    """Steps say in a lower precision what windows say.
+
+    Not to the digit: what lies between two roundings falls to either side by the last bit of a
+    sum, and each product makes more of that.
+    """
+    for name, difference in compare_graphs(bundle, list(windows)).items():
+        tolerance = GOLDEN_TOLERANCES[precision][name]
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{precision}: {name} by steps differ from those by windows by {difference:.3g}, "
+                f"expected at most {tolerance:g}"
+            )
 
 
 def _average_map(

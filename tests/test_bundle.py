@@ -21,7 +21,14 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from onnx import numpy_helper
-from tiny_model import CLASSES, tiny_config, tiny_description, tiny_model, tiny_recording
+from tiny_model import (
+    CLASSES,
+    tiny_config,
+    tiny_description,
+    tiny_model,
+    tiny_recording,
+    tiny_run,
+)
 
 from hrpro.clients import request_status
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
@@ -31,7 +38,6 @@ from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.precision import GOLDEN_TOLERANCES
 from hrpro.export.verify import ExportError, compare_graphs
-from hrpro.training.run import begin_run, finish_run, write_weights
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -273,16 +279,6 @@ def test_a_precision_needs_data_or_force(trained: Trained, tmp_path: Path) -> No
 
 
 # --- memory --------------------------------------------------------------------------------------
-
-
-def tiny_run(folder: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    config = tiny_config()
-    model = tiny_model(config, seed)
-    begin_run(folder)
-    write_weights(folder, "snippet", model.snippet)
-    write_weights(folder, "instance", model.instance)
-    finish_run(folder, tiny_description(config).model_copy(update={"classes": classes}))
-    return folder
 
 
 def test_the_memory_is_refreshed_without_a_new_graph(

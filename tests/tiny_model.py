@@ -13,7 +13,7 @@ from hrpro.export.bundle import Bundle
 from hrpro.export.export import export_bundle
 from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.instance_stage import new_instance_model
-from hrpro.training.run import RunDescription
+from hrpro.training.run import RunDescription, begin_run, finish_run, write_weights
 from hrpro.training.snippet_stage import new_snippet_model
 from hrpro.training.train import TrainedModel
 
@@ -66,6 +66,17 @@ def tiny_model(config: TrainingConfig, seed: int = 0) -> TrainedModel:
 def tiny_bundle(target: Path) -> Bundle:
     config = tiny_config()
     return export_bundle(tiny_description(config), tiny_model(config), {}, target)
+
+
+def tiny_run(folder: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    """The run of a `tiny_model`."""
+    config = tiny_config()
+    model = tiny_model(config, seed)
+    begin_run(folder)
+    write_weights(folder, "snippet", model.snippet)
+    write_weights(folder, "instance", model.instance)
+    finish_run(folder, tiny_description(config).model_copy(update={"classes": classes}))
+    return folder
 
 
 def tiny_recording(length: int, seed: int = 0) -> NDArray[np.float32]:
