@@ -208,20 +208,19 @@ class Pipeline:
     def _advance_all(self, scored: Iterable[tuple[Job, Rows, Rows]]) -> Iterator[Publication]:
         """Scores (n, C) and embedding (n, W) of each job; those of a stream are in order. What
         stage 2 is asked by streams side by side, it is asked in one call."""
-        by_stream: dict[Stream, list[tuple[Rows, Rows]]] = {}
-        for job, scores, embedding in scored:
-            by_stream.setdefault(job.stream, []).append((scores, embedding))
-        advancing = [self._advance(stream, parts) for stream, parts in by_stream.items()]
+        by_stream: dict[Stream, list[tuple[Job, Rows, Rows]]] = {}
+        for each in scored:
+            by_stream.setdefault(each[0].stream, []).append(each)
+        advancing = [self._advance(parts) for parts in by_stream.values()]
         for published in together(advancing):
             yield from published
 
-    def _advance(
-        self, stream: Stream, parts: Sequence[tuple[Rows, Rows]]
-    ) -> Asking[list[Publication]]:
-        """What comes of the next snippets of a stream, part by part."""
+    def _advance(self, parts: Sequence[tuple[Job, Rows, Rows]]) -> Asking[list[Publication]]:
+        """What comes of the next snippets of a stream, job by job."""
         published: list[Publication] = []
-        for scores, embedding in parts:
-            published += yield from self._advance_by(stream, scores, embedding)
+        for job, scores, embedding in parts:
+            assert job.first == job.stream.processed, "the jobs of a stream are taken in order"
+            published += yield from self._advance_by(job.stream, scores, embedding)
         return published
 
     def _advance_by(

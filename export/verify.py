@@ -253,9 +253,15 @@ def _compare_instances(
         length = random.uniform(0.5, 40, count)
         proposals = np.stack([start, start + length], axis=1).astype(np.float32)
         expected = torch_instances(model, embedding, proposals)
+        # Behind another stretch, of which they must see nothing.
+        rows = [len(embedding), 2 * len(embedding) - 1]
         got = session.run(
             ["completeness", "refined", "refined_completeness"],
-            {"features": embedding, "proposals": proposals},
+            {
+                "features": np.concatenate([-embedding, embedding]),
+                "proposals": proposals,
+                "stretch": np.tile(np.array(rows), (count, 1)),
+            },
         )
         names = ("completeness", "borders", "completeness")
         for name, left, right in zip(names, got, expected, strict=True):

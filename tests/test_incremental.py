@@ -81,7 +81,7 @@ def published(
             drive.send(name, count)
         elif what == "step":
             drive.settle()
-        elif what == "lose" and stream.next_index + count <= 5 + LENGTH:
+        elif what == "lose" and stream.next_index + count <= min(5 + LENGTH, stream.send_until):
             drive.pipeline.give_up(name, stream.next_index + count)
         elif what == "rest":
             drive.settle()

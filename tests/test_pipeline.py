@@ -188,10 +188,10 @@ def test_with_an_endless_lookahead_the_engine_is_offline(
     drive = Drive(bundle.manifest, backend, config, {"x": features})
     embeddings: list[np.ndarray] = []
     recorder = drive.recorders["x"]
-    advance = recorder.inner.advance
-    recorder.inner.advance = lambda scores, embedding: (  # type: ignore[method-assign]
+    advancing = recorder.inner.advancing
+    recorder.inner.advancing = lambda scores, embedding: (  # type: ignore[method-assign]
         embeddings.append(embedding.copy()),
-        advance(scores, embedding),
+        advancing(scores, embedding),
     )[1]
     got = finals(drive.finish(chunk))
     if not length:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import Run, RunDetector
-from hrpro.engine.refine import Proposal, refine_runs
+from hrpro.engine.refine import Proposal, alone, refine_runs
 from hrpro.engine.ring import Ring
 
 HALF = LocalizationConfig(thresholds=(0.5,), peak_gate=0.0)
@@ -254,7 +254,7 @@ def refined(
     for t in range(2, 11):
         runs += detector.push(np.array([float(4 <= t < 8), 0], np.float32))
         history.append(np.array([[t]], np.float32))
-    return refine_runs(runs, detector, history, scorer, config)
+    return alone(refine_runs(runs, detector, history, scorer, config))
 
 
 def test_without_a_scorer_the_contrast_and_the_own_borders_stand() -> None:
