@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.wire import HrproError
+from hrpro.export.bundle import Precision
 
 if TYPE_CHECKING:
     from hrpro.engine.inference import Backend
@@ -51,6 +52,7 @@ class BenchModel:
     classes: int = 20
     size: str = "full"
     attention_past: int = 32
+    precision: Precision = "fp32"
 
 
 def random_bundle(model: BenchModel, target: Path) -> Bundle:
@@ -80,7 +82,8 @@ def random_bundle(model: BenchModel, target: Path) -> Bundle:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return export_bundle(description, _random_model(config, description), {}, target)
+        trained = _random_model(config, description)
+        return export_bundle(description, trained, {}, target, model.precision)
 
 
 def _random_model(config: TrainingConfig, description: RunDescription) -> TrainedModel:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import zmq
 from numpy.typing import NDArray
 
 from hrpro.clients.bench_engine import cpu_seconds
-from hrpro.clients.bench_engine_process import bench_engine, read_calls
+from hrpro.clients.bench_engine_process import Calls, bench_engine, read_calls
 from hrpro.clients.bench_memory import resident_bytes
 from hrpro.clients.connection import Connection
 from hrpro.engine import protocol
@@ -60,62 +60,75 @@ class Live:
         return not self.drops and not self.unanswered and self.latency_ms[1] <= bound_ms
 
 
+@dataclass(frozen=True)
+class Round:
+    """A number of streams, and what the engine's process was seen to do meanwhile."""
+
+    live: Live
+    began_s: float
+    ended_s: float
+    cpu_s: float
+    rss_bytes: int
+
+    def figures(self, calls: Calls | None = None) -> dict[str, Any]:
+        """Shares are of the time on the clock: 1 is one core. Of ``calls``, those in the round."""
+        live, whole_s = self.live, self.ended_s - self.began_s
+        p50, p99, longest = live.latency_ms
+        figures = {
+            "streams": live.streams,
+            "p50_ms": p50,
+            "p99_ms": p99,
+            "longest_ms": longest,
+            "drops": live.drops,
+            "unanswered": live.unanswered,
+            "snippets_per_s": live.snippets / live.seconds,
+            "cpu_share": self.cpu_s / whole_s,
+            "feeder_cpu_share": live.feeder_cpu_s / live.seconds,
+            "rss_bytes_per_stream": self.rss_bytes / live.streams,
+        }
+        if calls is not None:
+            for name, of_stage in asdict(calls).items():
+                inside = (of_stage[:, 0] >= self.began_s) & (of_stage[:, 1] <= self.ended_s)
+                spent_s = np.diff(of_stage[inside], axis=1).sum()
+                figures[f"{name}_share"] = float(spent_s / whole_s)
+        return figures
+
+
 def measure_cameras(
     bundle: Bundle,
     config: EngineConfig,
     recording: Path,
-    counts: Iterator[int],
+    counts: Sequence[int],
     seconds: float,
-    progress: Callable[[dict[str, Any]], None] = lambda _: None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Rounds with more and more streams, until one does not keep up; the last that did.
 
-    ``counts`` are the numbers of streams, in ascending order.
+    ``counts`` are the numbers of streams, in ascending order. ``progress`` is told of each round.
     """
     bound_ms = 1000 * bundle.manifest.clock.snippet_s
-    best: dict[str, Any] = {"streams": 0}
+    best: Round | None = None
     with tempfile.NamedTemporaryFile() as calls:
         with (
             bench_engine(bundle.folder, config, Path(calls.name)) as engine,
             _feeder(engine.addresses.feed, recording, bundle.manifest.clock) as ask,
         ):
             empty_bytes = resident_bytes(engine.pid)
-            ask(1, 3 * bundle.manifest.clock.snippet_s)  # everything is loaded
             for count in counts:
                 cpu_s, began_s = cpu_seconds(engine.pid), time.monotonic()
                 live = ask(count, seconds)
-                ended_s = time.monotonic()
-                each = {
-                    "streams": count,
-                    "p50_ms": live.latency_ms[0],
-                    "p99_ms": live.latency_ms[1],
-                    "longest_ms": live.latency_ms[2],
-                    "drops": live.drops,
-                    "unanswered": live.unanswered,
-                    "snippets_per_s": live.snippets / live.seconds,
-                    # Of one core; the machine has `cores` of them.
-                    "cpu_share": (cpu_seconds(engine.pid) - cpu_s) / (ended_s - began_s),
-                    "feeder_cpu_share": live.feeder_cpu_s / live.seconds,
-                    "rss_bytes_per_stream": (resident_bytes(engine.pid) - empty_bytes) / count,
-                    "kept_up": live.keeps_up(bound_ms),
-                    "_span": (began_s, ended_s),
-                }
-                progress(each)
-                if not each["kept_up"]:
+                ended_s, cpu_s = time.monotonic(), cpu_seconds(engine.pid) - cpu_s
+                rss_bytes = resident_bytes(engine.pid) - empty_bytes
+                this = Round(live, began_s, ended_s, cpu_s, rss_bytes)
+                if progress is not None:
+                    progress(this.figures())
+                if not live.keeps_up(bound_ms):
                     break
-                best = each
+                best = this
         noted = read_calls(Path(calls.name))
-    if best["streams"]:
-        best["inference_share"] = _share(noted.snippet_stage, *best["_span"])
-        best["instance_stage_share"] = _share(noted.instance_stage, *best.pop("_span"))
+    figures = {"streams": 0} if best is None else best.figures(noted)
     own = stream_bytes(bundle.manifest, config)
-    return {**best, "stream_bytes": own, "cores": os.cpu_count()}
-
-
-def _share(calls: NDArray[np.float64], began_s: float, ended_s: float) -> float:
-    """Of this time, what was spent in calls (n, 2)."""
-    inside = calls[(calls[:, 0] >= began_s) & (calls[:, 1] <= ended_s)]
-    return float((inside[:, 1] - inside[:, 0]).sum() / (ended_s - began_s))
+    return {**figures, "stream_bytes": own, "cores": os.cpu_count()}
 
 
 @contextlib.contextmanager
