@@ -209,8 +209,8 @@ def _stream_model(bundle: Bundle, out: Path, name: str, backend: Backend) -> _Mo
         raise BundleError(f"{bundle.folder}: expected a bundle with step.onnx, got one without")
     if backend != "onnxruntime":
         raise BundleError(
-            "stateful: expected the onnxruntime backend, as Triton's others keep no state for a "
-            f"model like this, got {backend}"
+            "stateful: expected the onnxruntime backend, since the Python backend hands no state "
+            f"on, got {backend}"
         )
     snippet = _models(bundle, out, name)[0]
     return _Model(

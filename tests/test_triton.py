@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 from hrpro.clients.cli_bundle_triton import triton
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
+from hrpro.export import triton as triton_models
 from hrpro.export.bundle import Bundle, BundleError, read_bundle, write_manifest
 from hrpro.export.export import export_bundle
 from hrpro.export.triton import MAX_BATCH_SIZE, write_repository
@@ -505,6 +506,46 @@ def test_a_window_has_the_same_scores_in_any_company(served: Served) -> None:
             np.testing.assert_allclose(got[name][valid], expected[valid], rtol=0, atol=TOLERANCE)
     executions = served.statistics("hrpro-snippet")[1] - before[1]
     assert executions < len(said)
+
+
+def test_a_server_begins_a_sequence_with_the_state_that_is_described(
+    bundle: Bundle, stream_model: Path, tmp_path: Path
+) -> None:
+    """By the Python backend, which is given a state but cannot hand one on: a single request."""
+    repository = Path(shutil.copytree(stream_model.parent, tmp_path / "models"))
+    model = repository / "hrpro-stream"
+    config = (model / "config.pbtxt").read_text()
+    (model / "config.pbtxt").write_text(config.replace('"onnxruntime"', '"python"'))
+    code = (Path(triton_models.__file__).with_name("triton_model.py")).read_text()
+    named = '[each["name"] for each in config["input"]]'
+    states = '[each["input_name"] for each in config["sequence_batching"]["state"]]'
+    assert code.count(named) == 1
+    (model / "1" / "model.py").write_text(code.replace(named, f"{named} + {states}"))
+    sent = windows(1, 20, seed=2)
+    delay = bundle.manifest.lookahead_snippets
+    behind = {
+        "features": np.pad(sent["features"], ((0, 0), (0, delay), (0, 0))),
+        "valid": np.pad(sent["valid"], ((0, 0), (0, delay))),
+    }
+    with (
+        triton_server(repository, tmp_path / "scratch", ["hrpro-stream"]) as server,
+        contextlib.closing(grpc.InferenceServerClient(server.url)) as client,
+    ):
+        found = [
+            client.infer(
+                "hrpro-stream",
+                inputs(behind),
+                sequence_id=number,
+                sequence_start=True,
+                sequence_end=True,
+            )
+            for number in (1, 2)
+        ]
+    names = ["scores", "cas", "attention", "embedding"]
+    expected = onnxruntime.InferenceSession(bundle.snippet_graph).run(names, sent)
+    for each in map(outputs, found):
+        for name, wanted in zip(names, expected, strict=True):
+            np.testing.assert_allclose(each[name][:, delay:], wanted, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
