@@ -24,10 +24,13 @@ def triton(
     version: Annotated[int, typer.Option(help="A new version beside those that are there.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     instances: Annotated[int, typer.Option(help="How often each model is loaded.")] = 1,
+    stateful: Annotated[
+        bool, typer.Option("--stateful", help="Also NAME-stream, which keeps the past of streams.")
+    ] = False,
     trusted_key: TrustedKey = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the bundle as a version of two models for an NVIDIA Triton Inference Server."""
+    """Write the bundle as a version of its models for an NVIDIA Triton Inference Server."""
     from hrpro.export.triton import BACKENDS, DEVICES, write_repository
 
     if backend not in BACKENDS:
@@ -35,7 +38,7 @@ def triton(
     if device not in DEVICES:
         raise typer.BadParameter(f"expected {', '.join(DEVICES)}, got {device!r}")
     loaded = read_checked(bundle, trusted_key)
-    folders = write_repository(loaded, out, name, backend, version, device, instances)
+    folders = write_repository(loaded, out, name, backend, version, device, instances, stateful)
     bundle_id = loaded.manifest.bundle_id
     if as_json:
         print(json.dumps({"bundle_id": bundle_id, "versions": [str(each) for each in folders]}))

@@ -26,15 +26,13 @@ Step = Callable[[Floats, Flags, NDArray[np.int64], list[Floats]], tuple[list[Flo
 def onnx_step(session: onnxruntime.InferenceSession, layout: StepLayout) -> Step:
     """A step of step.onnx."""
     outputs = [*SNIPPET_OUTPUTS, *(f"new_{name}" for name in layout.state)]
-    inputs = {each.name for each in session.get_inputs()}
 
     def step(
         features: Floats, valid: Flags, arrival: NDArray[np.int64], state: list[Floats]
     ) -> tuple[list[Floats], list[Floats]]:
         feed = {"features": features, "valid": valid, "arrival": arrival}
         feed |= dict(zip(layout.state, state, strict=True))
-        # Without blocks there are no rings, and the graph has no use for an arrival.
-        found = session.run(outputs, {name: feed[name] for name in feed if name in inputs})
+        found = session.run(outputs, feed)
         return found[: len(SNIPPET_OUTPUTS)], found[len(SNIPPET_OUTPUTS) :]
 
     return step

@@ -1,4 +1,4 @@
-"""A bundle as two models in the model repository of an NVIDIA Triton Inference Server.
+"""A bundle as models in the model repository of an NVIDIA Triton Inference Server.
 
     REPOSITORY/
       NAME-snippet/        stage 1: requests are windows, which the server puts into batches
@@ -8,11 +8,14 @@
           model.py         only with the Python backend, see hrpro.export.triton_model
           bundle.json      the bundle's manifest
       NAME-instance/       stage 2, likewise: a request is a stretch with its proposals
+      NAME-stream/         if asked for, stage 1 by steps: the server keeps the state of each stream
 
     NAME-snippet     features (B, T, D) FP32, valid (B, T) BOOL
                      -> scores (B, T, C), cas (B, T, C), attention (B, T), embedding (B, T, W)
     NAME-instance    features (T, W), proposals (N, 2), both FP32
                      -> completeness (N, C), refined (N, 2), refined_completeness (N, C)
+    NAME-stream      features (B, n, D) FP32, valid (B, n) BOOL, a sequence for each stream
+                     -> the outputs of NAME-snippet, n of them, `lookahead_snippets` behind
 
 All versions are served side by side: a client names the one it wants, or gets the highest. The
 parameter ``bundle_id.VERSION`` of a model's configuration says which bundle a version is.
@@ -39,6 +42,8 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 MAX_BATCH_SIZE = 16
+STREAMS = 256  # that an instance keeps at once; others wait for one to end
+IDLE_S = 60  # after which a stream that sends nothing has ended
 CONFIG = "config.pbtxt"
 GRAPH = "model.onnx"
 CODE = "model.py"
@@ -55,6 +60,19 @@ version_policy {{ all {{ }} }}
 # wait for others; max_queue_delay_microseconds sets one, where measurements say that it pays.
 _BATCHING = "dynamic_batching { }\n"
 _TENSOR = '{side} {{ name: "{name}" data_type: {kind} dims: {dims} }}\n'
+# A sequence begins with zeros. Streams may be slow: the server's default is one second.
+_SEQUENCES = """\
+sequence_batching {{
+  max_sequence_idle_microseconds: {idle_us}
+  oldest {{ max_candidate_sequences: {streams} }}
+{states}}}
+"""
+_STATE = """\
+  state {{
+    input_name: "{name}" output_name: "new_{name}" data_type: {kind} dims: {dims}
+    initial_state {{ name: "zeros" data_type: {kind} dims: {dims} zero_data: true }}
+  }}
+"""
 _INSTANCES = "instance_group [ {{ count: {count} kind: {kind} }} ]\n"
 _PARAMETER = 'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
 # The first run of a shape allocates, and on a GPU chooses its kernels: not in a request's time.
@@ -88,7 +106,7 @@ class _Version:
 
     folder: Path
     bundle_id: str
-    sizes: dict[str, int]
+    manifest: dict[str, Any]
 
     @property
     def number(self) -> int:
@@ -97,13 +115,14 @@ class _Version:
 
 @dataclass(frozen=True)
 class _Model:
-    """One of the two models of a bundle."""
+    """One of the models of a bundle."""
 
     folder: Path
     graph: Path
     max_batch_size: int
     inputs: tuple[_Tensor, ...]
     outputs: tuple[_Tensor, ...]
+    state: tuple[_Tensor, ...] = ()
 
 
 def write_repository(
@@ -114,21 +133,27 @@ def write_repository(
     version: int,
     device: Device,
     instances: int,
+    stateful: bool = False,
 ) -> list[Path]:
-    """Write ``bundle`` as a version of two models in the repository ``out``; returns its folders.
+    """Write ``bundle`` as a version of its models in the repository ``out``; returns its folders.
 
+    These are two, and with ``stateful`` that of streams.
     Versions that are there stay; device and instances become those of all of them. The Python
     backend runs the graphs by the onnxruntime package of the server's Python; each of its instances
     is a process.
 
     Raises BundleError, before anything is written, if the version exists or if the others of the
-    repository have other inputs and outputs or another backend.
+    repository have other inputs and outputs or another backend, or if ``stateful`` is
+    asked of a bundle without steps or for the Python backend.
     """
     _check_arguments(name, version, instances)
     models = _models(bundle, out, name)
+    if stateful:
+        models.append(_stream_model(bundle, out, name, backend))
     versions = [_versions(model.folder) for model in models]
-    for each in (each for found in versions for each in found):
-        _check_fits(each, version, bundle.manifest, backend)
+    for model, found in zip(models, versions, strict=True):
+        for each in found:
+            _check_fits(each, version, bundle.manifest, backend, bool(model.state))
     written = []
     for model, found in zip(models, versions, strict=True):
         bundle_ids = {each.number: each.bundle_id for each in found}
@@ -150,7 +175,7 @@ def _check_arguments(name: str, version: int, instances: int) -> None:
             raise BundleError(f"{what}: expected 1 or more, got {number}")
 
 
-def _models(bundle: Bundle, out: Path, name: str) -> tuple[_Model, _Model]:
+def _models(bundle: Bundle, out: Path, name: str) -> list[_Model]:
     D, C, W = _sizes(bundle.manifest.model_dump()).values()
     snippet = _Model(
         out / f"{name}-snippet",
@@ -175,10 +200,33 @@ def _models(bundle: Bundle, out: Path, name: str) -> tuple[_Model, _Model]:
             _Tensor("refined_completeness", (-1, C)),
         ),
     )
-    return snippet, instance
+    return [snippet, instance]
 
 
-def _sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
+def _stream_model(bundle: Bundle, out: Path, name: str, backend: Backend) -> _Model:
+    step, graph = bundle.manifest.step, bundle.step_graph
+    if step is None or graph is None:
+        raise BundleError(f"{bundle.folder}: expected a bundle with step.onnx, got one without")
+    if backend != "onnxruntime":
+        raise BundleError(
+            "stateful: expected the onnxruntime backend, since the Python backend hands no state "
+            f"on, got {backend}"
+        )
+    snippet = _models(bundle, out, name)[0]
+    return _Model(
+        out / f"{name}-stream",
+        graph,
+        MAX_BATCH_SIZE,
+        snippet.inputs,
+        snippet.outputs,
+        (
+            *(_Tensor(part, shape) for part, shape in step.state.items()),
+            _Tensor("history", (step.history,), "TYPE_BOOL"),
+        ),
+    )
+
+
+def _sizes(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What all versions of a model must agree in: D, C and W."""
     return {
         "features (D)": manifest["feature_dim"],
@@ -199,7 +247,8 @@ def _versions(folder: Path) -> list[_Version]:
         try:
             # Not read as a bundle: its golden windows are not here.
             about = json.loads((path / MANIFEST).read_bytes())
-            found.append(_Version(path, str(about["bundle_id"]), _sizes(about)))
+            _sizes(about)
+            found.append(_Version(path, str(about["bundle_id"]), about))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise BundleError(
                 f"{path / MANIFEST}: expected a version that hrpro bundle triton wrote: {error}"
@@ -207,14 +256,19 @@ def _versions(folder: Path) -> list[_Version]:
     return found
 
 
-def _check_fits(there: _Version, number: int, manifest: Manifest, backend: Backend) -> None:
+def _check_fits(
+    there: _Version, number: int, manifest: Manifest, backend: Backend, has_state: bool
+) -> None:
     if there.number == number:
         raise BundleError(
             f"{there.folder}: exists, of bundle {there.bundle_id}; versions are not overwritten, "
             "expected a new number"
         )
-    sizes = _sizes(manifest.model_dump())
-    for what, size in there.sizes.items():
+    sizes, found = _sizes(manifest.model_dump()), _sizes(there.manifest)
+    if has_state:
+        sizes["state"] = manifest.model_dump(mode="json")["step"]
+        found["state"] = there.manifest.get("step")
+    for what, size in found.items():
         if size != sizes[what]:
             raise BundleError(
                 f"{there.folder}: {what}: expected {sizes[what]} as in bundle "
@@ -248,7 +302,9 @@ def _config(
             _TENSOR.format(side=side, name=each.name, kind=each.kind, dims=list(each.dims))
             for each in tensors
         ]
-    if max_batch_size:
+    if model.state:
+        parts.append(_sequences(model.state))
+    elif max_batch_size:
         parts.append(_BATCHING)
         T, D = manifest.window_length, manifest.feature_dim
         parts += [
@@ -264,6 +320,13 @@ def _config(
     return "".join(parts)
 
 
+def _sequences(state: tuple[_Tensor, ...]) -> str:
+    states = "".join(
+        _STATE.format(name=each.name, kind=each.kind, dims=list(each.dims)) for each in state
+    )
+    return _SEQUENCES.format(idle_us=IDLE_S * 1_000_000, streams=STREAMS, states=states)
+
+
 def _write_config(folder: Path, text: str) -> None:
     """Before the version: a server that looks in between finds a configuration to every version."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,8 +338,20 @@ def _write_config(folder: Path, text: str) -> None:
 def _write_version(model: _Model, bundle: Bundle, backend: Backend, version: int) -> Path:
     target = model.folder / str(version)
     with replaced_folder(target) as folder:
-        shutil.copyfile(model.graph, folder / GRAPH)
+        if model.state:
+            _write_stateful_graph(bundle, folder / GRAPH)
+        else:
+            shutil.copyfile(model.graph, folder / GRAPH)
         shutil.copyfile(bundle.folder / MANIFEST, folder / MANIFEST)
         if backend == "python":
             shutil.copyfile(Path(__file__).with_name("triton_model.py"), folder / CODE)
     return target
+
+
+def _write_stateful_graph(bundle: Bundle, path: Path) -> None:
+    # Imported here: all else is to be had without the package onnx.
+    from hrpro.export.stateful import write_stateful_graph
+
+    assert bundle.step_graph is not None
+    assert bundle.manifest.step is not None
+    write_stateful_graph(bundle.step_graph, bundle.manifest.step, path)

@@ -33,7 +33,8 @@ from typer.testing import CliRunner
 from hrpro.clients.cli_bundle_triton import triton
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
-from hrpro.export.bundle import Bundle, BundleError
+from hrpro.export import triton as triton_models
+from hrpro.export.bundle import Bundle, BundleError, read_bundle, write_manifest
 from hrpro.export.export import export_bundle
 from hrpro.export.triton import MAX_BATCH_SIZE, write_repository
 
@@ -162,6 +163,118 @@ def test_a_second_version_stands_beside_the_first(
         assert parameters["bundle_id.2"].string_value == other_bundle.manifest.bundle_id
 
 
+# --- streams -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream_model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("stateful")
+    written = write_repository(bundle, repository, "hrpro", "onnxruntime", 1, "cpu", 2, True)
+    assert [each.parent.name for each in written] == [
+        "hrpro-snippet", "hrpro-instance", "hrpro-stream",
+    ]  # fmt: skip
+    return repository / "hrpro-stream"
+
+
+def test_the_state_of_a_stream_is_described_as_the_graph_has_it(
+    bundle: Bundle, stream_model: Path
+) -> None:
+    config = read_config(stream_model)
+    assert config.max_batch_size == MAX_BATCH_SIZE
+    batching = config.sequence_batching
+    assert config.WhichOneof("scheduling_choice") == "sequence_batching"
+    assert batching.max_sequence_idle_microseconds == 60_000_000
+    assert batching.oldest.max_candidate_sequences == 256
+    kinds = {"tensor(float)": 11, "tensor(bool)": 1}
+    session = onnxruntime.InferenceSession(stream_model / "1" / "model.onnx")
+    names = [each.name for each in config.input], [each.name for each in config.output]
+    assert names == (["features", "valid"], ["scores", "cas", "attention", "embedding"])
+    taken, given = (
+        {each.name: (kinds[each.type], each.shape[1:]) for each in side}
+        for side in (session.get_inputs(), session.get_outputs())
+    )
+    assert list(taken) == [*names[0], *(each.input_name for each in batching.state)]
+    assert list(given) == [*names[1], *(each.output_name for each in batching.state)]
+    for each in batching.state:
+        (zeros,) = each.initial_state
+        assert zeros.zero_data
+        described = (each.data_type, list(each.dims))
+        assert described == (zeros.data_type, list(zeros.dims)) == taken[each.input_name]
+        assert described == given[each.output_name]
+    layout = bundle.manifest.step
+    assert layout is not None
+    assert taken["history"] == (1, [layout.history])
+    parameters = {key: each.string_value for key, each in config.parameters.items()}
+    assert parameters["bundle_id.1"] == bundle.manifest.bundle_id
+    assert list(config.model_warmup) == []
+
+
+def test_a_server_that_hands_the_state_on_gives_what_windows_give(
+    bundle: Bundle, stream_model: Path
+) -> None:
+    """Two sequences, one of which begins later, as the sequence batcher would run them."""
+    config = read_config(stream_model)
+    session = onnxruntime.InferenceSession(stream_model / "1" / "model.onnx")
+    outputs = [each.name for each in config.output]
+    new = [each.output_name for each in config.sequence_batching.state]
+    delay, length = bundle.manifest.lookahead_snippets, 50
+    features = np.stack([tiny_recording(length, seed) for seed in (1, 2)])
+    valid = np.random.default_rng(0).random((2, length)) > 0.2
+    sent = np.pad(features, ((0, 0), (0, delay), (0, 0))), np.pad(valid, ((0, 0), (0, delay)))
+    kinds = {11: np.float32, 1: np.bool_}
+    states = [
+        {
+            each.input_name: np.zeros((1, *each.dims), kinds[each.data_type])
+            for each in config.sequence_batching.state
+        }
+        for _ in range(2)
+    ]
+    at = [0, 0]
+    got: list[list[list[NDArray[np.float32]]]] = [[], []]
+    sizes = np.random.default_rng(1).choice([1, 2, 9], 200).tolist()
+    while min(at) < length + delay:
+        n = min(sizes.pop(), length + delay - min(at))
+        # The second one begins when the first is at 10, and the first ends alone or not.
+        chosen = [each for each in (0, 1) if at[each] + n <= length + delay]
+        chosen = [each for each in chosen if each == 0 or at[0] >= 10]
+        feed = {name: np.concatenate([states[each][name] for each in chosen]) for name in states[0]}
+        for name, array in zip(("features", "valid"), sent, strict=True):
+            feed[name] = np.stack([array[each, at[each] : at[each] + n] for each in chosen])
+        found = session.run([*outputs, *new], feed)
+        for row, each in enumerate(chosen):
+            got[each].append([part[row] for part in found[: len(outputs)]])
+            for name, part in zip(states[0], found[len(outputs) :], strict=True):
+                states[each][name] = part[row : row + 1]
+            at[each] += n
+    whole = onnxruntime.InferenceSession(bundle.snippet_graph).run(
+        outputs, {"features": features, "valid": valid}
+    )
+    for each in (0, 1):
+        for parts, expected in zip(zip(*got[each], strict=True), whole, strict=True):
+            joined = np.concatenate(parts)[delay:]
+            np.testing.assert_allclose(joined, expected[each], rtol=0, atol=TOLERANCE)
+
+
+def test_streams_that_cannot_be_had_are_refused(
+    bundle: Bundle, stream_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match="stateful: expected the onnxruntime backend"):
+        write_repository(bundle, tmp_path, "hrpro", "python", 1, "cpu", 1, True)
+    without = Path(shutil.copytree(bundle.folder, tmp_path / "without"))
+    (without / "step.onnx").unlink()
+    write_manifest(without, json.loads((without / "bundle.json").read_text()) | {"step": None})
+    with pytest.raises(BundleError, match=r"expected a bundle with step\.onnx, got one without"):
+        write_repository(read_bundle(without), tmp_path, "m", "onnxruntime", 1, "cpu", 1, True)
+    assert [each.name for each in tmp_path.iterdir()] == ["without"]
+    repository = Path(shutil.copytree(stream_model.parent, tmp_path / "other"))
+    manifest = repository / "hrpro-stream" / "1" / "bundle.json"
+    content = json.loads(manifest.read_text())
+    content["step"]["history"] += 1
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"hrpro-stream/1: state: expected \{.*'history': 9"):
+        write_repository(bundle, repository, "hrpro", "onnxruntime", 2, "cpu", 1, True)
+
+
 def change_manifest(repository: Path, **changes: object) -> None:
     path = repository / "hrpro-instance" / "1" / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -256,6 +369,9 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
     folders = [f"{tmp_path}/hrpro-snippet/7", f"{tmp_path}/hrpro-instance/7"]
     assert json.loads(said) == {"bundle_id": bundle_id, "versions": folders}
     assert read_config(tmp_path / "hrpro-snippet").instance_group[0].kind == 1
+    code, said = run(bundle.folder, "--out", tmp_path, "--version", 8, "--stateful")
+    assert code == 0
+    assert f"{tmp_path}/hrpro-stream/8: bundle {bundle_id}" in said
     for option, message in (
         (("--backend", "torch"), "expected onnxruntime, python, got 'torch'"),
         (("--device", "tpu"), "expected cpu, gpu, got 'tpu'"),
@@ -390,6 +506,46 @@ def test_a_window_has_the_same_scores_in_any_company(served: Served) -> None:
             np.testing.assert_allclose(got[name][valid], expected[valid], rtol=0, atol=TOLERANCE)
     executions = served.statistics("hrpro-snippet")[1] - before[1]
     assert executions < len(said)
+
+
+def test_a_server_begins_a_sequence_with_the_state_that_is_described(
+    bundle: Bundle, stream_model: Path, tmp_path: Path
+) -> None:
+    """By the Python backend, which is given a state but cannot hand one on: a single request."""
+    repository = Path(shutil.copytree(stream_model.parent, tmp_path / "models"))
+    model = repository / "hrpro-stream"
+    config = (model / "config.pbtxt").read_text()
+    (model / "config.pbtxt").write_text(config.replace('"onnxruntime"', '"python"'))
+    code = (Path(triton_models.__file__).with_name("triton_model.py")).read_text()
+    named = '[each["name"] for each in config["input"]]'
+    states = '[each["input_name"] for each in config["sequence_batching"]["state"]]'
+    assert code.count(named) == 1
+    (model / "1" / "model.py").write_text(code.replace(named, f"{named} + {states}"))
+    sent = windows(1, 20, seed=2)
+    delay = bundle.manifest.lookahead_snippets
+    behind = {
+        "features": np.pad(sent["features"], ((0, 0), (0, delay), (0, 0))),
+        "valid": np.pad(sent["valid"], ((0, 0), (0, delay))),
+    }
+    with (
+        triton_server(repository, tmp_path / "scratch", ["hrpro-stream"]) as server,
+        contextlib.closing(grpc.InferenceServerClient(server.url)) as client,
+    ):
+        found = [
+            client.infer(
+                "hrpro-stream",
+                inputs(behind),
+                sequence_id=number,
+                sequence_start=True,
+                sequence_end=True,
+            )
+            for number in (1, 2)
+        ]
+    names = ["scores", "cas", "attention", "embedding"]
+    expected = onnxruntime.InferenceSession(bundle.snippet_graph).run(names, sent)
+    for each in map(outputs, found):
+        for name, wanted in zip(names, expected, strict=True):
+            np.testing.assert_allclose(each[name][:, delay:], wanted, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
