@@ -23,9 +23,10 @@ from hrpro.clients.bench_engine_process import Calls, bench_engine, read_calls
 from hrpro.clients.bench_feeder import Fed, Feed, FeederProcess, feeder_process
 from hrpro.clients.subscriber import EventSubscriber
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.bare import new_bare
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.incremental import runs_by_steps
 from hrpro.engine.messages import Publication, StreamNotice
-from hrpro.engine.windows import plan_windows
 from hrpro.engine.wire import NoReplyError
 from hrpro.export.bundle import Bundle
 
@@ -120,8 +121,9 @@ def _run(
         feeder_process(engine.addresses.feed, recording, bundle.manifest.clock) as feeder,
     ):
         subscriber.wait_connected()
+        bare = _Bare(bundle, config, workload)
         with _Listener(subscriber) as listener:
-            figures = _throughput(feeder, _Bare(bundle, config), workload, config, engine.pid)
+            figures = _throughput(feeder, bare, workload, config, engine.pid)
             figures["messages_per_snippet"] = len(listener.published) / figures["snippets"]
             listener.published.clear()
             half = figures["engine_snippets_per_s"] / 2
@@ -142,7 +144,7 @@ def _throughput(
     chunk = min(config.window.hop_snippets, config.max_chunk_snippets)
     round_ = Feed("cam", workload.streams, workload.snippets, chunk, end=False)
     feeder.feed(round_)  # streams are opened, and have a past
-    bare.run(workload)
+    bare.run()
     spent_s: dict[str, list[float]] = {"engine": [], "bare": []}
     cpu_s = {"engine": 0.0, "bare": 0.0}
     for n in range(workload.rounds):
@@ -150,7 +152,7 @@ def _throughput(
         for side in ("engine", "bare")[:: 1 if n % 2 else -1]:
             cpu_s[side] -= cpu_seconds(pid if side == "engine" else os.getpid())
             if side == "bare":
-                spent_s[side].append(bare.run(workload))
+                spent_s[side].append(bare.run())
             else:
                 fed = feeder.feed(round_)
                 spent_s[side].append(fed.ended_s - fed.began_s)
@@ -186,27 +188,23 @@ def waiting_seconds(pid: int) -> float:
 
 
 class _Bare:
-    """The snippet graph in this process, on as many threads, with nothing around it."""
+    """Stage 1 in this process as the engine computes it, with nothing around it."""
 
-    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
-        self._backend = OnnxRuntimeBackend(bundle, config)
-        self._hop = config.window.hop_snippets
-        self._max_batch = config.batch_limit
-        window = plan_windows(bundle.manifest, config).window
-        shape = (config.batch_limit, window, bundle.manifest.feature_dim)
-        random = np.random.default_rng(0)
-        self._features = random.standard_normal(shape, dtype=np.float32)
-        self._valid = np.ones(shape[:2], dtype=np.bool_)
-        self._backend.score_snippets(self._features, self._valid)
+    def __init__(self, bundle: Bundle, config: EngineConfig, workload: Workload) -> None:
+        by_steps = runs_by_steps(bundle.manifest, config)
+        limit = config.step_batch_limit if by_steps else config.batch_limit
+        streams, turns = workload.streams, workload.snippets // config.window.hop_snippets
+        # Windows do not depend on each other; in a step a stream is at most once.
+        hops = [streams] * turns if by_steps else [streams * turns]
+        self._calls = [min(limit, each - done) for each in hops for done in range(0, each, limit)]
+        backend = OnnxRuntimeBackend(bundle, config)
+        self._bare = new_bare(bundle.manifest, backend, config, max(self._calls))
 
-    def run(self, workload: Workload) -> float:
-        """Seconds for the windows of a round, in full batches."""
-        windows = workload.streams * workload.snippets // self._hop
+    def run(self) -> float:
+        """Seconds for the hops of a round, in batches as full as they can be."""
         began_s = time.monotonic()
-        while windows > 0:
-            size = min(windows, self._max_batch)
-            self._backend.score_snippets(self._features[:size], self._valid[:size])
-            windows -= size
+        for streams in self._calls:
+            self._bare.run(streams)
         return time.monotonic() - began_s
 
 

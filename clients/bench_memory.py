@@ -76,7 +76,7 @@ def idle_streams(
         each = (resident_bytes(engine.pid) - before) / others
     return {
         "rss_bytes_per_stream": each,
-        "buffer_bytes_per_stream": stream_bytes,
+        "told_bytes_per_stream": stream_bytes,
         "rss_ratio": each / stream_bytes,
         "idle_streams": streams,
     }
@@ -119,7 +119,7 @@ def measure_growth(
     """Feed so many snippets as fast as they go, and look at the engine's memory on the way.
 
     Most come from streams that go on; at each sample, one in eight comes from streams that begin
-    and end. ``leak_bytes`` are lost for each window, as a control.
+    and end. ``leak_bytes`` are lost for each stream in a step, or for each window, as a control.
     """
     guests = max(1, streams // 8)
     each = max(_CHUNK_SNIPPETS, round(snippets / samples / (streams + guests)))

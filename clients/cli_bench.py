@@ -133,7 +133,7 @@ def bench_memory(
     snippets: Annotated[int, typer.Option(help="Snippets to feed.", min=1000)] = 10_000_000,
     streams: Annotated[int, typer.Option(help="Streams that go on.", min=1)] = 64,
     leak_bytes: Annotated[
-        int, typer.Option(help="As a control: lose so many bytes a window.", min=0)
+        int, typer.Option(help="As a control: lose so many bytes a stream and step.", min=0)
     ] = 0,
     limit: Annotated[
         float, typer.Option(help="Bytes a million snippets from which memory grows.", min=0)
@@ -170,6 +170,41 @@ def bench_memory(
             say(f"{name:<34}{value}")
     if slope >= limit:
         raise typer.Exit(1)
+
+
+@bench_app.command("incremental")
+def bench_incremental(
+    dim: Annotated[int, typer.Option(help="D, features in a snippet.", min=1)] = 2048,
+    classes: Annotated[int, typer.Option(help="C.", min=1)] = 20,
+    size: Annotated[str, typer.Option(help="full or lean, as in model.size.")] = "full",
+    past: Annotated[
+        list[int] | None, typer.Option(help="P, attention's past; repeatable.", min=1)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="B, streams in a step; repeatable.", min=1)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds, all that is timed in turn.", min=1)] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a snippet costs by steps and by windows, and what bounds a step; on one thread."""
+    from hrpro.clients.bench_bundle import BenchModel
+    from hrpro.clients.bench_incremental import measure
+
+    model = BenchModel(dim, classes, size)
+    with console(quiet=True).status("steps, windows and a plain product in turn"):
+        said = measure(model, past or [32, 64, 128, 256], batch or [1, 16, 64], rounds)
+    if as_json:
+        print(json.dumps(said))
+        return
+    table = said.pop("table")
+    _show({name: value for name, value in said.items() if value is not None})
+    say("   P   B  hop  step ms  window ms  speedup  GFLOP/s  of plain  binds")
+    for row in table:
+        say(
+            f"{row['past']:4}{row['batch']:4}{row['hop']:5}{row['step_ms_per_snippet']:9.3f}"
+            f"{row['window_ms_per_snippet']:11.3f}{row['speedup']:9.1f}{row['gflop_per_s']:9.1f}"
+            f"{row['gflop_per_s'] / row['plain_gflop_per_s']:10.2f}  {row['binds']}"
+        )
 
 
 @contextlib.contextmanager
@@ -209,19 +244,23 @@ def _idle(bundle: Bundle, config: EngineConfig, recording: Path, streams: int) -
     from hrpro.engine.footprint import stream_bytes
 
     with console(quiet=True).status(f"{streams} idle streams"):
-        own = stream_bytes(bundle.manifest, config)
+        own = stream_bytes(bundle.manifest, config).all
         return idle_streams(bundle, config, recording, streams, own)
 
 
 def _described(bundle: Bundle, config: EngineConfig, streams: int) -> dict[str, Any]:
+    from hrpro.engine.incremental import runs_by_steps
+
     manifest = bundle.manifest
+    by_steps = runs_by_steps(manifest, config)
     return {
+        "inference": "incremental" if by_steps else "window",
         "feature_dim": manifest.feature_dim,
         "classes": len(manifest.classes),
         "window_snippets": config.window.window_snippets or manifest.window_length,
         "hop_snippets": config.window.hop_snippets,
         "embedding_width": manifest.embedding_width,
-        "max_batch": config.batch_limit,
+        "max_batch": config.step_batch_limit if by_steps else config.batch_limit,
         "threads": config.threads,
         "streams": streams,
     }

@@ -71,20 +71,23 @@ def show(problems: Sequence[str], figures: Mapping[str, Any]) -> None:
         f"{figures['model_lookahead_s']:.2f} s"
     )
     say(
-        f"memory      {figures['stream_bytes']} bytes a stream, "
+        f"memory      {figures['stream_bytes']} bytes a stream ({figures['buffer_bytes']} of "
+        f"buffers, {figures['state_bytes']} of its state), "
         f"{figures['max_streams_bytes'] / 1e6:.1f} MB for {figures['max_streams']} streams, "
         f"{figures['batch_bytes'] / 1e6:.1f} MB for a batch"
     )
-    gflop = figures["window_gflop"]
+    call = "window" if figures["inference"] == "window" else "step"
+    gflop = figures["hop_gflop"]
     cost = (
         "not known to this bundle"
         if gflop is None
-        else (f"{gflop:.3g} GFLOP a window, {figures['stream_gflop_per_s']:.3g} GFLOP/s a stream")
+        else (f"{gflop:.3g} GFLOP a {call}, {figures['stream_gflop_per_s']:.3g} GFLOP/s a stream")
     )
-    say(f"compute     {cost}")
+    say(f"compute     {figures['inference']}, {cost}")
     say(
-        f"measured    {figures['window_ms']:.3g} ms a window here: "
-        f"{figures['streams_in_real_time']} streams in real time, inference alone"
+        f"measured    {figures['hop_ms']:.3g} ms a {call} here, {figures['batch_ms']:.3g} ms "
+        f"{figures['batch_hops']} together: {figures['streams_in_real_time']} streams in real "
+        "time, inference alone"
     )
     say("OK")
 

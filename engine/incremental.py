@@ -61,6 +61,11 @@ def runs_by_steps(manifest: Manifest, config: EngineConfig) -> bool:
     return obstacle is None and config.inference != "window"
 
 
+def cache_dtype(config: EngineConfig) -> type[np.floating]:
+    """Of the keys and values that are kept."""
+    return np.float16 if config.cache_precision == "fp16" else np.float32
+
+
 class StatePool:
     """The state of streams, a slot each, in arrays that are made once.
 
@@ -154,7 +159,7 @@ class Steps:
         self._context, self._delay = manifest.context_snippets, manifest.lookahead_snippets
         self._feature_dim = manifest.feature_dim
         self._max_streams = config.max_streams
-        self._dtype = np.float16 if config.cache_precision == "fp16" else np.float32
+        self._dtype = cache_dtype(config)
         self._pool: StatePool | None = None  # while a stream has a slot
         self._slots: dict[Stream, int] = {}
         self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side

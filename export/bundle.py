@@ -68,6 +68,11 @@ class StepLayout(Settings):
     state: dict[str, tuple[int, ...]] = Field(
         description="shape of each part of a stream's state, float32; keys and values are rings"
     )
+    snippet_flops: int = Field(
+        0,
+        ge=0,
+        description="floating-point operations of a snippet's matrix products; 0: not known",
+    )
 
 
 class Manifest(Settings):

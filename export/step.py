@@ -23,6 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from hrpro.export.bundle import StepLayout
 from hrpro.training.attention import ReliabilityAwareBlock
@@ -76,8 +77,23 @@ class StepModel(nn.Module):
     def layout(self) -> StepLayout:
         """Of the state of one stream, for the manifest."""
         shapes = [tuple(each.shape[1:]) for each in self.empty_state(1)]
-        state = dict(zip(self.state_names(), shapes, strict=True))
-        return StepLayout(history=self.history, capacity=self.capacity, state=state)
+        return StepLayout(
+            history=self.history,
+            capacity=self.capacity,
+            state=dict(zip(self.state_names(), shapes, strict=True)),
+            # What another stream adds: keys and values of the prototypes are computed once.
+            snippet_flops=self._step_flops(2) - self._step_flops(1),
+        )
+
+    def _step_flops(self, streams: int) -> int:
+        """What a step of one snippet of streams computes, in matrix products."""
+        features = torch.zeros(streams, 1, self.model.feature_dim)
+        valid = torch.ones(streams, self.history + 1, dtype=torch.bool)
+        arrival = torch.zeros(streams, dtype=torch.int64)
+        state = self.empty_state(streams)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self(features, valid, arrival, state, self.model.prototypes)
+        return int(counter.get_total_flops())
 
     def forward(
         self,

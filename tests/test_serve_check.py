@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import hrpro, hrpro_json
 from driving import engine_config
-from tiny_model import CLASSES, CONTEXT, DIM, LOOKAHEAD
+from tiny_model import CLASSES, CONTEXT, DIM, FUTURE, LOOKAHEAD, PAST
 
 from hrpro.clients.serve_check import address_problems
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
@@ -34,20 +34,32 @@ def problems(*arguments: object) -> list[str]:
 # ---- what follows --------------------------------------------------------------------------------
 
 
-def test_derived_values(bundle: Bundle) -> None:
-    manifest = bundle.manifest
+@pytest.mark.parametrize("inference", ["window", "incremental"])
+def test_derived_values(bundle: Bundle, inference: str) -> None:
+    manifest, layout = bundle.manifest, bundle.manifest.step
+    assert layout is not None
     said = hrpro_json(
         "serve", bundle.folder, "--check", "--set", "window.hop_snippets=4", "--set", "threads=1",
         "--set", "window.window_snippets=40", "--set", "max_streams=10", "--set", "max_batch=2",
         "--set", "backlog_snippets=24", "--set", "localization.history_snippets=100",
-        "--set", "lookahead_s=5.12",
+        "--set", "lookahead_s=5.12", "--set", f"inference={inference}",
+        "--set", "cache_precision=fp16",
     )  # fmt: skip
     W, C = manifest.embedding_width, len(CLASSES)
-    own_bytes = (40 + 24) * (4 * DIM + 1) + 4 * 100 * (W + C)
-    assert said.pop("window_ms") > 0
-    assert said.pop("streams_in_real_time") > 0
-    gflop = manifest.window_flops / 1e9 * 40 / manifest.window_length
-    assert said.pop("window_gflop") == pytest.approx(gflop)
+    buffer_bytes = (40 + 24) * (4 * DIM + 1) + 4 * 100 * (W + C)
+    if inference == "window":
+        gflop = manifest.window_flops / 1e9 * 40 / manifest.window_length
+        state_bytes, row_bytes = 0, 40 * (4 * DIM + 1)
+    else:
+        gflop = layout.snippet_flops / 1e9 * 4
+        # Two blocks: keys and values, what waits for its future; the convolution's two rows.
+        cache, rest = 2 * 2 * (PAST + FUTURE) * W, (2 * FUTURE + 2) * W
+        state_bytes = 2 * cache + 4 * rest + layout.history
+        row_bytes = 4 * (4 * DIM + cache + rest) + layout.history + 4
+    assert said.pop("hop_ms") > 0
+    batch_ms = said.pop("batch_ms")
+    assert said.pop("streams_in_real_time") == int(1000 * 2.56 * 2 / batch_ms)
+    assert said.pop("hop_gflop") == pytest.approx(gflop)
     assert said.pop("stream_gflop_per_s") == pytest.approx(gflop / 2.56)
     assert said == {
         "ok": True,
@@ -56,6 +68,7 @@ def test_derived_values(bundle: Bundle) -> None:
         "classes": C,
         "feature_dim": DIM,
         "snippet_s": 0.64,
+        "inference": inference,
         "window_snippets": 40,
         "window_s": 25.6,
         "hop_snippets": 4,
@@ -64,10 +77,13 @@ def test_derived_values(bundle: Bundle) -> None:
         "model_lookahead_snippets": LOOKAHEAD,
         "model_lookahead_s": pytest.approx(LOOKAHEAD * 0.64),
         "lookahead_s": 5.12,
-        "stream_bytes": own_bytes,
+        "buffer_bytes": buffer_bytes,
+        "state_bytes": state_bytes,
+        "stream_bytes": buffer_bytes + state_bytes,
         "max_streams": 10,
-        "max_streams_bytes": 10 * own_bytes,
-        "batch_bytes": 2 * 40 * (4 * DIM + 1),
+        "max_streams_bytes": 10 * (buffer_bytes + state_bytes),
+        "batch_hops": 2,
+        "batch_bytes": 2 * row_bytes,
     }
 
 
@@ -86,7 +102,7 @@ def test_a_stream_allocates_what_is_told(bundle: Bundle, backend: OnnxRuntimeBac
     told = stream_bytes(bundle.manifest, config)
     assert deployment.steps is not None
     own = streams[0].buffer_bytes
-    assert told == own + deployment.steps.stream_bytes
+    assert (told.buffers, told.state) == (own, deployment.steps.stream_bytes)
     # Beside its rings a stream has some small objects: less than 10 KB.
     assert own <= allocated / len(streams) < own + 10_000
 
@@ -95,6 +111,8 @@ def test_people_are_told_too(bundle: Bundle) -> None:
     said = hrpro("serve", bundle.folder, "--check", "--set", "threads=1").stdout
     length = CONTEXT + 1 + LOOKAHEAD
     assert f"window      {length} snippets ({length * 0.64:.2f} s), hop 1 (0.64 s)\n" in said
+    assert "compute     incremental, " in said
+    assert " ms a step here, " in said
     assert said.endswith("OK\n")
 
 

@@ -107,11 +107,15 @@ def test_the_layout_is_that_of_the_state() -> None:
     step = StepModel(
         snippet_model(attention_past=5, attention_future=2, blocks=1, attention_heads=4)
     )
+    W, C = 8, step.model.class_count
+    # query, keys, values and output, feed-forward, convolution; heads; old, own and constant keys
+    products = (4 + 4 + 3) * W * W + W * (C + 1) + 2 * W * (7 + 1 + C)
     # 7 rows of 4 heads; one block ahead by 2, of the oldest of which the flag is needed, too
     assert step.layout() == StepLayout(
         history=9,
         capacity=7,
         state={"keys_0": (4, 7, 2), "values_0": (4, 7, 2), "waiting_0": (2, 8), "tail": (2, 8)},
+        snippet_flops=2 * products,
     )
     assert step.delay == 3
     assert [tuple(each.shape) for each in step.empty_state(6)] == [
