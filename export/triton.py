@@ -12,7 +12,7 @@
 
     NAME-snippet     features (B, T, D) FP32, valid (B, T) BOOL
                      -> scores (B, T, C), cas (B, T, C), attention (B, T), embedding (B, T, W)
-    NAME-instance    features (T, W), proposals (N, 2), both FP32
+    NAME-instance    features (T, W), proposals (N, 2), both FP32, stretch (N, 2) INT64
                      -> completeness (N, C), refined (N, 2), refined_completeness (N, C)
     NAME-stream      features (B, n, D) FP32, valid (B, n) BOOL, a sequence for each stream
                      -> the outputs of NAME-snippet, n of them, `lookahead_snippets` behind
@@ -34,6 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import onnxruntime
+
+from hrpro.engine.backends.onnxruntime import CPU_PROVIDER
 from hrpro.export.bundle import MANIFEST, Bundle, BundleError, Manifest, replaced_folder
 
 Backend = Literal["onnxruntime", "python"]
@@ -189,11 +192,19 @@ def _models(bundle: Bundle, out: Path, name: str) -> list[_Model]:
             _Tensor("embedding", (-1, W)),
         ),
     )
+    # Bundles of schema versions 1 and 2 know of one stretch alone.
+    session = onnxruntime.InferenceSession(bundle.instance_graph, providers=[CPU_PROVIDER])
+    known = {each.name for each in session.get_inputs()}
+    inputs = (
+        _Tensor("features", (-1, W)),
+        _Tensor("proposals", (-1, 2)),
+        _Tensor("stretch", (-1, 2), "TYPE_INT64"),
+    )
     instance = _Model(
         out / f"{name}-instance",
         bundle.instance_graph,
         0,  # no axis for a batch: stretches differ in length, and proposals in number
-        (_Tensor("features", (-1, W)), _Tensor("proposals", (-1, 2))),
+        tuple(each for each in inputs if each.name in known),
         (
             _Tensor("completeness", (-1, C)),
             _Tensor("refined", (-1, 2)),

@@ -42,7 +42,7 @@ Arrays = dict[str, NDArray[Any]]
 
 # Batches of another size are summed in another order.
 TOLERANCE = 1e-4
-KINDS = {np.dtype(np.float32): "FP32", np.dtype(np.bool_): "BOOL"}
+KINDS = {np.dtype(np.float32): "FP32", np.dtype(np.bool_): "BOOL", np.dtype(np.int64): "INT64"}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,7 @@ def test_the_instance_model_for_the_onnxruntime_backend(bundle: Bundle, tmp_path
     assert [(each.name, list(each.dims)) for each in config.input] == [
         ("features", [-1, 8]),
         ("proposals", [-1, 2]),
+        ("stretch", [-1, 2]),
     ]
     assert [(each.name, list(each.dims)) for each in config.output] == [
         ("completeness", [-1, 3]),
@@ -553,7 +554,8 @@ def test_proposals(served: Served, backend: OnnxRuntimeBackend, count: int) -> N
     embedding = tiny_recording(30, seed=3)
     start = np.random.default_rng(count).uniform(0, 20, (count, 1))
     proposals = np.hstack([start, start + 5.5]).astype(np.float32)
-    sent = {"features": embedding, "proposals": proposals}
+    stretch = np.tile([0, len(embedding) - 1], (count, 1))
+    sent = {"features": embedding, "proposals": proposals, "stretch": stretch}
     got = infer(served.client, "hrpro-instance", sent)
     expected = backend.score_instances(embedding, proposals)
     assert [each.shape for each in got.values()] == [(count, 3), (count, 2), (count, 3)]
