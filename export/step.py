@@ -112,7 +112,7 @@ class StepModel(nn.Module):
         """
         n = features.shape[1]
         x = self.model.normalised(features)  # (B, n, W)
-        memory = self.model.normalised(prototypes)[None]  # (1, C, W)
+        memory = self.model.normalised(prototypes[None])  # (1, C, W)
         age = (arrival[:, None] - 1 - torch.arange(self.capacity)) % self.capacity + 1
         step = torch.arange(n)
         behind = step[:, None] - step  # of two of the new rows, (n, n)
@@ -157,12 +157,13 @@ def _attend(
     """
     W = rows.shape[-1]
     weight, bias = block.query_key_value.weight, block.query_key_value.bias
-    if asking is rows:
+    if asking is rows:  # all of one matrix, which a graph has once
         query, key, value = block.query_key_value(rows).chunk(3, dim=-1)
+        known = block.query_key_value(memory).chunk(3, dim=-1)[1:]
     else:
         query = F.linear(asking, weight[:W], bias[:W])
         key, value = F.linear(rows, weight[W:], bias[W:]).chunk(2, dim=-1)
-    known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
+        known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
     known_key, known_value = (block.split(each) for each in known)
     query, key, value = (block.split(each) for each in (query, key, value))
     query = query * query.shape[-1] ** -0.5

@@ -17,9 +17,13 @@ from tiny_model import LOOKAHEAD, tiny_config, tiny_model, tiny_recording, tiny_
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.export.bundle import Bundle, Precision, read_bundle, write_manifest
 from hrpro.export.golden import check_golden
+from hrpro.export.graphs import export_step_graph
 from hrpro.export.memory import replace_prototypes
 from hrpro.export.precision import convert, rounded_columns
+from hrpro.export.step import StepModel
 from hrpro.export.steps import onnx_step, run_steps
+from hrpro.training.config import ModelConfig
+from hrpro.training.model import SnippetModel
 
 Floats = NDArray[np.float32]
 
@@ -165,6 +169,21 @@ def test_all_matrices_are_int8_and_the_memory_is_computed_once(
     loaded = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
     assert loaded.count("MatMulInteger") == 0
     assert loaded.count("MatMulIntegerToFloat") == products - 2
+
+
+def test_a_narrower_model_without_a_future_has_each_matrix_once(tmp_path: Path) -> None:
+    config = ModelConfig(size="lean", blocks=1, attention_past=3)
+    export_step_graph(StepModel(SnippetModel(32, 3, config).eval()), tmp_path / "fp32.onnx")
+    convert(tmp_path / "fp32.onnx", "int8", tmp_path / "int8.onnx")
+    W = 8
+    matrices = [(32, W), (W, 3 * W), (W, W), (W, 2 * W), (2 * W, W), (3 * W, W), (W, 3), (W, 1)]
+    for name, kind, more in (
+        ("fp32", TensorProto.FLOAT, [(3, 32)]),  # the prototypes
+        ("int8", TensorProto.INT8, []),
+    ):
+        graph = onnx.load(tmp_path / f"{name}.onnx").graph
+        found = [tuple(each.dims) for each in graph.initializer if each.data_type == kind]
+        assert sorted(each for each in found if len(each) == 2) == sorted(matrices + more)
 
 
 def test_another_memory_is_that_of_the_same_graphs(

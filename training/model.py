@@ -85,7 +85,8 @@ class SnippetModel(nn.Module):
     def attend_to(self, features: Tensor, valid: Tensor, prototypes: Tensor) -> SnippetOutput:
         """The forward pass with the given prototypes (C, D) in the memory."""
         x = self.normalised(features)  # (B, T, W)
-        memory = self.normalised(prototypes)  # (C, W)
+        # As a batch of one: exported as the same product as that of the snippets.
+        memory = self.normalised(prototypes[None])[0]  # (C, W)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             # The residuals too: float32 beside the products would be converted at each of them.
