@@ -151,10 +151,11 @@ class StreamLocalizer:
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> Asking[list[Decision]]:
         """Take one snippet: scores (C,) and embedding (W,)."""
-        self._history.append(embedding[None])
-        self._scores.append(scores[None])
-        self._closed += self._detector.push(scores)
-        decisions: list[Decision] = [*self._tracker.push(scores)]
+        self._history.push(embedding)
+        self._scores.push(scores)
+        current = scores.astype(np.float64)  # as thresholds are
+        self._closed += self._detector.push(current)
+        decisions: list[Decision] = [*self._tracker.push(current)]
         if self._closed:
             yield from self._refine(self._ready())
         if self._wait is not None:

@@ -75,21 +75,23 @@ class RunDetector:
         self.first_index = first_index
         self.next_index = first_index
 
-    def push(self, scores: NDArray[np.float32]) -> list[Run]:
+    def push(self, scores: NDArray[np.floating]) -> list[Run]:
         """Take P of snippet ``next_index``, shape (C,), and return the runs that it closes."""
-        current = scores.astype(np.float64)
+        current = scores.astype(np.float64, copy=False)
         above = current > self._thresholds  # (K, C)
         runs: list[Run] = []
-        if (above != self._open).any():
-            if (above > self._open).any():
-                self._open_runs(above & ~self._open, current)
-            if (above < self._open).any():
-                runs = self._close_runs(self._open & ~above, current)
+        changed = above ^ self._open
+        if changed.any():
+            opened, closed = changed & above, changed & self._open
+            if opened.any():
+                self._open_runs(opened, current)
+            if closed.any():
+                runs = self._close_runs(closed, current)
             self._open = above
             self.is_idle = not above.any()
         if not self.is_idle:
             np.maximum(self._peak, current, out=self._peak, where=above)
-        self._totals.append((self._totals.row(self.next_index) + current)[None])
+        self._totals.push(self._totals.row(self.next_index) + current)
         self._previous = current
         self.next_index += 1
         return runs

@@ -56,6 +56,11 @@ class Ring:
         self._rows[: n - head] = rows[head:]
         self.next_index += n
 
+    def push(self, row: NDArray[np.generic]) -> None:
+        """Write one row (*row_shape) at ``next_index``."""
+        self._rows[self.next_index % len(self._rows)] = row
+        self.next_index += 1
+
     def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows ``start <= index < stop`` as a copy, or written to ``out`` of that length."""
         assert self.oldest <= start <= stop <= self.next_index, (self.oldest, start, stop)
@@ -78,4 +83,4 @@ class Ring:
     def row(self, index: int) -> NDArray[Any]:
         """One row, as a view."""
         assert self.oldest <= index < self.next_index, (self.oldest, index, self.next_index)
-        return self._rows[index % self.capacity]
+        return self._rows[index % len(self._rows)]

@@ -98,20 +98,21 @@ class ActionTracker:
         action = self._open.get(label_index)
         return otherwise if action is None else action.first_index
 
-    def push(self, scores: NDArray[np.float32]) -> list[ActionChange]:
+    def push(self, scores: NDArray[np.floating]) -> list[ActionChange]:
         """Take P of the next snippet, shape (C,); actions start, grow, or are over."""
-        t, current = self._next_index, scores.astype(np.float64)
+        t, current = self._next_index, scores.astype(np.float64, copy=False)
         self._next_index += 1
-        changes = []
+        changes: list[ActionChange] = []
         for label_index, action in list(self._open.items()):
             if current[label_index] < self.config.event_end:
                 action.stop = t
                 self._ending.append(self._open.pop(label_index))
             else:
                 changes += self._grow(action, float(current[label_index]))
-        for label_index in np.flatnonzero(current > self.config.event_start).tolist():
-            if label_index not in self._open:
-                changes.append(self._start(label_index, t, current))
+        if current.max() > self.config.event_start:
+            for label_index in np.flatnonzero(current > self.config.event_start).tolist():
+                if label_index not in self._open:
+                    changes.append(self._start(label_index, t, current))
         self._previous = current
         return changes
 
