@@ -19,7 +19,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.footprint import stream_bytes
 from hrpro.engine.stream import Stream
-from hrpro.export.bundle import Bundle
+from hrpro.export.bundle import MANIFEST, Bundle, content_id
 
 
 def problems(*arguments: object) -> list[str]:
@@ -114,6 +114,18 @@ def test_people_are_told_too(bundle: Bundle) -> None:
     assert "compute     incremental, " in said
     assert " ms a step here, " in said
     assert said.endswith("OK\n")
+
+
+def test_a_bundle_that_does_not_know_what_a_step_computes(bundle: Bundle, tmp_path: Path) -> None:
+    older = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    content = json.loads((older / MANIFEST).read_text())
+    del content["step"]["snippet_flops"]
+    content["bundle_id"] = content_id(content)
+    (older / MANIFEST).write_text(json.dumps(content))
+    said = hrpro_json("serve", older, "--check", "--set", "threads=1")
+    assert said["inference"] == "incremental"
+    assert said["hop_gflop"] is None
+    assert said["stream_gflop_per_s"] is None
 
 
 def test_nothing_is_bound(bundle: Bundle) -> None:
