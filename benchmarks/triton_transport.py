@@ -118,13 +118,13 @@ def _rates(
 
 def _by_threads(backend: TritonBackend, windows: Windows, batches: int, depth: int) -> None:
     """As an engine does, with streams that always have windows."""
-    inference, woken = Inference(backend, depth), threading.Event()
+    inference, woken = Inference(depth, depth), threading.Event()
     jobs = [_Job(_Stream())] * len(windows[0])
     asked = answered = 0
     while answered < batches:
         woken.clear()
         if asked < batches and inference.has_room:
-            inference.ask(jobs, *windows, woken.set)
+            inference.ask(jobs, lambda: [backend.score_snippets(*windows)], woken.set)
             asked += 1
         elif inference.has_answer:
             answered += bool(inference.take())

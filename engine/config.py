@@ -209,5 +209,15 @@ class EngineConfig(Settings):
 
     @property
     def batches_in_flight(self) -> int:
-        """How many may be computed elsewhere at a time; 0 where the engine computes them itself."""
-        return self.triton.batches_in_flight if self.backend == "triton" else 0
+        """How many may be asked for before the first is answered; 0: computed in the loop itself.
+
+        For throughput they are computed beside it, one after the other.
+        """
+        if self.backend == "triton":
+            return self.triton.batches_in_flight
+        return 0 if self.mode == "latency" else 2
+
+    @property
+    def inference_workers(self) -> int:
+        """Threads that wait for answers."""
+        return self.triton.batches_in_flight if self.backend == "triton" else 1

@@ -10,17 +10,17 @@ counts; that needs bundles whose features and windows agree.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.batcher import Batcher
+from hrpro.engine.batcher import Batcher, Job
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.incremental import Steps, StepScorer, runs_by_steps
-from hrpro.engine.inference import Backend, Inference
+from hrpro.engine.inference import Backend, Inference, Windows
 from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.publish import Publisher
 from hrpro.engine.windows import plan_windows
@@ -50,12 +50,16 @@ class Deployment:
         self.bundle_id = manifest.bundle_id
         self.backend = backend
         self.config = config
-        self.inference = Inference(backend, config.batches_in_flight)
-        self.steps: Steps | None = None
-        if runs_by_steps(manifest, config):
-            self.steps = Steps(manifest, cast(StepScorer, backend), config)
+        self.inference = Inference(config.batches_in_flight, config.inference_workers)
         self.plan = plan_windows(manifest, config)
-        batch_limit = config.batch_limit if self.steps is None else config.step_batch_limit
+        self.steps: Steps | None = None
+        self._windows: Windows | None = None
+        if runs_by_steps(manifest, config):
+            batch_limit = config.step_batch_limit
+            self.steps = Steps(manifest, cast(StepScorer, backend), config)
+        else:
+            batch_limit = config.batch_limit
+            self._windows = Windows(backend, self.plan, manifest.feature_dim, batch_limit)
         self.batcher = Batcher(self.plan, batch_limit, config.batch_wait_s)
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
 
@@ -88,6 +92,12 @@ class Deployment:
             first_index,
             next_action_id,
         )
+
+    def ask(self, jobs: Sequence[Job], wake: Callable[[], None]) -> None:
+        """Begin to score jobs; ``wake`` is called when the answer comes later."""
+        scorer = self.steps or self._windows
+        assert scorer is not None
+        self.inference.ask(jobs, scorer.prepare(jobs), wake)
 
     def leave(self, stream: Stream) -> None:
         """A stream is over, or another bundle works for it."""

@@ -11,7 +11,7 @@ is new, or another bundle has worked for it, or it was silent, or snippets were 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.inference import Backend
+from hrpro.engine.inference import Backend, Scored
 from hrpro.engine.settings import SettingsError
 from hrpro.engine.stream import Stream
 from hrpro.export.bundle import Manifest, StepLayout
@@ -142,11 +142,25 @@ def _is_ring(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Feed:
-    """What a stream is fed in a step: snippets from ``start`` on, for its ``jobs``."""
+    """What a stream is fed in a step: so many snippets from ``start`` on, for its ``jobs``.
+
+    A fresh one knows nothing of what is before.
+    """
 
     slot: int
+    is_fresh: bool
     start: int
+    snippets: int
     jobs: list[Job]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Streams that are fed as many snippets, in the order of their slots: (B, n, D) and (B, n)."""
+
+    feeds: list[_Feed]
+    features: Floats
+    here: NDArray[np.bool_]
 
 
 class Steps:
@@ -165,7 +179,6 @@ class Steps:
         self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
         self._fed = np.full(config.max_streams, _NOWHERE, dtype=np.int64)  # up to this snippet
         self._known = np.zeros(config.max_streams, dtype=np.int64)  # up to this one, at that time
-        self._features = np.zeros((0, manifest.feature_dim), dtype=np.float32)
 
     @property
     def stream_bytes(self) -> int:
@@ -196,8 +209,9 @@ class Steps:
         if not self._slots:
             self._pool = None
 
-    def score(self, jobs: Sequence[Job]) -> Iterator[list[tuple[Job, Floats, Floats]]]:
-        """P (n, C) and embedding (n, W) of each job's snippets; those of a stream in order.
+    def prepare(self, jobs: Sequence[Job]) -> Callable[[], Scored]:
+        """Read what the streams have not fed yet; what is returned scores the jobs, in any thread,
+        one such call after the other, in the order in which they were prepared.
 
         Streams that have as many snippets to feed are computed together, in one call.
         """
@@ -206,20 +220,59 @@ class Steps:
             by_stream.setdefault(job.stream, []).append(job)
         together: dict[int, list[_Feed]] = {}
         for stream, of_stream in by_stream.items():
-            slot = self._slot(stream)
-            start = self._start(stream, slot, of_stream[0].first)
-            n = of_stream[-1].until + self._delay - start
-            together.setdefault(n, []).append(_Feed(slot, start, of_stream))
-        for n, feeds in together.items():
-            feeds.sort(key=lambda feed: feed.slot)
-            scores, embedding = self._step(n, feeds)
-            scored = []
-            for row, feed in enumerate(feeds):
-                first = feed.start - self._delay  # the position of the first scores
-                for job in feed.jobs:
-                    counted = slice(job.first - first, job.until - first)
-                    scored.append((job, scores[row, counted], embedding[row, counted]))
-            yield scored
+            feed = self._feed(stream, of_stream)
+            together.setdefault(feed.snippets, []).append(feed)
+        batches = [self._batch(feeds) for feeds in together.values()]
+        pool = self._pool
+        assert pool is not None
+
+        def score() -> Scored:
+            scored: Scored = []
+            for batch in batches:
+                scores, embedding = self._step(pool, batch)
+                for row, feed in enumerate(batch.feeds):
+                    first = feed.start - self._delay  # the position of the first scores
+                    for job in feed.jobs:
+                        counted = slice(job.first - first, job.until - first)
+                        scored.append((job, scores[row, counted], embedding[row, counted]))
+            return scored
+
+        return score
+
+    def _feed(self, stream: Stream, jobs: list[Job]) -> _Feed:
+        """What to feed for jobs that follow one another. From then on it counts as fed: what does
+        not come about is noticed, since the next job then begins before."""
+        slot, first, stop = self._slot(stream), jobs[0].first, jobs[-1].until + self._delay
+        oldest = max(stream.first_index, first - self._context)
+        fed, known = int(self._fed[slot]), int(self._known[slot])
+        # What was not known yet was fed as missing, at the end or before a silence.
+        is_true = fed <= known or known == stream.known_until
+        goes_on = is_true and oldest <= fed <= first + self._delay
+        start = fed if goes_on else oldest
+        self._fed[slot], self._known[slot] = stop, stream.known_until
+        return _Feed(slot, not goes_on, start, stop - start, jobs)
+
+    def _batch(self, feeds: list[_Feed]) -> _Batch:
+        feeds.sort(key=lambda feed: feed.slot)
+        B, n = len(feeds), feeds[0].snippets
+        features = np.empty((B, n, self._feature_dim), dtype=np.float32)
+        here = np.empty((B, n), dtype=np.bool_)
+        for row, feed in enumerate(feeds):
+            feed.jobs[0].stream.read_snippets(feed.start, features[row], here[row])
+        return _Batch(feeds, features, here)
+
+    def _step(self, pool: StatePool, batch: _Batch) -> tuple[Floats, Floats]:
+        slots = np.array([feed.slot for feed in batch.feeds], dtype=np.int64)
+        arrival = np.array([feed.start for feed in batch.feeds], dtype=np.int64)
+        for feed in batch.feeds:
+            if feed.is_fresh:
+                pool.reset(feed.slot)
+        flags = np.concatenate([pool.flags(slots), batch.here], axis=1)
+        scores, embedding, new = self._scorer.score_step(
+            batch.features, flags, arrival, pool.gather(slots)
+        )
+        pool.scatter(slots, arrival, new, flags)
+        return scores, embedding
 
     def _slot(self, stream: Stream) -> int:
         if stream not in self._slots:
@@ -228,36 +281,3 @@ class Steps:
             self._slots[stream] = slot = heapq.heappop(self._unused)
             self._fed[slot] = _NOWHERE
         return self._slots[stream]
-
-    def _start(self, stream: Stream, slot: int, first: int) -> int:
-        """Where to go on feeding, for the scores from ``first`` on."""
-        oldest = max(stream.first_index, first - self._context)
-        fed, known = int(self._fed[slot]), int(self._known[slot])
-        # What was not known yet was fed as missing, at the end or before a silence.
-        is_true = fed <= known or known == stream.known_until
-        if is_true and oldest <= fed <= first + self._delay:
-            return fed
-        assert self._pool is not None
-        self._pool.reset(slot)
-        return oldest
-
-    def _step(self, n: int, feeds: list[_Feed]) -> tuple[Floats, Floats]:
-        B, history, pool = len(feeds), self._layout.history, self._pool
-        assert pool is not None
-        if len(self._features) < B * n:
-            self._features = np.zeros((B * n, self._feature_dim), dtype=np.float32)
-        features = self._features[: B * n].reshape(B, n, -1)
-        slots = np.array([feed.slot for feed in feeds], dtype=np.int64)
-        arrival = np.array([feed.start for feed in feeds], dtype=np.int64)
-        flags = np.empty((B, history + n), dtype=np.bool_)
-        flags[:, :history] = pool.flags(slots)
-        for row, feed in enumerate(feeds):
-            stream = feed.jobs[0].stream
-            stream.read_snippets(feed.start, features[row], flags[row, history:])
-            self._fed[feed.slot] = feed.start + n
-            self._known[feed.slot] = stream.known_until
-        scores, embedding, new = self._scorer.score_step(
-            features, flags, arrival, pool.gather(slots)
-        )
-        pool.scatter(slots, arrival, new, flags)
-        return scores, embedding

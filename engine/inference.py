@@ -1,17 +1,17 @@
-"""Batches on their way through a backend: done at once on this machine, later on another one.
+"""Batches on their way through a backend: done at once, or later in a thread.
 
-    ask -> [ in flight ] -> take
+    prepare -> ask -> [ in flight ] -> take
 
 At most so many are in flight, and they are taken in the order in which they were asked for. A
-backend on another machine is asked in threads: the engine's loop goes on, and is woken when there
-is an answer. Where none came, all that is in flight is forgotten and will be asked for again: the
-streams still have the snippets.
+backend on another machine is asked in threads, and so is one that is to compute beside the engine's
+loop: it goes on, and is woken when there is an answer. Where none came, all that is in flight is
+forgotten and will be asked for again: the streams still have the snippets.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.refine import InstanceScorer
+from hrpro.engine.stitch import stitch
+from hrpro.engine.windows import WindowPlan
 from hrpro.engine.wire import HrproError
 
 Rows = NDArray[np.float32]
-Windows = tuple[NDArray[np.float32], NDArray[np.bool_]]
+# P (n, C) and embedding (n, W) of the snippets of each job; those of a stream are in order.
+Scored = list[tuple[Job, Rows, Rows]]
 
 
 class BackendError(HrproError):
@@ -44,20 +47,51 @@ class Backend(InstanceScorer, Protocol):
         ...
 
 
+class Windows:
+    """Windows of streams, put together in memory that is used again, and scored as a batch."""
+
+    def __init__(self, backend: Backend, plan: WindowPlan, feature_dim: int, batch: int) -> None:
+        self._backend = backend
+        self._window = plan.window
+        self._shape = (batch, plan.window, feature_dim)
+        self._unused: list[tuple[NDArray[np.float32], NDArray[np.bool_]]] = []
+
+    def prepare(self, jobs: Sequence[Job]) -> Callable[[], Scored]:
+        """Read the windows of at most ``batch`` jobs; what is returned scores them, in any
+        thread."""
+        both = self._unused.pop() if self._unused else self._new()
+        features, valid = both[0][: len(jobs)], both[1][: len(jobs)]
+        for row, job in enumerate(jobs):
+            job.stream.read_snippets(job.stop - self._window, features[row], valid[row])
+
+        def score() -> Scored:
+            try:
+                scores, embedding = self._backend.score_snippets(features, valid)
+            finally:
+                self._unused.append(both)
+            return [
+                (job, *stitch(job, *of_job))
+                for job, *of_job in zip(jobs, scores, embedding, strict=True)
+            ]
+
+        return score
+
+    def _new(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        return np.zeros(self._shape, dtype=np.float32), np.zeros(self._shape[:2], dtype=np.bool_)
+
+
 class Inference:
     """The batches of one backend; ``in_flight`` at most, 0 for one that answers at once.
 
-    ``waits_for`` says why the last answer did not come, None if it did.
+    So many ``workers`` compute them. ``waits_for`` says why the last answer did not come, None if
+    it did.
     """
 
-    def __init__(self, backend: Backend, in_flight: int) -> None:
+    def __init__(self, in_flight: int, workers: int) -> None:
         self.waits_for: str | None = None
-        self._backend = backend
         self._most = max(1, in_flight)
-        self._workers = ThreadPoolExecutor(in_flight, "inference") if in_flight else None
-        self._asked: deque[tuple[list[Job], Future[tuple[Rows, Rows]]]] = deque()
-        # Windows of batches that are answered: to write over them is faster than new memory.
-        self._unused: list[Windows] = []
+        self._workers = ThreadPoolExecutor(workers, "inference") if in_flight else None
+        self._asked: deque[tuple[Sequence[Job], Future[Scored]]] = deque()
 
     @property
     def has_room(self) -> bool:
@@ -70,52 +104,33 @@ class Inference:
         return bool(self._asked) and self._asked[0][1].done()
 
     def ask(
-        self,
-        jobs: list[Job],
-        features: NDArray[np.float32],
-        valid: NDArray[np.bool_],
-        wake: Callable[[], None],
+        self, jobs: Sequence[Job], score: Callable[[], Scored], wake: Callable[[], None]
     ) -> None:
-        """Begin with windows (B, T, D) of jobs; ``wake`` is called when an answer comes later."""
-        answer: Future[tuple[Rows, Rows]]
+        """Begin to score the jobs; ``wake`` is called when an answer comes later."""
+        answer: Future[Scored]
         if self._workers is None:
             answer = Future()
-            answer.set_result(self._backend.score_snippets(features, valid))
+            answer.set_result(score())
         else:
-            windows = self._copy(features, valid)
-            B = len(jobs)
-            answer = self._workers.submit(
-                self._backend.score_snippets, windows[0][:B], windows[1][:B]
-            )
-            answer.add_done_callback(lambda _: self._unused.append(windows))
+            answer = self._workers.submit(score)
             answer.add_done_callback(lambda _: wake())
         for job in jobs:
             job.stream.asked = job.until
         self._asked.append((jobs, answer))
 
-    def _copy(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Windows:
-        """The next batch is put together in the same place. There may be room for more windows."""
-        windows = self._unused.pop() if self._unused else (features[:0], valid[:0])
-        if len(windows[0]) < len(features):
-            windows = np.empty_like(features), np.empty_like(valid)
-        for copy, each in zip(windows, (features, valid), strict=True):
-            copy[: len(each)] = each
-        return windows
-
-    def take(self) -> list[tuple[Job, Rows, Rows]]:
-        """The oldest batch, if it is answered: its jobs with P (T, C) and embedding (T, W)."""
+    def take(self) -> Scored:
+        """The oldest batch, if it is answered."""
         if not self.has_answer:
             return []
-        jobs, answer = self._asked[0]
         try:
-            scores, embedding = answer.result()
+            scored = self._asked[0][1].result()
         except BackendError as error:
             self.forget()
             self.waits_for = str(error)
             return []
         self._asked.popleft()
         self.waits_for = None
-        return list(zip(jobs, scores, embedding, strict=True))
+        return scored
 
     def forget(self) -> None:
         """What is in flight will be asked for again, of this backend or of another one."""

@@ -9,16 +9,16 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.deployment import Deployment, Deployments
+from hrpro.engine.inference import Scored
 from hrpro.engine.messages import NoticeKind, Policy, Publication
 from hrpro.engine.refine import Asking, alone, together
-from hrpro.engine.stitch import stitch
 from hrpro.engine.stream import Stream
 from hrpro.engine.windows import decision_lookahead_s
 from hrpro.engine.wire import StreamError
@@ -41,10 +41,6 @@ class Pipeline:
         self._sessions: dict[str, int] = {}
         self._announcements: list[Publication] = []
         self._closing: dict[str, Stream] = {}  # to be flushed when they are processed
-        # Inference reads its batch from here: nothing is allocated a call.
-        shape = (config.batch_limit, plan.window, manifest.feature_dim)
-        self._features = np.zeros(shape, dtype=np.float32)
-        self._valid = np.zeros(shape[:2], dtype=np.bool_)
         self.streams: dict[str, Stream] = {}
         self.moved: set[str] = set()  # streams that were processed further; the server clears it
         self.batches = 0  # inference calls
@@ -72,18 +68,12 @@ class Pipeline:
         announcements, self._announcements = self._announcements, []
         yield from announcements
         deployment, jobs = self._next_batch()
-        if jobs and deployment.steps is not None:
-            for stepped in deployment.steps.score(jobs):
-                self.batches += 1
-                yield from self._advance_all(stepped)
-        elif jobs:
-            deployment.inference.ask(jobs, *self._fill_windows(jobs), self.wake)
+        if jobs:
+            deployment.ask(jobs, self.wake)
         for deployment in self.deployments.at_work():
             scored = deployment.inference.take()
             self.batches += bool(scored)
-            yield from self._advance_all(
-                (job, *stitch(job, scores, embedding)) for job, scores, embedding in scored
-            )
+            yield from self._advance_all(scored)
             if deployment.inference.waits_for is not None:
                 self._offer_all()  # what was in flight
         for stream in list(self._closing.values()):
@@ -199,13 +189,7 @@ class Pipeline:
             raise StreamError("unknown_stream", f"stream {stream!r} is not open; say hello first")
         return self.streams[stream]
 
-    def _fill_windows(self, jobs: list[Job]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        for row, job in enumerate(jobs):
-            start = job.stop - self.window_snippets
-            job.stream.read_snippets(start, self._features[row], self._valid[row])
-        return self._features[: len(jobs)], self._valid[: len(jobs)]
-
-    def _advance_all(self, scored: Iterable[tuple[Job, Rows, Rows]]) -> Iterator[Publication]:
+    def _advance_all(self, scored: Scored) -> Iterator[Publication]:
         """Scores (n, C) and embedding (n, W) of each job; those of a stream are in order. What
         stage 2 is asked by streams side by side, it is asked in one call."""
         by_stream: dict[Stream, list[tuple[Job, Rows, Rows]]] = {}

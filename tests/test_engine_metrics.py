@@ -126,8 +126,10 @@ def test_inference_is_measured(fed: tuple[Engine, dict[str, list[Publication]]])
     batches = request_status(served.control)["counters"]["batches"]
     # A stream goes on by a snippet or more in a step. That the engine warms up is not among them.
     assert batches <= scrape.value("batch_windows_sum") <= 160
-    assert scrape.value("batch_windows_count") == batches
-    assert scrape.value("inference_seconds_count", stage="snippet") == batches
+    # Streams that have other numbers of snippets to feed are calls of their own.
+    calls = scrape.value("batch_windows_count")
+    assert batches <= calls <= 160
+    assert scrape.value("inference_seconds_count", stage="snippet") == calls
     for stage in ("snippet", "instance"):
         count = scrape.value("inference_seconds_count", stage=stage)
         assert count > 0

@@ -95,19 +95,24 @@ def published(
 
 
 @few
-@given(happenings=st.lists(happening, max_size=30), hop=st.sampled_from([1, 3]))
+@given(
+    happenings=st.lists(happening, max_size=30),
+    hop=st.sampled_from([1, 3]),
+    mode=st.sampled_from(["latency", "throughput"]),  # in the loop, or beside it
+)
 def test_steps_publish_what_windows_publish(
     bundle: Bundle,
     other: Bundle,
     backends: dict[tuple[str, str], OnnxRuntimeBackend],
     happenings: list[tuple[str, str, int]],
     hop: int,
+    mode: str,
 ) -> None:
     window = bundle.manifest.window.model_copy(update={"hop_snippets": hop})
-    by_windows, by_steps = (
-        published((bundle, other), backends, how, happenings, window=window)
-        for how in ("window", "incremental")
-    )
+    changes = {"window": window, "max_wait_ms": 0.0}
+    by_windows = published((bundle, other), backends, "window", happenings, **changes)
+    changes["mode"] = mode
+    by_steps = published((bundle, other), backends, "incremental", happenings, **changes)
     for name in NAMES:
         assert_same(of_stream(by_steps, name), of_stream(by_windows, name))
 
