@@ -254,10 +254,12 @@ class StreamLocalizer:
         )
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
-        is_late = np.array([p.due_from <= latest for p in pool])
-        is_final = is_late | [p.due_from <= due_until and p.end <= goes_on_from for p in pool]
-        if not is_final.any():
+        late = [p.due_from <= latest for p in pool]
+        over = [p.due_from <= due_until and p.end <= goes_on_from for p in pool]
+        if not (any(over) or any(late)):
             return []
+        is_late = np.array(late)
+        is_final = is_late | over
         sigma = self._config.soft_nms_sigma
         start, end, score = _columns(pool)
         is_final &= is_late | ~waits_for_better(start, end, score, is_final)

@@ -217,8 +217,10 @@ class Pipeline:
         decisions = yield from stream.advancing(scores, embedding)
         self.snippets_scored += len(scores)
         self.moved.add(stream.stream)
-        published += publisher.publish(stream, decisions, stream.newest_used(until))
-        published += yield from self._passing_over(stream)
+        if decisions:
+            published += publisher.publish(stream, decisions, stream.newest_used(until))
+        if stream.skips:
+            published += yield from self._passing_over(stream)
         self._offer(stream)
         return published
 

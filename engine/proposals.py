@@ -78,6 +78,9 @@ class RunDetector:
     def push(self, scores: NDArray[np.floating]) -> list[Run]:
         """Take P of snippet ``next_index``, shape (C,), and return the runs that it closes."""
         current = scores.astype(np.float64, copy=False)
+        if self.is_idle and current.max() <= self._config.thresholds[0]:
+            self._go_on(current)
+            return []
         above = current > self._thresholds  # (K, C)
         runs: list[Run] = []
         changed = above ^ self._open
@@ -91,10 +94,13 @@ class RunDetector:
             self.is_idle = not above.any()
         if not self.is_idle:
             np.maximum(self._peak, current, out=self._peak, where=above)
+        self._go_on(current)
+        return runs
+
+    def _go_on(self, current: Floats) -> None:
         self._totals.push(self._totals.row(self.next_index) + current)
         self._previous = current
         self.next_index += 1
-        return runs
 
     def skip(self, scores: NDArray[np.float32]) -> None:
         """Take P of snippets (n, C) that open no run, while none is open: as n times `push`."""

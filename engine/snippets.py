@@ -70,6 +70,12 @@ class SnippetBuffer:
         self.came_until = max(self.came_until, stop)
         rows = features[start - first_index :]
         if start == self.known_until == self.top_index:  # in order
+            if len(rows) == 1:  # as live sources send them
+                row = start % len(self._here)
+                self._features[row] = rows[0]
+                self._here[row] = True
+                self.known_until = self.top_index = stop
+                return len(features) - 1
             for ring, span in self._spans(start, stop):
                 self._features[ring] = rows[span]
                 self._here[ring] = True
@@ -107,6 +113,12 @@ class SnippetBuffer:
         """
         oldest = max(self.first_index, self.known_until - len(self._here))
         assert oldest <= start <= stop <= self.known_until, (oldest, start, stop, self.known_until)
+        if stop - start == 1:
+            at = start % len(self._here)
+            features[0], here[0] = self._features[at], self._here[at]
+            if not here[0]:
+                features[0] = 0
+            return
         for ring, span in self._spans(start, stop):
             features[span] = self._features[ring]
             here[span] = self._here[ring]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,6 +115,11 @@ class Stream:
         return self.ended and self._flush_at is None and self.processed == self.next_index
 
     @property
+    def skips(self) -> bool:
+        """Whether some snippets are to be passed over."""
+        return self._skip is not None
+
+    @property
     def lag(self) -> int:
         """Snippets whose scores could be computed now and are not."""
         return max(0, self.ready_until() - self.processed)
@@ -136,9 +142,9 @@ class Stream:
             raise self._error(
                 "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
-        finite = np.isfinite(features).all(axis=1)
-        if not finite.all():
-            at = first_index + int(finite.argmin())
+        # One number that is not makes the sum none; where it is too large, all are looked at.
+        if not math.isfinite(features.sum()) and not np.isfinite(features).all():
+            at = first_index + int(np.isfinite(features).all(axis=1).argmin())
             raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
 
     def append(self, first_index: int, features: NDArray[np.float32]) -> None:
@@ -279,7 +285,8 @@ class Stream:
     def advancing(self, scores: Rows, embedding: Rows) -> Asking[list[Decision]]:
         """Scores P (n, C) and embedding (n, W) of the next snippets are final."""
         decisions = yield from self.localizer.advancing(scores, embedding)
-        self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
+        if self.policy == "drop_oldest":
+            self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
         self.processed += len(scores)
         self.asked = max(self.asked, self.processed)
         if self._skip is not None and self._skip[1] <= self.processed:
