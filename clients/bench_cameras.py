@@ -40,58 +40,53 @@ from hrpro.export.bundle import Bundle
 
 # Cameras that share a connection: a feeder for each would need more of the machine than the engine.
 _STREAMS_A_CONNECTION = 100
+# All streams of a round begin at once, as no cameras do: what comes of the first seconds is not
+# counted.
+_SETTLE_S = 5.0
 _SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Live:
-    """What a round has measured: of ``streams`` at their pace for ``seconds``."""
+    """What a round has measured: of ``streams`` at their pace, from ``began_s`` to ``ended_s``."""
 
     streams: int
-    seconds: float
+    began_s: float
+    ended_s: float
     latency_ms: list[float]  # p50, p99, the longest
     snippets: int
     unanswered: int  # snippets that were sent and are older than any that was answered in time
     drops: int
     feeder_cpu_s: float
+    engine_cpu_s: float
 
     def keeps_up(self, bound_ms: float) -> bool:
         """Nothing was dropped, and scores were final in time."""
         return not self.drops and not self.unanswered and self.latency_ms[1] <= bound_ms
 
 
-@dataclass(frozen=True)
-class Round:
-    """A number of streams, and what the engine's process was seen to do meanwhile."""
-
-    live: Live
-    began_s: float
-    ended_s: float
-    cpu_s: float
-    rss_bytes: int
-
-    def figures(self, calls: Calls | None = None) -> dict[str, Any]:
-        """Shares are of the time on the clock: 1 is one core. Of ``calls``, those in the round."""
-        live, whole_s = self.live, self.ended_s - self.began_s
-        p50, p99, longest = live.latency_ms
-        figures = {
-            "streams": live.streams,
-            "p50_ms": p50,
-            "p99_ms": p99,
-            "longest_ms": longest,
-            "drops": live.drops,
-            "unanswered": live.unanswered,
-            "snippets_per_s": live.snippets / live.seconds,
-            "cpu_share": self.cpu_s / whole_s,
-            "feeder_cpu_share": live.feeder_cpu_s / live.seconds,
-            "rss_bytes_per_stream": self.rss_bytes / live.streams,
-        }
-        if calls is not None:
-            for name, of_stage in asdict(calls).items():
-                inside = (of_stage[:, 0] >= self.began_s) & (of_stage[:, 1] <= self.ended_s)
-                spent_s = np.diff(of_stage[inside], axis=1).sum()
-                figures[f"{name}_share"] = float(spent_s / whole_s)
-        return figures
+def _figures(live: Live, rss_bytes: int, calls: Calls | None = None) -> dict[str, Any]:
+    """Shares are of the time on the clock: 1 is one core. Of ``calls``, those in the round."""
+    whole_s = live.ended_s - live.began_s
+    p50, p99, longest = live.latency_ms
+    figures = {
+        "streams": live.streams,
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "longest_ms": longest,
+        "drops": live.drops,
+        "unanswered": live.unanswered,
+        "snippets_per_s": live.snippets / whole_s,
+        "cpu_share": live.engine_cpu_s / whole_s,
+        "feeder_cpu_share": live.feeder_cpu_s / whole_s,
+        "rss_bytes_per_stream": rss_bytes / live.streams,
+    }
+    if calls is not None:
+        for name, of_stage in asdict(calls).items():
+            inside = (of_stage[:, 0] >= live.began_s) & (of_stage[:, 1] <= live.ended_s)
+            spent_s = np.diff(of_stage[inside], axis=1).sum()
+            figures[f"{name}_share"] = float(spent_s / whole_s)
+    return figures
 
 
 def measure_cameras(
@@ -107,7 +102,7 @@ def measure_cameras(
     ``counts`` are the numbers of streams, in ascending order. ``progress`` is told of each round.
     """
     bound_ms = 1000 * bundle.manifest.clock.snippet_s
-    best: Round | None = None
+    best: tuple[Live, int] | None = None
     with tempfile.NamedTemporaryFile() as calls:
         with (
             bench_engine(bundle.folder, config, Path(calls.name)) as engine,
@@ -115,27 +110,24 @@ def measure_cameras(
         ):
             empty_bytes = resident_bytes(engine.pid)
             for count in counts:
-                cpu_s, began_s = cpu_seconds(engine.pid), time.monotonic()
-                live = ask(count, seconds)
-                ended_s, cpu_s = time.monotonic(), cpu_seconds(engine.pid) - cpu_s
-                rss_bytes = resident_bytes(engine.pid) - empty_bytes
-                this = Round(live, began_s, ended_s, cpu_s, rss_bytes)
+                live = ask(count, seconds, engine.pid)
+                this = live, resident_bytes(engine.pid) - empty_bytes
                 if progress is not None:
-                    progress(this.figures())
+                    progress(_figures(*this))
                 if not live.keeps_up(bound_ms):
                     break
                 best = this
         noted = read_calls(Path(calls.name))
-    figures = {"streams": 0} if best is None else best.figures(noted)
-    own = stream_bytes(bundle.manifest, config)
-    return {**figures, "stream_bytes": own, "cores": os.cpu_count()}
+    figures = {"streams": 0} if best is None else _figures(*best, noted)
+    told = stream_bytes(bundle.manifest, config).all
+    return {**figures, "told_bytes_per_stream": told, "cores": os.cpu_count()}
 
 
 @contextlib.contextmanager
 def _feeder(
     address: str, recording: Path, clock: SnippetClock
-) -> Iterator[Callable[[int, float], Live]]:
-    """A feeder as a process of its own; it is asked for a number of streams and of seconds."""
+) -> Iterator[Callable[[int, float, int], Live]]:
+    """A feeder as a process of its own; it is asked for streams and seconds, see `_Cameras.run`."""
     command = [sys.executable, "-m", "hrpro.clients.bench_cameras", address, str(recording)]
     command += [str(clock.frames_per_s), str(clock.snippet_frames)]
     process = subprocess.Popen(  # noqa: S603 - this very interpreter
@@ -144,8 +136,8 @@ def _feeder(
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def ask(streams: int, seconds: float) -> Live:
-        print(json.dumps([streams, seconds]), file=process.stdin, flush=True)
+    def ask(streams: int, seconds: float, engine: int) -> Live:
+        print(json.dumps([streams, seconds, engine]), file=process.stdin, flush=True)
         line = process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             raise NoReplyError(f"the feeder of the benchmark left: exit {process.wait()}")
@@ -190,17 +182,19 @@ class _Cameras:
         self._random = np.random.default_rng(0)
         self._latency_s = array("d")
 
-    def run(self, streams: int, seconds: float) -> Live:
-        """So many streams, for so long."""
+    def run(self, streams: int, seconds: float, engine: int) -> Live:
+        """So many streams, for so long; the engine is told by its process."""
         for n in range(len(self._cameras), streams):
             self._open(f"cam{n}", n)
         self._wait_open()
-        # Those that were there before have paused: what they are owed is told first.
+        self._send(_SETTLE_S)
         del self._latency_s[:]
         dropped = sum(each.dropped for each in self._cameras.values())
-        cpu_s = time.process_time()
+        began_s, cpu_s, engine_cpu_s = time.monotonic(), time.process_time(), cpu_seconds(engine)
         snippets, late_s = self._send(seconds)
-        cpu_s = time.process_time() - cpu_s
+        ended_s, cpu_s = time.monotonic(), time.process_time() - cpu_s
+        engine_cpu_s = cpu_seconds(engine) - engine_cpu_s
+        self._listen()
         over_s = time.monotonic() - self._clock.snippet_s - late_s
         latency_ms = 1000 * np.array(self._latency_s)
         percentiles = (
@@ -208,12 +202,14 @@ class _Cameras:
         )
         return Live(
             streams,
-            seconds,
+            began_s,
+            ended_s,
             [float(each) for each in percentiles],
             snippets,
             sum(self._unanswered(each, over_s) for each in self._cameras.values()),
             sum(each.dropped for each in self._cameras.values()) - dropped,
             cpu_s,
+            engine_cpu_s,
         )
 
     def _unanswered(self, camera: _Camera, before_s: float) -> int:
@@ -261,10 +257,13 @@ class _Cameras:
                 if sent % 16 == 0:
                     break
             self._read(max(0.0, due[0][0] - time.monotonic()))
-        until_s = time.monotonic() + 2 * snippet_s
+        return sent, late_s
+
+    def _listen(self) -> None:
+        """What the last snippets were needed for is told in time, or it is too late."""
+        until_s = time.monotonic() + 2 * self._clock.snippet_s
         while time.monotonic() < until_s:
             self._read(0.05)
-        return sent, late_s
 
     def _send_snippet(self, camera: _Camera) -> None:
         at = (camera.offset + camera.sent) % len(self._recording)
