@@ -156,8 +156,8 @@ class StreamLocalizer:
         current = scores.astype(np.float64)  # as thresholds are
         self._closed += self._detector.push(current)
         decisions: list[Decision] = [*self._tracker.push(current)]
-        if self._closed:
-            yield from self._refine(self._ready())
+        if self._closed and (ready := self._ready()):
+            yield from self._refine(ready)
         if self._wait is not None:
             decisions += self._publish(self._detector.next_index - self._wait)
         return decisions
