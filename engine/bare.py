@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.incremental import StatePool, StepScorer, cache_dtype, runs_by_steps
+from hrpro.engine.incremental import StepScorer, cache_dtype, new_pool, runs_by_steps
 from hrpro.engine.inference import Backend
 from hrpro.engine.windows import plan_windows
 from hrpro.export.bundle import Manifest
@@ -54,20 +54,18 @@ class BareSteps:
         self, manifest: Manifest, scorer: StepScorer, config: EngineConfig, hop: int, streams: int
     ) -> None:
         assert manifest.step is not None, "the bundle has no step graph"
-        self._scorer, self._layout = scorer, manifest.step
-        self._pool = StatePool(self._layout, streams, cache_dtype(config))
+        history = manifest.step.history
+        self._pool = new_pool(scorer, manifest.step, streams, cache_dtype(config))
         self._slots = np.arange(streams)
-        self._arrival = np.zeros(streams, dtype=np.int64)
         random = np.random.default_rng(0)
         shape = (streams, hop, manifest.feature_dim)
         self._features = random.standard_normal(shape, dtype=np.float32)
         # What was never written to is one page of zeros, and costs nothing to read.
-        full = [
-            random.standard_normal((streams, *each), dtype=np.float32)
-            for each in self._layout.state.values()
-        ]
-        there = np.ones((streams, self._layout.history + self._layout.capacity), dtype=np.bool_)
-        self._pool.scatter(self._slots, self._arrival, full, there)
+        past = random.standard_normal((1, history, shape[2]), dtype=np.float32)
+        self._arrival = np.full(streams, history)
+        for slot in self._slots:
+            there = np.ones((1, 2 * history), dtype=np.bool_)
+            self._pool.step(past, there, np.array([slot]), np.zeros(1, dtype=np.int64))
 
     def run(self, streams: int) -> None:
         """See `Bare`; what comes of it is kept."""
@@ -75,7 +73,5 @@ class BareSteps:
         features = self._features[:streams]
         new_flags = np.ones(features.shape[:2], dtype=np.bool_)
         flags = np.concatenate([self._pool.flags(slots), new_flags], axis=1)
-        state = self._pool.gather(slots)
-        _, _, new = self._scorer.score_step(features, flags, arrival, state)
-        self._pool.scatter(slots, arrival, new, flags)
+        self._pool.step(features, flags, slots, arrival)
         arrival += features.shape[1]

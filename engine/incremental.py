@@ -2,18 +2,21 @@
 
     jobs -> what each stream has not fed yet -> gather slots -> step -> scatter -> rows
 
-A step takes the snippets that came since the last one, and gives the scores that have become final
-by them, see `hrpro.export.step`. A stream whose slot does not stand where its next job begins is
-fed again from its ring, from as far back as scores depend on, with the same outcome: it
-is new, or another bundle has worked for it, or it was silent, or snippets were passed over.
+The pool is in arrays of the host, or in memory of the device that computes. A step takes the
+snippets that came since the last one, and gives the scores that have become final by them, see
+`hrpro.export.step`. A stream whose slot does not stand where its next job begins is fed again from
+its ring, from as far back as scores depend on, with the same outcome: it is new, or another bundle
+has worked for it, or it was silent, or snippets were passed over.
 """
 
 from __future__ import annotations
 
 import heapq
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +50,15 @@ class StepScorer(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class PoolKeeper(Protocol):
+    """A backend that may have the state of streams in its own memory."""
+
+    def device_pool(self, slots: int) -> Pool | None:
+        """A pool there; None where states come from the host, see `StepScorer`."""
+        ...
+
+
 def runs_by_steps(manifest: Manifest, config: EngineConfig) -> bool:
     """Whether stage 1 is computed by steps. Raises SettingsError where it cannot, and should."""
     obstacle = None
@@ -54,8 +66,10 @@ def runs_by_steps(manifest: Manifest, config: EngineConfig) -> bool:
         obstacle = "a bundle with a step graph (attention within a band, exported by this version)"
     elif config.backend != "onnxruntime":
         obstacle = "backend onnxruntime"
-    elif config.provider != "cpu":
-        obstacle = "provider cpu"
+    elif config.provider == "tensorrt":
+        obstacle = "provider cpu or cuda (TensorRT would build an engine for each length of a step)"
+    elif config.provider == "cuda" and importlib.util.find_spec("onnx") is None:
+        obstacle = 'the package onnx for provider cuda (pip install "hrpro-stream[gpu]")'
     if obstacle is not None and config.inference == "incremental":
         raise SettingsError(f"inference incremental: expected {obstacle}")
     return obstacle is None and config.inference != "window"
@@ -66,34 +80,87 @@ def cache_dtype(config: EngineConfig) -> type[np.floating]:
     return np.float16 if config.cache_precision == "fp16" else np.float32
 
 
-class StatePool:
-    """The state of streams, a slot each, in arrays that are made once.
+class Pool(ABC):
+    """The state of streams, a slot each. The flags of their past snippets are on the host."""
+
+    def __init__(self, layout: StepLayout, slots: int) -> None:
+        self._layout = layout
+        self._flags = np.zeros((slots, layout.history), dtype=np.bool_)
+
+    def reset(self, slot: int) -> None:
+        """A stream begins: nothing before it is there. What was kept is masked by that, but for
+        the convolution's rows and those that wait, which the pool has to forget."""
+        self._flags[slot] = False
+
+    def flags(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the past snippets of each slot are there, (B, history)."""
+        return self._flags[slots]
+
+    @abstractmethod
+    def step(
+        self,
+        features: Floats,
+        flags: NDArray[np.bool_],
+        slots: NDArray[np.int64],
+        arrival: NDArray[np.int64],
+    ) -> tuple[Floats, Floats]:
+        """The n newest snippets (B, n, D) of streams, in ascending order of their slots (B,), the
+        flags (B, history + n) and the arrival index (B,) of the first -> P (B, n, C) and embedding
+        (B, n, W) of the positions that are final by them. What is new of the state is kept."""
+
+    def _places(self, arrival: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """Rows of the rings for the snippets from ``arrival`` on, (B, min(n, capacity)): of more
+        than a ring holds, the first are the oldest by now."""
+        kept = min(n, self._layout.capacity)
+        places: NDArray[np.int64] = arrival[:, None] + np.arange(n - kept, n)
+        return places % self._layout.capacity
+
+
+def new_pool(scorer: StepScorer, layout: StepLayout, slots: int, dtype: type[np.floating]) -> Pool:
+    """A pool where the scorer computes, or on the host, with keys and values of this type."""
+    pool = scorer.device_pool(slots) if isinstance(scorer, PoolKeeper) else None
+    return pool or StatePool(scorer, layout, slots, dtype)
+
+
+class StatePool(Pool):
+    """A pool in arrays of the host, made once.
 
     Keys and values are rings: a new row takes the place of the oldest one, and nothing is shifted.
     Slots side by side are given as they lie, others are copied together.
     """
 
-    def __init__(self, layout: StepLayout, slots: int, dtype: type[np.floating]) -> None:
-        self._layout = layout
+    def __init__(
+        self, scorer: StepScorer, layout: StepLayout, slots: int, dtype: type[np.floating]
+    ) -> None:
+        super().__init__(layout, slots)
+        self._scorer = scorer
         # Not written to, hence not resident, before a slot is in use.
         self._parts = [
-            np.zeros((slots, *shape), dtype=dtype if _is_ring(name) else np.float32)
+            np.zeros((slots, *shape), dtype=dtype if name in layout.rings else np.float32)
             for name, shape in layout.state.items()
         ]
-        self._flags = np.zeros((slots, layout.history), dtype=np.bool_)
         self._gathered: list[Floats] = []
 
     def reset(self, slot: int) -> None:
-        """A stream begins: nothing before it is there. What was kept is masked by that, but for
-        the convolution's rows."""
-        self._flags[slot] = False
+        """See `Pool`."""
+        super().reset(slot)
         for name, part in zip(self._layout.state, self._parts, strict=True):
-            if not _is_ring(name):
+            if name not in self._layout.rings:
                 part[slot] = 0
 
-    def flags(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the past snippets of each slot are there, (B, history)."""
-        return self._flags[slots]
+    def step(
+        self,
+        features: Floats,
+        flags: NDArray[np.bool_],
+        slots: NDArray[np.int64],
+        arrival: NDArray[np.int64],
+    ) -> tuple[Floats, Floats]:
+        """See `Pool`."""
+        scores, embedding, new = self._scorer.score_step(
+            features, flags, arrival, self.gather(slots)
+        )
+        self.scatter(slots, arrival, new, flags)
+        return scores, embedding
 
     def gather(self, slots: NDArray[np.int64]) -> list[Floats]:
         """The state (B, ...) of slots in ascending order; to be read only, until the next call."""
@@ -124,20 +191,16 @@ class StatePool:
     ) -> None:
         """Take what a step has made of the n snippets from ``arrival`` (B,) on."""
         n = flags.shape[1] - self._layout.history
-        kept = min(n, self._layout.capacity)  # of more, the first are the oldest by now
-        at = (arrival[:, None] + np.arange(n - kept, n)) % self._layout.capacity  # (B, kept)
+        at = self._places(arrival, n)
+        kept = at.shape[1]
         for name, part, rows in zip(self._layout.state, self._parts, new, strict=True):
-            if not _is_ring(name):
+            if name not in self._layout.rings:
                 part[slots] = rows
             elif kept == 1:
                 part[slots, :, at[:, 0]] = rows[:, :, -1]
             else:
                 part[slots[:, None], :, at] = rows[:, :, n - kept :].transpose(0, 2, 1, 3)
         self._flags[slots] = flags[:, n:]
-
-
-def _is_ring(name: str) -> bool:
-    return name.startswith(("keys_", "values_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +237,7 @@ class Steps:
         self._feature_dim = manifest.feature_dim
         self._max_streams = config.max_streams
         self._dtype = cache_dtype(config)
-        self._pool: StatePool | None = None  # while a stream has a slot
+        self._pool: Pool | None = None  # while a stream has a slot
         self._slots: dict[Stream, int] = {}
         self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
         self._fed = np.full(config.max_streams, _NOWHERE, dtype=np.int64)  # up to this snippet
@@ -185,19 +248,20 @@ class Steps:
         """Of the state of one stream."""
         size = np.dtype(self._dtype).itemsize
         return self._layout.history + sum(
-            int(np.prod(shape)) * (size if _is_ring(name) else 4)
+            int(np.prod(shape)) * (size if name in self._layout.rings else 4)
             for name, shape in self._layout.state.items()
         )
 
     def warm_up(self, scorer: StepScorer, sizes: Sequence[int], hop: int) -> None:
-        """Compute a step of each size, of streams that go on."""
+        """Compute a step of each size, in a pool as large as that of the streams."""
+        slots = max(self._max_streams, *sizes)
+        pool = new_pool(scorer, self._layout, slots, self._dtype)
         for B in reversed(sizes):
-            state = [np.zeros((B, *shape), np.float32) for shape in self._layout.state.values()]
-            scorer.score_step(
+            pool.step(
                 np.zeros((B, hop, self._feature_dim), np.float32),
                 np.zeros((B, self._layout.history + hop), np.bool_),
+                np.arange(B),
                 np.zeros(B, np.int64),
-                state,
             )
 
     def leave(self, stream: Stream) -> None:
@@ -261,23 +325,19 @@ class Steps:
             feed.jobs[0].stream.read_snippets(feed.start, features[row], here[row])
         return _Batch(feeds, features, here)
 
-    def _step(self, pool: StatePool, batch: _Batch) -> tuple[Floats, Floats]:
+    def _step(self, pool: Pool, batch: _Batch) -> tuple[Floats, Floats]:
         slots = np.array([feed.slot for feed in batch.feeds], dtype=np.int64)
         arrival = np.array([feed.start for feed in batch.feeds], dtype=np.int64)
         for feed in batch.feeds:
             if feed.is_fresh:
                 pool.reset(feed.slot)
         flags = np.concatenate([pool.flags(slots), batch.here], axis=1)
-        scores, embedding, new = self._scorer.score_step(
-            batch.features, flags, arrival, pool.gather(slots)
-        )
-        pool.scatter(slots, arrival, new, flags)
-        return scores, embedding
+        return pool.step(batch.features, flags, slots, arrival)
 
     def _slot(self, stream: Stream) -> int:
         if stream not in self._slots:
             if self._pool is None:
-                self._pool = StatePool(self._layout, self._max_streams, self._dtype)
+                self._pool = new_pool(self._scorer, self._layout, self._max_streams, self._dtype)
             self._slots[stream] = slot = heapq.heappop(self._unused)
             self._fed[slot] = _NOWHERE
         return self._slots[stream]

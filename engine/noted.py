@@ -9,7 +9,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.incremental import Floats, Stepped, StepScorer
+from hrpro.engine.incremental import Floats, Pool, PoolKeeper, Stepped, StepScorer
 from hrpro.engine.inference import Backend
 
 # Of which stage, how many windows, streams or proposals, from when to when (monotonic seconds).
@@ -43,6 +43,12 @@ class NotedBackend:
         self._note("snippet", len(features), began_s, time.monotonic())
         return outputs
 
+    def device_pool(self, slots: int) -> Pool | None:
+        """See `hrpro.engine.incremental.PoolKeeper`; None for one that is none."""
+        inner = self._inner
+        pool = inner.device_pool(slots) if isinstance(inner, PoolKeeper) else None
+        return None if pool is None else NotedPool(pool, self._note)
+
     def score_instances(
         self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
     ) -> tuple[Floats, Floats, Floats]:
@@ -50,4 +56,33 @@ class NotedBackend:
         began_s = time.monotonic()
         outputs = self._inner.score_instances(embedding, proposals, stretch)
         self._note("instance", len(proposals), began_s, time.monotonic())
+        return outputs
+
+
+class NotedPool(Pool):
+    """The same pool; ``note`` is called behind each step."""
+
+    def __init__(self, inner: Pool, note: Note) -> None:
+        self._inner = inner
+        self._note = note
+
+    def reset(self, slot: int) -> None:
+        """See `hrpro.engine.incremental.Pool`."""
+        self._inner.reset(slot)
+
+    def flags(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """See `hrpro.engine.incremental.Pool`."""
+        return self._inner.flags(slots)
+
+    def step(
+        self,
+        features: Floats,
+        flags: NDArray[np.bool_],
+        slots: NDArray[np.int64],
+        arrival: NDArray[np.int64],
+    ) -> tuple[Floats, Floats]:
+        """See `hrpro.engine.incremental.Pool`."""
+        began_s = time.monotonic()
+        outputs = self._inner.step(features, flags, slots, arrival)
+        self._note("snippet", len(features), began_s, time.monotonic())
         return outputs

@@ -74,6 +74,11 @@ class StepLayout(Settings):
         description="floating-point operations of a snippet's matrix products; 0: not known",
     )
 
+    @property
+    def rings(self) -> tuple[str, ...]:
+        """Parts of the state that are rings, (H, capacity, W / H)."""
+        return tuple(name for name in self.state if name.startswith(("keys_", "values_")))
+
 
 class Manifest(Settings):
     """bundle.json."""

@@ -27,10 +27,10 @@ def write_stateful_graph(step_graph: Path, layout: StepLayout, out: Path) -> Non
     model = onnx.load(step_graph)
     graph = model.graph
     del graph.value_info[:]
-    rings = [name for name in layout.state if name.startswith(("keys_", "values_"))]
-    _rename(graph, {"valid": "flags", **{f"new_{name}": f"rows_of_{name}" for name in rings}})
+    rows = {f"new_{name}": f"rows_of_{name}" for name in layout.rings}
+    _rename(graph, {"valid": "flags", **rows})
     before, after = _flags()
-    for name in rings:
+    for name in layout.rings:
         after += _newest(name, f"rows_of_{name}", f"new_{name}")
     nodes = [*before, *graph.node, *after]
     del graph.node[:]

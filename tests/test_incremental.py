@@ -191,8 +191,8 @@ def scattered(pool: StatePool, slot: int, arrival: int, new: np.ndarray) -> None
     pool.scatter(np.array([slot]), np.array([arrival]), [new, -new, tail], flags)
 
 
-def test_the_oldest_row_is_overwritten_in_place() -> None:
-    pool = StatePool(LAYOUT, 4, np.float32)
+def test_the_oldest_row_is_overwritten_in_place(backend: OnnxRuntimeBackend) -> None:
+    pool = StatePool(backend, LAYOUT, 4, np.float32)
     scattered(pool, 1, 10, rows(10, 11))  # 10 % 3 = 1
     scattered(pool, 1, 12, rows(12))
     scattered(pool, 1, 13, rows(13))  # in the place of 10
@@ -204,8 +204,8 @@ def test_the_oldest_row_is_overwritten_in_place() -> None:
     assert pool.gather(np.array([1]))[0][0, 0, :, 0].tolist() == [18, 16, 17]
 
 
-def test_slots_side_by_side_are_not_copied() -> None:
-    pool = StatePool(LAYOUT, 4, np.float32)
+def test_slots_side_by_side_are_not_copied(backend: OnnxRuntimeBackend) -> None:
+    pool = StatePool(backend, LAYOUT, 4, np.float32)
     for slot in range(4):
         scattered(pool, slot, 0, rows(slot + 1))
     beside, apart = (pool.gather(np.array(slots)) for slots in ([1, 2], [0, 3]))
@@ -215,8 +215,8 @@ def test_slots_side_by_side_are_not_copied() -> None:
     assert not np.shares_memory(apart[0], pool._parts[0])
 
 
-def test_half_precision_keeps_eleven_bits() -> None:
-    pool = StatePool(LAYOUT, 2, np.float16)
+def test_half_precision_keeps_eleven_bits(backend: OnnxRuntimeBackend) -> None:
+    pool = StatePool(backend, LAYOUT, 2, np.float16)
     scattered(pool, 0, 0, rows(1 + 2**-10))
     scattered(pool, 1, 0, rows(1 + 2**-12))
     keys = pool.gather(np.array([0, 1]))[0]
@@ -232,13 +232,14 @@ def test_what_is_computed_how(bundle: Bundle, tmp_path: Path) -> None:
     assert runs_by_steps(manifest, EngineConfig())
     assert not runs_by_steps(manifest, EngineConfig(inference="window"))
     assert not runs_by_steps(manifest, EngineConfig(backend="triton"))
-    assert not runs_by_steps(manifest, EngineConfig(provider="cuda"))
+    assert runs_by_steps(manifest, EngineConfig(provider="cuda"))
+    assert not runs_by_steps(manifest, EngineConfig(provider="tensorrt"))
     without = manifest.model_copy(update={"step": None})
     assert not runs_by_steps(without, EngineConfig())
     for refused, expected in (
         ((without, EngineConfig(inference="incremental")), "a bundle with a step graph"),
         ((manifest, EngineConfig(inference="incremental", backend="triton")), "backend onnx"),
-        ((manifest, EngineConfig(inference="incremental", provider="cuda")), "provider cpu"),
+        ((manifest, EngineConfig(inference="incremental", provider="tensorrt")), "provider cpu"),
     ):
         with pytest.raises(SettingsError, match=f"inference incremental: expected {expected}"):
             runs_by_steps(*refused)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from commands import hrpro
@@ -27,25 +29,39 @@ def has_gpu(bundle: Bundle) -> bool:
     return True
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_an_engine_does_not_fall_back_to_the_cpu(bundle: Bundle, provider: str) -> None:
+@pytest.mark.parametrize(
+    ("provider", "inference"), [("cuda", "auto"), ("cuda", "window"), ("tensorrt", "auto")]
+)
+def test_an_engine_does_not_fall_back_to_the_cpu(
+    bundle: Bundle, provider: str, inference: str
+) -> None:
     if has_gpu(bundle):
         pytest.skip("there is a GPU here: nothing to refuse")
     said = hrpro(
         "serve", bundle.folder, "--feed", ANY_PORT, "--events", ANY_PORT, "--control", ANY_PORT,
-        "--set", f"provider={provider}", status=1,
+        "--set", f"provider={provider}", "--set", f"inference={inference}", status=1,
     ).stderr  # fmt: skip
     assert f"hrpro: provider {provider}: expected ONNX Runtime to compute by " in said
     assert "it took CPUExecutionProvider" in said
 
 
+@pytest.mark.parametrize("inference", ["incremental", "window"])
 def test_an_engine_falls_back_where_that_is_allowed(
-    bundle: Bundle, caplog: pytest.LogCaptureFixture
+    bundle: Bundle,
+    backend: OnnxRuntimeBackend,
+    inference: Literal["incremental", "window"],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if has_gpu(bundle):
         pytest.skip("there is a GPU here: nothing to fall back from")
-    config = EngineConfig(provider="cuda", fall_back_to_cpu=True)
-    assert OnnxRuntimeBackend(bundle, config).provider == "cpu"
+    config = EngineConfig(provider="cuda", fall_back_to_cpu=True, inference=inference)
+    fallen = OnnxRuntimeBackend(bundle, config)
+    assert fallen.provider == "cpu"
+    assert fallen.device_pool(2) is None
+    window = np.ones((1, 9, DIM), np.float32), np.ones((1, 9), np.bool_)
+    np.testing.assert_allclose(
+        fallen.score_snippets(*window)[0], backend.score_snippets(*window)[0], atol=1e-5
+    )
     (line,) = caplog.messages
     assert line == (
         "provider cuda: expected ONNX Runtime to compute by CUDAExecutionProvider, it took "
@@ -70,8 +86,9 @@ def test_tensorrt_gets_one_profile_for_all_windows(bundle: Bundle) -> None:
     }
 
 
-def test_bound_memory_gives_what_a_plain_call_gives(backend: OnnxRuntimeBackend) -> None:
+def test_bound_memory_gives_what_a_plain_call_gives(bundle: Bundle) -> None:
     """On the CPU, whose memory can be bound as a GPU's can."""
+    backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1, inference="window"))
     bound = BoundSession(backend._snippet, "cpu")
     draw = np.random.default_rng(1)
     kept = []

@@ -1,4 +1,4 @@
-"""Inference by ONNX Runtime, on the CPU or, for windows, on a GPU.
+"""Inference by ONNX Runtime, on the CPU or on a GPU.
 
 The GPU providers are written from ONNX Runtime's documentation and have not been run on one. What
 has been: that an engine without one does not start, in place of a silent fall-back to the CPU.
@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from hrpro.engine.backends.device_pool import DevicePool, PooledSession
 from hrpro.engine.backends.step import StepSession
 from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
@@ -83,21 +84,38 @@ class OnnxRuntimeBackend(InstanceStage):
     """Both stages of a bundle as ONNX Runtime sessions. Raises ProviderError.
 
     Stage 1 is the step graph or the snippet graph, as `runs_by_steps` says; both can score windows.
+    By steps, a device has the state of streams in its memory, and the CPU is given it.
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         super().__init__(bundle, config)
         self._step: StepSession | None = None
+        self._pooled: PooledSession | None = None
+        self.provider: Provider
         if runs_by_steps(bundle.manifest, config):
-            self._step = StepSession(bundle, _options(config), [CPU_PROVIDER])
-            self.provider: Provider = "cpu"
+            self.provider = self._load_steps(bundle, config)
             return
         self._snippet = onnxruntime.InferenceSession(
             bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
         )
         self.provider = _provider_in_use(self._snippet, config)
         self._bound = None if self.provider == "cpu" else BoundSession(self._snippet, "cuda")
+
+    def _load_steps(self, bundle: Bundle, config: EngineConfig) -> Provider:
+        if config.provider != "cpu":
+            providers = _providers(bundle.manifest, config)
+            pooled = PooledSession(bundle, config, _options(config), providers, "cuda")
+            provider = _provider_in_use(pooled.session, config)
+            if provider != "cpu":
+                self._pooled = pooled
+                return provider
+        self._step = StepSession(bundle, _options(config), [CPU_PROVIDER])
+        return "cpu"
+
+    def device_pool(self, slots: int) -> DevicePool | None:
+        """See `hrpro.engine.incremental.PoolKeeper`."""
+        return None if self._pooled is None else self._pooled.new_pool(slots)
 
     def score_step(
         self,
@@ -107,15 +125,16 @@ class OnnxRuntimeBackend(InstanceStage):
         state: Sequence[Floats],
     ) -> Stepped:
         """See `hrpro.engine.incremental.StepScorer`."""
-        assert self._step is not None, "windows are computed, not steps"
+        assert self._step is not None, "windows are computed, or the state is on a device"
         return self._step.step(features, valid, arrival, state)
 
     def score_snippets(
         self, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
-        if self._step is not None:
-            return self._step.whole(features, valid)
+        by_steps = self._step or self._pooled
+        if by_steps is not None:
+            return by_steps.whole(features, valid)
         inputs = {"features": features, "valid": valid}
         if self._bound is not None:
             scores, embedding = self._bound.run(inputs)
