@@ -164,7 +164,8 @@ class EngineConfig(Settings):
     inference: Literal["auto", "incremental", "window"] = Field(
         "auto",
         description="compute each snippet once, from what is kept of the past, or a whole window "
-        "for each hop (auto: the former where the bundle has a step graph, on the CPU)",
+        "for each hop (auto: the former where the bundle has a step graph, with provider cpu, or "
+        "cuda if the package onnx is there)",
     )
     cache_precision: Literal["fp32", "fp16"] = Field(
         "fp32", description="of the keys and values that are kept of the past of a stream"

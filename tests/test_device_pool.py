@@ -25,7 +25,7 @@ from hrpro.engine.deployment import Deployment
 from hrpro.engine.incremental import Floats, Pool, Stepped, new_pool, runs_by_steps
 from hrpro.engine.noted import NotedBackend
 from hrpro.engine.settings import SettingsError
-from hrpro.export.bundle import Bundle
+from hrpro.export.bundle import Bundle, BundleError
 from hrpro.export.golden import check_golden
 from hrpro.export.pooled import pooled_graph
 
@@ -50,9 +50,9 @@ def session(bundle: Bundle) -> PooledSession:
 class DeviceBackend(InstanceStage):
     """As `OnnxRuntimeBackend` on a GPU, but for where that is."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, **changes: object) -> None:
         super().__init__(bundle, EngineConfig(threads=1))
-        self.pooled = pooled(bundle)
+        self.pooled = pooled(bundle, **changes)
         self.pools: list[DevicePool] = []
         self.score_snippets = self.pooled.whole
 
@@ -188,10 +188,27 @@ def test_half_precision_keeps_keys_and_values(
     assert kinds["tail"] == kinds["waiting_0"] == np.float32
 
 
+def test_golden_windows_show_a_pool_that_is_wrong(bundle: Bundle) -> None:
+    """Here new rows go one place too far."""
+    device = DeviceBackend(bundle)
+
+    class Wrong(DevicePool):
+        def _places(self, arrival: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+            return super()._places(arrival + 1, n)
+
+    session = device.pooled
+    layout = session._layout
+    session.new_pool = lambda slots: Wrong(  # type: ignore[method-assign]
+        session.session, layout, slots, np.float32, "cpu"
+    )
+    with pytest.raises(BundleError, match="this machine computes otherwise"):
+        check_golden(bundle, device)
+
+
 def test_golden_windows_go_through_the_pool(bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
     device = DeviceBackend(bundle)
-    differences = check_golden(bundle, device)
-    assert max(differences.values()) < 1e-5
+    for each in (device, DeviceBackend(bundle, cache_precision="fp16")):
+        assert max(check_golden(bundle, each).values()) < 1e-5
     draw = np.random.default_rng(1)
     for length in (1, 5, CONTEXT + LOOKAHEAD + 20):
         features = draw.standard_normal((3, length, DIM)).astype(np.float32)

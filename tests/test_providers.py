@@ -86,6 +86,13 @@ def test_tensorrt_gets_one_profile_for_all_windows(bundle: Bundle) -> None:
     }
 
 
+def test_cuda_is_told_to_keep_to_float32(bundle: Bundle) -> None:
+    assert _providers(bundle.manifest, EngineConfig(provider="cuda")) == [
+        ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+        "CPUExecutionProvider",
+    ]
+
+
 def test_bound_memory_gives_what_a_plain_call_gives(bundle: Bundle) -> None:
     """On the CPU, whose memory can be bound as a GPU's can."""
     backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1, inference="window"))

@@ -52,14 +52,16 @@ class PooledSession:
 
     def whole(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W): each as a
-        stream that begins with it, in several steps, so that golden windows see the state, too."""
+        stream that begins with it, in several steps, so that golden windows see the state, too.
+        In one, where it is kept as float16: that is not what the export computed."""
         B, T, _ = features.shape
         pool, slots = self.new_pool(B), np.arange(B)
         features = np.pad(features, ((0, 0), (0, self._delay), (0, 0)))
         valid = np.pad(valid, ((0, 0), (self._layout.history, self._delay)))
-        portion = max(1, self._layout.capacity // 2)
+        whole = T + self._delay
+        portion = whole if self._dtype == np.float16 else max(1, self._layout.capacity // 2)
         steps = []
-        for first in range(0, T + self._delay, portion):
+        for first in range(0, whole, portion):
             new = features[:, first : first + portion]
             flags = valid[:, first : first + self._layout.history + portion]
             steps.append(pool.step(new, flags, slots, np.full(B, first)))

@@ -32,6 +32,9 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+# Golden windows are held to float32, not to TF32; a search for the best convolution takes long, and
+# each new shape would begin one.
+_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 _SNIPPET_OUTPUTS = ["scores", "embedding"]
 _INSTANCE_OUTPUTS = ["completeness", "refined", "refined_completeness"]
 Providers = list[str | tuple[str, dict[str, Any]]]
@@ -205,7 +208,7 @@ def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
     if config.provider == "cpu":
         return [cpu]
     if config.provider == "cuda":
-        return [cuda, cpu]
+        return [(cuda, _CUDA_OPTIONS), cpu]
     return [(_PROVIDERS["tensorrt"], _tensorrt_options(manifest, config)), cuda, cpu]
 
 
