@@ -84,7 +84,7 @@ class Pool(ABC):
     """The state of streams, a slot each. The flags of their past snippets are on the host."""
 
     def __init__(self, layout: StepLayout, slots: int) -> None:
-        self._layout = layout
+        self._layout, self._rings = layout, layout.rings
         self._flags = np.zeros((slots, layout.history), dtype=np.bool_)
 
     def reset(self, slot: int) -> None:
@@ -145,7 +145,7 @@ class StatePool(Pool):
         """See `Pool`."""
         super().reset(slot)
         for name, part in zip(self._layout.state, self._parts, strict=True):
-            if name not in self._layout.rings:
+            if name not in self._rings:
                 part[slot] = 0
 
     def step(
@@ -194,7 +194,7 @@ class StatePool(Pool):
         at = self._places(arrival, n)
         kept = at.shape[1]
         for name, part, rows in zip(self._layout.state, self._parts, new, strict=True):
-            if name not in self._layout.rings:
+            if name not in self._rings:
                 part[slots] = rows
             elif kept == 1:
                 part[slots, :, at[:, 0]] = rows[:, :, -1]

@@ -14,7 +14,15 @@ from driving import Drive, assert_same, engine_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tiny_model import CONTEXT, DIM, LOOKAHEAD, tiny_recording
+from tiny_model import (
+    CONTEXT,
+    DIM,
+    LOOKAHEAD,
+    tiny_config,
+    tiny_description,
+    tiny_model,
+    tiny_recording,
+)
 
 from hrpro.clients.bench_memory import resident_bytes
 from hrpro.engine.backends import device_pool
@@ -26,6 +34,7 @@ from hrpro.engine.incremental import Floats, Pool, Stepped, new_pool, runs_by_st
 from hrpro.engine.noted import NotedBackend
 from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Bundle, BundleError
+from hrpro.export.export import export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.pooled import pooled_graph
 
@@ -166,6 +175,23 @@ def test_memory_for_batches_is_bounded(
     assert pool._bound[2, 1] is kept
     streams.step([pool], [0, 1], 17, begin=False)  # more than that, as long as it is the last
     assert list(pool._bound) == [(2, 17)]
+
+
+@pytest.mark.parametrize(("blocks", "future"), [(0, 0), (1, 0)])
+def test_models_without_rings_or_without_a_future(blocks: int, future: int, tmp_path: Path) -> None:
+    config = tiny_config()
+    model = config.model.model_copy(update={"blocks": blocks, "attention_future": future})
+    config = config.model_copy(update={"model": model})
+    bundle = export_bundle(tiny_description(config), tiny_model(config), {}, tmp_path / "bundle")
+    layout = bundle.manifest.step
+    assert layout is not None
+    assert layout.state.keys() == {"tail", *(["keys_0", "values_0"] if blocks else [])}
+    backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
+    pools = [new_pool(backend, layout, SLOTS, np.float32), pooled(bundle).new_pool(SLOTS)]
+    streams = Streams(np.random.default_rng(2))
+    for turn in range(12):
+        host, device = streams.step(pools, [1, 3], 1 + turn % 8, begin=turn in (0, 7))
+        np.testing.assert_allclose(device, host, atol=1e-5)
 
 
 def test_half_precision_keeps_keys_and_values(
