@@ -10,7 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST_ARGS ?=
+# By file, on all cores: what a file shares is made once.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 # Folders stand beside files, so that a file that goes is noticed too.
 SOURCES := $(shell find clients engine export training -not -name '*.pyc' -not -name __pycache__)
