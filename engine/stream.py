@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -142,8 +141,7 @@ class Stream:
             raise self._error(
                 "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
-        # One number that is not makes the sum none; where it is too large, all are looked at.
-        if not math.isfinite(features.sum()) and not np.isfinite(features).all():
+        if not np.isfinite(features).all():
             at = first_index + int(np.isfinite(features).all(axis=1).argmin())
             raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
 
@@ -285,8 +283,7 @@ class Stream:
     def advancing(self, scores: Rows, embedding: Rows) -> Asking[list[Decision]]:
         """Scores P (n, C) and embedding (n, W) of the next snippets are final."""
         decisions = yield from self.localizer.advancing(scores, embedding)
-        if self.policy == "drop_oldest":
-            self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
+        self._last_rows = scores[-1:].copy(), embedding[-1:].copy()
         self.processed += len(scores)
         self.asked = max(self.asked, self.processed)
         if self._skip is not None and self._skip[1] <= self.processed:

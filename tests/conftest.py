@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 if TYPE_CHECKING:
     from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
     from hrpro.export.bundle import Bundle
+
+
+def pytest_configure() -> None:
+    # The workers of pytest-xdist ignore Ctrl-C, and so would the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def test_the_configuration_says_what_the_graph_has(
     model = tmp_path / f"hrpro-{stage}"
     config = read_config(model)
     session = onnxruntime.InferenceSession(model / "1" / "model.onnx")
-    kinds = {"tensor(float)": 11, "tensor(bool)": 1}
+    kinds = {"tensor(float)": 11, "tensor(bool)": 1, "tensor(int64)": 9}
     batch = [-1] if config.max_batch_size else []
     for tensors, graph in (
         (config.input, session.get_inputs()),
@@ -186,7 +186,7 @@ def test_the_state_of_a_stream_is_described_as_the_graph_has_it(
     assert config.WhichOneof("scheduling_choice") == "sequence_batching"
     assert batching.max_sequence_idle_microseconds == 60_000_000
     assert batching.oldest.max_candidate_sequences == 256
-    kinds = {"tensor(float)": 11, "tensor(bool)": 1}
+    kinds = {"tensor(float)": 11, "tensor(bool)": 1, "tensor(int64)": 9}
     session = onnxruntime.InferenceSession(stream_model / "1" / "model.onnx")
     names = [each.name for each in config.input], [each.name for each in config.output]
     assert names == (["features", "valid"], ["scores", "cas", "attention", "embedding"])
