@@ -16,7 +16,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ Floats = NDArray[np.float32]
 Stepped = tuple[Floats, Floats, list[Floats]]
 
 _NOWHERE = -1
+# Slots so many times as far apart as those of a batch need be are still read as they lie.
+_SPARSE = 1.5
 
 
 class StepScorer(Backend, Protocol):
@@ -156,25 +158,52 @@ class StatePool(Pool):
         arrival: NDArray[np.int64],
     ) -> tuple[Floats, Floats]:
         """See `Pool`."""
+        first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
+        if len(slots) < span <= _SPARSE * len(slots):
+            return self._step_over_gaps(features, flags, slots, arrival, first, span)
         scores, embedding, new = self._scorer.score_step(
             features, flags, arrival, self.gather(slots)
         )
         self.scatter(slots, arrival, new, flags)
         return scores, embedding
 
+    def _step_over_gaps(
+        self,
+        features: Floats,
+        flags: NDArray[np.bool_],
+        slots: NDArray[np.int64],
+        arrival: NDArray[np.int64],
+        first: int,
+        span: int,
+    ) -> tuple[Floats, Floats]:
+        """With the few slots between them, of which nothing is kept: to compute these takes less
+        time than to copy the states of all."""
+        rows = slots - first
+
+        def spread(values: NDArray[Any]) -> NDArray[Any]:
+            wide = np.zeros((span, *values.shape[1:]), dtype=values.dtype)
+            wide[rows] = values
+            return wide
+
+        scores, embedding, new = self._scorer.score_step(
+            spread(features), spread(flags), spread(arrival), self.gather(np.arange(span) + first)
+        )
+        self.scatter(slots, arrival, [each[rows] for each in new], flags)
+        return scores[rows], embedding[rows]
+
     def gather(self, slots: NDArray[np.int64]) -> list[Floats]:
         """The state (B, ...) of slots in ascending order; to be read only, until the next call."""
         B, first = len(slots), int(slots[0])
+        side_by_side = int(slots[-1]) - first == B - 1
+        if side_by_side and all(part.dtype == np.float32 for part in self._parts):
+            return [part[first : first + B] for part in self._parts]
         if len(self._gathered[0] if self._gathered else ()) < B:
             self._gathered = [
                 np.empty((B, *part.shape[1:]), dtype=np.float32) for part in self._parts
             ]
-        side_by_side = int(slots[-1]) - first == B - 1
         state = []
         for part, out in zip(self._parts, self._gathered, strict=True):
-            if side_by_side and part.dtype == np.float32:
-                state.append(part[first : first + B])
-            elif part.dtype == np.float32:
+            if part.dtype == np.float32:
                 np.take(part, slots, axis=0, out=out[:B], mode="clip")  # "raise" would copy twice
                 state.append(out[:B])
             else:

@@ -215,6 +215,29 @@ def test_slots_side_by_side_are_not_copied(backend: OnnxRuntimeBackend) -> None:
     assert not np.shares_memory(apart[0], pool._parts[0])
 
 
+@pytest.mark.parametrize("slots", [[1, 2, 4], [0, 2, 3, 4], [0, 5], [2, 3, 4, 5]])
+def test_slots_with_gaps_give_what_each_gives_alone(
+    bundle: Bundle, backend: OnnxRuntimeBackend, slots: list[int]
+) -> None:
+    layout = bundle.manifest.step
+    assert layout is not None
+    random = np.random.default_rng(0)
+    together, alone = (StatePool(backend, layout, 6, np.float32) for _ in range(2))
+    for slot in range(6):  # slots between them have a past of their own
+        past = random.standard_normal((1, 5, DIM), dtype=np.float32)
+        for pool in (together, alone):
+            there = np.concatenate([pool.flags(np.array([slot])), np.ones((1, 5), bool)], axis=1)
+            pool.step(past, there, np.array([slot]), np.zeros(1, np.int64))
+    for arrival in (5, 7):
+        new = random.standard_normal((len(slots), 2, DIM), dtype=np.float32)
+        there = np.ones((len(slots), layout.history + 2), np.bool_)
+        got = together.step(new, there, np.array(slots), np.full(len(slots), arrival))
+        for row, slot in enumerate(slots):
+            one = alone.step(new[[row]], there[[row]], np.array([slot]), np.array([arrival]))
+            for part, expected in zip(got, one, strict=True):
+                np.testing.assert_allclose(part[row], expected[0], atol=1e-5)
+
+
 def test_half_precision_keeps_eleven_bits(backend: OnnxRuntimeBackend) -> None:
     pool = StatePool(backend, LAYOUT, 2, np.float16)
     scattered(pool, 0, 0, rows(1 + 2**-10))
