@@ -42,7 +42,7 @@ from hrpro.export.bundle import Bundle
 _STREAMS_A_CONNECTION = 100
 # All streams of a round begin at once, as no cameras do: what comes of the first seconds is not
 # counted.
-_SETTLE_S = 5.0
+_SETTLE_S = 15.0
 _SILENCE_S = 60.0
 
 
@@ -65,7 +65,7 @@ class Live:
         return not self.drops and not self.unanswered and self.latency_ms[1] <= bound_ms
 
 
-def _figures(live: Live, rss_bytes: int, calls: Calls | None = None) -> dict[str, Any]:
+def _figures(live: Live, rss_bytes: int, calls: Calls) -> dict[str, Any]:
     """Shares are of the time on the clock: 1 is one core. Of ``calls``, those in the round."""
     whole_s = live.ended_s - live.began_s
     p50, p99, longest = live.latency_ms
@@ -81,11 +81,10 @@ def _figures(live: Live, rss_bytes: int, calls: Calls | None = None) -> dict[str
         "feeder_cpu_share": live.feeder_cpu_s / whole_s,
         "rss_bytes_per_stream": rss_bytes / live.streams,
     }
-    if calls is not None:
-        for name, of_stage in asdict(calls).items():
-            inside = (of_stage[:, 0] >= live.began_s) & (of_stage[:, 1] <= live.ended_s)
-            spent_s = np.diff(of_stage[inside], axis=1).sum()
-            figures[f"{name}_share"] = float(spent_s / whole_s)
+    for name, of_stage in asdict(calls).items():
+        inside = (of_stage[:, 0] >= live.began_s) & (of_stage[:, 1] <= live.ended_s)
+        spent_s = np.diff(of_stage[inside], axis=1).sum()
+        figures[f"{name}_share"] = float(spent_s / whole_s)
     return figures
 
 
@@ -97,30 +96,30 @@ def measure_cameras(
     seconds: float,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Rounds with more and more streams, until one does not keep up; the last that did.
+    """Rounds with more and more streams, each with an engine of its own, until one does not keep
+    up; the last that did.
 
     ``counts`` are the numbers of streams, in ascending order. ``progress`` is told of each round.
     """
     bound_ms = 1000 * bundle.manifest.clock.snippet_s
-    best: tuple[Live, int] | None = None
-    with tempfile.NamedTemporaryFile() as calls:
-        with (
-            bench_engine(bundle.folder, config, Path(calls.name)) as engine,
-            _feeder(engine.addresses.feed, recording, bundle.manifest.clock) as ask,
-        ):
-            empty_bytes = resident_bytes(engine.pid)
-            for count in counts:
+    best: dict[str, Any] = {"streams": 0}
+    for count in counts:
+        with tempfile.NamedTemporaryFile() as calls:
+            with (
+                bench_engine(bundle.folder, config, Path(calls.name)) as engine,
+                _feeder(engine.addresses.feed, recording, bundle.manifest.clock) as ask,
+            ):
+                empty_bytes = resident_bytes(engine.pid)
                 live = ask(count, seconds, engine.pid)
-                this = live, resident_bytes(engine.pid) - empty_bytes
-                if progress is not None:
-                    progress(_figures(*this))
-                if not live.keeps_up(bound_ms):
-                    break
-                best = this
-        noted = read_calls(Path(calls.name))
-    figures = {"streams": 0} if best is None else _figures(*best, noted)
+                rss_bytes = resident_bytes(engine.pid) - empty_bytes
+            figures = _figures(live, rss_bytes, read_calls(Path(calls.name)))
+        if progress is not None:
+            progress(figures)
+        if not live.keeps_up(bound_ms):
+            break
+        best = figures
     told = stream_bytes(bundle.manifest, config).all
-    return {**figures, "told_bytes_per_stream": told, "cores": os.cpu_count()}
+    return {**best, "told_bytes_per_stream": told, "cores": os.cpu_count()}
 
 
 @contextlib.contextmanager

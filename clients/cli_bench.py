@@ -89,7 +89,7 @@ def bench_cameras(
     size: Annotated[str, typer.Option(help="full or lean, as in model.size.")] = "full",
     precision: Annotated[str, typer.Option(help="fp32 or int8, of the model.")] = "fp32",
     streams: Annotated[str, typer.Option(help="How many to try, in ascending order.")] = (
-        "250,500,750,1000,1250,1500"
+        "200,400,600,800,1000,1200"
     ),
     seconds: Annotated[float, typer.Option(help="How long each number is fed.", min=1)] = 20,
     quiet: Annotated[
@@ -108,7 +108,8 @@ def bench_cameras(
 
     counts = sorted({int(each) for each in streams.split(",")})
     model = BenchModel(dim, classes, size, precision=cast("Precision", precision))
-    with _prepared(bundle, model, set_ or [], quiet_share=quiet) as (loaded, config, recording):
+    given = ["mode=throughput", "threads=1", *(set_ or [])]
+    with _prepared(bundle, model, given, quiet_share=quiet) as (loaded, config, recording):
         figures = measure_cameras(
             loaded, config, recording, counts, seconds, None if as_json else _show_round
         )
