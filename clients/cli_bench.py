@@ -62,7 +62,9 @@ def bench_engine(
     from hrpro.clients.bench_engine import Workload
 
     window_settings = [f"window.window_snippets={window}", f"window.hop_snippets={hop}"]
-    given = [f"threads={threads}", f"max_batch={batch}", *window_settings, *(set_ or [])]
+    # By windows, unless said otherwise: they are what T and the ratio speak of.
+    how = ["inference=window", *(each for each in set_ or () if each.startswith("inference="))]
+    given = [f"threads={threads}", f"max_batch={batch}", *how, *window_settings, *(set_ or [])]
     model = BenchModel(dim, classes, size)
     with _prepared(bundle, model, given) as (loaded, config, recording):
         figures = _measured(loaded, config, recording, Workload(streams, hops * hop, rounds, paced))
@@ -71,7 +73,7 @@ def bench_engine(
             figures |= _idle(loaded, config, recording, idle)
     if small:
         # As wide as SBHAR's: a window costs less than what comes after it.
-        with _prepared(None, BenchModel(56, 12), [f"threads={threads}"]) as prepared:
+        with _prepared(None, BenchModel(56, 12), [f"threads={threads}", *how]) as prepared:
             own = _measured(*prepared, Workload(_SMALL_STREAMS, 128, rounds, 200))
             own["model"] = _described(*prepared[:2], _SMALL_STREAMS)
         figures["small_model"] = own
