@@ -491,6 +491,14 @@ def test_a_window_has_the_same_scores_in_any_company(served: Served) -> None:
     """With more and with less that is not there; another length ends a batch."""
     said = [windows(1, 31 if 20 <= each < 30 else 20, seed=50 + each) for each in range(48)]
     alone = [infer(served.client, "hrpro-snippet", sent) for sent in said]
+    for _ in range(20):  # a busy machine may take them one by one
+        if _together(served, said, alone) < len(said):
+            return
+    pytest.fail("no two windows shared a batch")
+
+
+def _together(served: Served, said: list[Arrays], alone: list[Arrays]) -> int:
+    """Ask for all at once, and compare; returns how many executions the server took."""
     before = served.statistics("hrpro-snippet")
     answers: queue.SimpleQueue[tuple[int, grpc.InferResult, Exception | None]] = queue.SimpleQueue()
     for each, sent in enumerate(said):
@@ -505,8 +513,7 @@ def test_a_window_has_the_same_scores_in_any_company(served: Served) -> None:
         got, valid = outputs(result), said[each]["valid"]
         for name, expected in alone[each].items():
             np.testing.assert_allclose(got[name][valid], expected[valid], rtol=0, atol=TOLERANCE)
-    executions = served.statistics("hrpro-snippet")[1] - before[1]
-    assert executions < len(said)
+    return served.statistics("hrpro-snippet")[1] - before[1]
 
 
 def test_a_server_begins_a_sequence_with_the_state_that_is_described(
