@@ -25,7 +25,7 @@ from hrpro.clients.subscriber import EventSubscriber
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.bare import new_bare
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.incremental import runs_by_steps
+from hrpro.engine.incremental import most_in_a_call, runs_by_steps
 from hrpro.engine.messages import Publication, StreamNotice
 from hrpro.engine.wire import NoReplyError
 from hrpro.export.bundle import Bundle
@@ -191,10 +191,10 @@ class _Bare:
     """Stage 1 in this process as the engine computes it, with nothing around it."""
 
     def __init__(self, bundle: Bundle, config: EngineConfig, workload: Workload) -> None:
-        by_steps = runs_by_steps(bundle.manifest, config)
-        limit = config.step_batch_limit if by_steps else config.batch_limit
+        limit = most_in_a_call(bundle.manifest, config)
         streams, turns = workload.streams, workload.snippets // config.window.hop_snippets
         # Windows do not depend on each other; in a step a stream is at most once.
+        by_steps = runs_by_steps(bundle.manifest, config)
         hops = [streams] * turns if by_steps else [streams * turns]
         self._calls = [min(limit, each - done) for each in hops for done in range(0, each, limit)]
         backend = OnnxRuntimeBackend(bundle, config)

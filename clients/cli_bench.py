@@ -252,7 +252,7 @@ def _idle(bundle: Bundle, config: EngineConfig, recording: Path, streams: int) -
 
 
 def _described(bundle: Bundle, config: EngineConfig, streams: int) -> dict[str, Any]:
-    from hrpro.engine.incremental import runs_by_steps
+    from hrpro.engine.incremental import most_in_a_call, runs_by_steps
 
     manifest = bundle.manifest
     by_steps = runs_by_steps(manifest, config)
@@ -263,7 +263,7 @@ def _described(bundle: Bundle, config: EngineConfig, streams: int) -> dict[str, 
         "window_snippets": config.window.window_snippets or manifest.window_length,
         "hop_snippets": config.window.hop_snippets,
         "embedding_width": manifest.embedding_width,
-        "max_batch": config.step_batch_limit if by_steps else config.batch_limit,
+        "max_batch": most_in_a_call(manifest, config),
         "threads": config.threads,
         "streams": streams,
     }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher, Job
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.incremental import Steps, StepScorer, runs_by_steps
+from hrpro.engine.incremental import Steps, StepScorer, most_in_a_call, runs_by_steps
 from hrpro.engine.inference import Backend, Inference, Windows
 from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.publish import Publisher
@@ -52,13 +52,12 @@ class Deployment:
         self.config = config
         self.inference = Inference(config.batches_in_flight, config.inference_workers)
         self.plan = plan_windows(manifest, config)
+        batch_limit = most_in_a_call(manifest, config)
         self.steps: Steps | None = None
         self._windows: Windows | None = None
         if runs_by_steps(manifest, config):
-            batch_limit = config.step_batch_limit
             self.steps = Steps(manifest, cast(StepScorer, backend), config)
         else:
-            batch_limit = config.batch_limit
             self._windows = Windows(backend, self.plan, manifest.feature_dim, batch_limit)
         self.batcher = Batcher(self.plan, batch_limit, config.batch_wait_s)
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)

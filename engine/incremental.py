@@ -77,6 +77,12 @@ def runs_by_steps(manifest: Manifest, config: EngineConfig) -> bool:
     return obstacle is None and config.inference != "window"
 
 
+def most_in_a_call(manifest: Manifest, config: EngineConfig) -> int:
+    """Hops of streams in one call of stage 1: steps, or windows."""
+    by_steps = runs_by_steps(manifest, config)
+    return config.step_batch_limit if by_steps else config.batch_limit
+
+
 def cache_dtype(config: EngineConfig) -> type[np.floating]:
     """Of the keys and values that are kept."""
     return np.float16 if config.cache_precision == "fp16" else np.float32
@@ -201,15 +207,12 @@ class StatePool(Pool):
             self._gathered = [
                 np.empty((B, *part.shape[1:]), dtype=np.float32) for part in self._parts
             ]
-        state = []
         for part, out in zip(self._parts, self._gathered, strict=True):
             if part.dtype == np.float32:
                 np.take(part, slots, axis=0, out=out[:B], mode="clip")  # "raise" would copy twice
-                state.append(out[:B])
             else:
                 out[:B] = part[slots]
-                state.append(out[:B])
-        return state
+        return [out[:B] for out in self._gathered]
 
     def scatter(
         self,

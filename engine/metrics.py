@@ -29,7 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from hrpro.engine.messages import ActionEvent, EventKind, FinalProposal, Publication
-from hrpro.engine.noted import NotedBackend
+from hrpro.engine.noted import NotedBackend, Stage
 from hrpro.engine.wire import ERROR_CODES
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ class Metrics(Collector):
         """The same backend, its calls noted."""
         return NotedBackend(backend, self._note_call)
 
-    def _note_call(
-        self, stage: Literal["snippet", "instance"], rows: int, began_s: float, ended_s: float
-    ) -> None:
+    def _note_call(self, stage: Stage, rows: int, began_s: float, ended_s: float) -> None:
         if stage == "instance":
             self._instance_stage.observe(ended_s - began_s)
             return

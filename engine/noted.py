@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -12,8 +13,17 @@ from numpy.typing import NDArray
 from hrpro.engine.incremental import Floats, Pool, PoolKeeper, Stepped, StepScorer
 from hrpro.engine.inference import Backend
 
+Stage = Literal["snippet", "instance"]
 # Of which stage, how many windows, streams or proposals, from when to when (monotonic seconds).
-Note = Callable[[Literal["snippet", "instance"], int, float, float], None]
+Note = Callable[[Stage, int, float, float], None]
+
+
+@contextlib.contextmanager
+def _noted(note: Note, stage: Stage, rows: int) -> Iterator[None]:
+    """A call that fails is not noted."""
+    began_s = time.monotonic()
+    yield
+    note(stage, rows, began_s, time.monotonic())
 
 
 class NotedBackend:
@@ -25,10 +35,8 @@ class NotedBackend:
 
     def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """See `hrpro.engine.inference.Backend`."""
-        began_s = time.monotonic()
-        outputs = self._inner.score_snippets(features, valid)
-        self._note("snippet", len(features), began_s, time.monotonic())
-        return outputs
+        with _noted(self._note, "snippet", len(features)):
+            return self._inner.score_snippets(features, valid)
 
     def score_step(
         self,
@@ -38,10 +46,8 @@ class NotedBackend:
         state: Sequence[Floats],
     ) -> Stepped:
         """See `hrpro.engine.incremental.StepScorer`; for one that has it."""
-        began_s = time.monotonic()
-        outputs = cast(StepScorer, self._inner).score_step(features, valid, arrival, state)
-        self._note("snippet", len(features), began_s, time.monotonic())
-        return outputs
+        with _noted(self._note, "snippet", len(features)):
+            return cast(StepScorer, self._inner).score_step(features, valid, arrival, state)
 
     def device_pool(self, slots: int) -> Pool | None:
         """See `hrpro.engine.incremental.PoolKeeper`; None for one that is none."""
@@ -53,10 +59,8 @@ class NotedBackend:
         self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
     ) -> tuple[Floats, Floats, Floats]:
         """See `hrpro.engine.refine.InstanceScorer`."""
-        began_s = time.monotonic()
-        outputs = self._inner.score_instances(embedding, proposals, stretch)
-        self._note("instance", len(proposals), began_s, time.monotonic())
-        return outputs
+        with _noted(self._note, "instance", len(proposals)):
+            return self._inner.score_instances(embedding, proposals, stretch)
 
 
 class NotedPool(Pool):
@@ -82,7 +86,5 @@ class NotedPool(Pool):
         arrival: NDArray[np.int64],
     ) -> tuple[Floats, Floats]:
         """See `hrpro.engine.incremental.Pool`."""
-        began_s = time.monotonic()
-        outputs = self._inner.step(features, flags, slots, arrival)
-        self._note("snippet", len(features), began_s, time.monotonic())
-        return outputs
+        with _noted(self._note, "snippet", len(features)):
+            return self._inner.step(features, flags, slots, arrival)
