@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrpro.export.bundle import StepLayout
-from hrpro.training.attention import ReliabilityAwareBlock
+from hrpro.training.attention import ReliabilityAwareBlock, by_heads
 from hrpro.training.model import EMBEDDING_KERNEL, SnippetModel, SnippetOutput
 
 TAIL = EMBEDDING_KERNEL - 1  # rows that the convolution keeps
@@ -164,8 +164,8 @@ def _attend(
         query = F.linear(asking, weight[:W], bias[:W])
         key, value = F.linear(rows, weight[W:], bias[W:]).chunk(2, dim=-1)
         known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
-    known_key, known_value = (block.split(each) for each in known)
-    query, key, value = (block.split(each) for each in (query, key, value))
+    known_key, known_value = (by_heads(each, block.heads) for each in known)
+    query, key, value = (by_heads(each, block.heads) for each in (query, key, value))
     query = query * query.shape[-1] ** -0.5
     scores = torch.cat([query @ keys.mT, query @ key.mT], dim=-1)  # (B, H, n, capacity + n)
     scores = scores + torch.where(seen, 0.0, -torch.inf)[:, None]

@@ -85,7 +85,7 @@ def test_what_a_block_sees() -> None:
     band = Band(191, 2, 1)
     assert (band.blocks, band.block) == (2, 96)
     recordings = torch.stack([torch.arange(1.0, 192), torch.arange(1001.0, 1192)])
-    seen = band.around(band.padded(recordings[..., None]), torch.tensor([[-7.0]]))[..., 0]
+    seen = band.around(band.padded(recordings[..., None]), torch.tensor([[-7.0]]), 1)[:, 0, :, 0]
     for number, first in enumerate((1, 1001)):
         before, after = seen[2 * number : 2 * number + 2].tolist()
         assert before == [0, 0, *range(first, first + 97), -7]

@@ -87,12 +87,13 @@ class SnippetModel(nn.Module):
         x = self.normalised(features)  # (B, T, W)
         # As a batch of one: exported as the same product as that of the snippets.
         memory = self.normalised(prototypes[None])[0]  # (C, W)
+        band = Band(x.shape[1], self.config.attention_past, self.config.attention_future)
+        bias = band.bias(valid, len(memory))
         device = x.device.type
         if torch.is_autocast_enabled(device):
             # The residuals too: float32 beside the products would be converted at each of them.
-            x, memory = (each.to(torch.get_autocast_dtype(device)) for each in (x, memory))
-        band = Band(x.shape[1], self.config.attention_past, self.config.attention_future)
-        bias = band.bias(valid, len(memory))
+            dtype = torch.get_autocast_dtype(device)
+            x, memory, bias = (each.to(dtype) for each in (x, memory, bias))
         x = band.padded(x)
         for block in self.blocks:
             x = block(x, memory, bias, band)

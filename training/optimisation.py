@@ -123,7 +123,10 @@ class Descent:
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         self._parameters = list(model.parameters())
         self._optimiser = torch.optim.AdamW(
-            self._parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+            self._parameters,
+            lr=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            fused=True,
         )
         self._rate = torch.optim.lr_scheduler.OneCycleLR(
             self._optimiser, schedule.learning_rate, total_steps=schedule.steps
