@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 ENDED_REMEMBERED = 1024
 # How often it is looked whether streams are silent.
 _LOOK_INTERVAL_S = 1.0
+# How long the Ack for a chunk waits for the scores that it brings, to tell of both at once.
+_ACK_WAIT_S = 0.1
 
 
 # What a feeder is told of its stream: next_index, send_until, missing_until, dropped.
@@ -112,6 +114,7 @@ class Feeds:
         self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
         self._touched: set[str] = set()  # streams whose feeders may have to be told something
+        self._untold: dict[str, float] = {}  # streams that a chunk came for, by when, oldest first
         self._holes: dict[str, tuple[int, float]] = {}  # what is missing first, since when
         self._look_at_s = now_s()
 
@@ -172,16 +175,26 @@ class Feeds:
         if not self.live:
             return None
         due_s = [since_s + self._gap_wait_s for _, since_s in self._holes.values()]
+        if self._untold:
+            due_s.append(next(iter(self._untold.values())) + _ACK_WAIT_S)
         return max(0.0, min([self._look_at_s, *due_s]) - self._now_s())
 
     def acknowledge(self) -> None:
         """One Ack at most for each stream, where something has moved since its feeder was told."""
+        now_s = self._now_s()
         moved, self._pipeline.moved = self._pipeline.moved, set()
         touched, self._touched = self._touched | moved, set()
+        while self._untold:
+            name, since_s = next(iter(self._untold.items()))
+            if now_s - since_s < _ACK_WAIT_S:
+                break
+            touched.add(name)
+            del self._untold[name]
         for name in touched & self.live.keys():
+            self._untold.pop(name, None)
             feed, state = self.live[name], _state(self._pipeline.streams[name])
             if name in moved:
-                feed.heard_s = self._now_s()  # it may have waited for this
+                feed.heard_s = now_s  # it may have waited for this
             if state == feed.told:
                 continue
             feed.reachable = self._send(feed.identity, Ack(name, *state))
@@ -194,6 +207,7 @@ class Feeds:
         if len(self._ended) > ENDED_REMEMBERED:
             del self._ended[next(iter(self._ended))]
         feed = self.live.pop(notice.stream, None)
+        self._untold.pop(notice.stream, None)
         if feed is not None:
             self._send(feed.identity, ended)
 
@@ -313,12 +327,16 @@ class Feeds:
         counters.snippets_in += stream.received - came
         counters.snippets_duplicate += stream.duplicates - duplicates
         self._count_dropped(stream, stream.dropped - dropped)
-        self._touched.add(chunk.stream)
+        if stream.lag and stream.dropped == dropped and stream.missing_until is None:
+            self._untold.setdefault(chunk.stream, self._now_s())
+        else:
+            self._touched.add(chunk.stream)
         if stream.next_index > next_index:
             self._arrivals.came(chunk.stream, stream.next_index, stream.processed)
         if stream.received == came:
             self._counters.chunks_duplicate += 1
             feed.told = None  # whoever sends a chunk again has missed the Ack
+            self._touched.add(chunk.stream)
         if stream.missing_until is not None:
             self._holes.setdefault(chunk.stream, (stream.next_index, self._now_s()))
 
