@@ -10,7 +10,7 @@ counts; that needs bundles whose features and windows agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,6 +90,18 @@ class Deployment:
             self.plan.wait,
             first_index,
             next_action_id,
+        )
+
+    def restored_localizer(self, first_index: int, state: Mapping[str, Any]) -> StreamLocalizer:
+        """One that goes on from the state of another, see `StreamLocalizer.restored`."""
+        return StreamLocalizer.restored(
+            len(self.manifest.classes),
+            self.manifest.embedding_width,
+            self.config.localization,
+            self.backend,
+            self.plan.wait,
+            first_index,
+            state,
         )
 
     def ask(self, jobs: Sequence[Job], wake: Callable[[], None]) -> None:

@@ -19,7 +19,9 @@ For the same reason it waits for a better one that overlaps it and is over, but 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,12 +79,76 @@ class StreamLocalizer:
         self._tracker = ActionTracker(class_count, config, first_index, next_action_id)
         self._history = Ring(config.history_snippets, (embedding_width,), first_index)
         self._embedded_from = first_index  # by the model that the scorer belongs to
+        self.decided_until = first_index  # what comes below is remembered alone, see `restored`
+        self._due_config: LocalizationConfig | None = None  # from there on
         self._scores = Ring(config.history_snippets, (class_count,), first_index)
         self._closed: list[Run] = []  # until there is enough evidence right of them
         self._pool: list[list[Proposal]] = [[] for _ in range(class_count)]  # not yet due
         self._published: list[deque[Proposal]] = [
             deque(maxlen=_PUBLISHED_LIMIT) for _ in range(class_count)
         ]
+
+    def state(self) -> dict[str, Any]:
+        """All that decisions go on from, as numbers and bytes, but for what is remembered of the
+        snippets from `remembered_from` on: that comes again, see `restored`."""
+        stop = min([run.stop for run in self._closed], default=self._detector.next_index)
+        return {
+            "settings": {name: getattr(self._config, name) for name in DETECTION_SETTINGS},
+            "detector": self._detector.state(stop),
+            "tracker": self._tracker.state(),
+            "closed": [asdict(run) for run in self._closed],
+            "pool": [astuple(each) for pool in self._pool for each in pool],
+            "published": [astuple(each) for published in self._published for each in published],
+            "embedded_from": self._embedded_from,
+            "remembered_from": self.remembered_from,
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        class_count: int,
+        embedding_width: int,
+        config: LocalizationConfig,
+        scorer: InstanceScorer | None,
+        wait: int | None,
+        first_index: int,
+        state: Mapping[str, Any],
+    ) -> Self:
+        """A localizer that goes on from the `state` of another.
+
+        The snippets from ``first_index`` on, at most its ``remembered_from``, have to come again:
+        up to `decided_until` they are remembered, and nothing is decided. Where thresholds are
+        others than before, those before hold until then.
+        """
+        settings = {**state["settings"], "thresholds": tuple(state["settings"]["thresholds"])}
+        before = config.model_copy(update=settings)
+        localizer = cls(class_count, embedding_width, before, scorer, wait, first_index)
+        localizer._detector = RunDetector.restored(class_count, before, state["detector"])
+        localizer._tracker = ActionTracker.restored(class_count, before, state["tracker"])
+        localizer._closed = [Run(**run) for run in state["closed"]]
+        for name, known in (("pool", localizer._pool), ("published", localizer._published)):
+            for each in state[name]:
+                proposal = Proposal(*each)
+                known[proposal.label_index].append(proposal)
+        localizer._embedded_from = max(first_index, state["embedded_from"])
+        localizer.decided_until = localizer._detector.next_index
+        localizer._due_config = None if before == config else config
+        return localizer
+
+    @property
+    def began_at(self) -> int:
+        """Nothing is known of snippets before this one."""
+        return self._history.first_index
+
+    @property
+    def remembered_from(self) -> int:
+        """The first snippet of those that decisions to come may look at again."""
+        runs = [run.start for run in self._closed]
+        earliest = min([self._detector.earliest_start(), *runs])
+        # As far as stage 2 looks left of a run, whose border is up to a snippet before its start.
+        earliest -= 2 * self._config.border_limit + 2
+        newest = self._detector.next_index - self._config.history_snippets
+        return max(earliest, newest, self.began_at)
 
     @property
     def open_actions(self) -> int:
@@ -111,6 +177,11 @@ class StreamLocalizer:
         """The same, beside other streams."""
         decisions: list[Decision] = []
         position = 0
+        if self._history.next_index < self.decided_until:
+            position = self._remember(scores, embedding)
+        if self._due_config is not None and self._history.next_index >= self.decided_until:
+            config, self._due_config = self._due_config, None
+            self.use(config, self._scorer, None)
         while position < len(scores):
             stop = self._quiet_until(scores, position) if self._is_idle else position
             if stop > position:
@@ -120,6 +191,14 @@ class StreamLocalizer:
                 stop = position + 1
             position = stop
         return decisions
+
+    def _remember(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> int:
+        """Take those of the snippets that are decided; returns how many they are."""
+        count = min(len(scores), self.decided_until - self._history.next_index)
+        for row in range(count):
+            self._history.push(embedding[row])
+            self._scores.push(scores[row])
+        return count
 
     def _quiet_until(self, scores: NDArray[np.float32], position: int) -> int:
         """One past the snippets from ``position`` on in which no run and no action can begin."""

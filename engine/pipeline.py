@@ -9,7 +9,8 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ class Pipeline:
         self._closing: dict[str, Stream] = {}  # to be flushed when they are processed
         self.streams: dict[str, Stream] = {}
         self.moved: set[str] = set()  # streams that were processed further; the server clears it
+        self.is_durable = False  # whether streams outlive the engine, see `hrpro.engine.recovery`
         self.batches = 0  # inference calls
         self.snippets_scored = 0  # positions stitched, each of them once
         self.clock = manifest.clock
@@ -116,9 +118,20 @@ class Pipeline:
         if len(self._sessions) > _SESSIONS_REMEMBERED:
             del self._sessions[next(iter(self._sessions))]
         opened = Stream(stream, session, first_index, self.deployments.of(stream), policy)
+        opened.needed_from = first_index if self.is_durable else None
         self.streams[stream] = opened
         self._announce(opened, "opened")
         return opened
+
+    def restore(self, stream: str, state: Mapping[str, Any]) -> None:
+        """Go on with a stream of an engine before, from its `Stream.state`."""
+        restored = Stream.restored(stream, state, self.deployments.of(stream))
+        self._sessions[stream] = restored.session
+        self.streams[stream] = restored
+
+    def remember_session(self, stream: str, session: int) -> None:
+        """So many sessions of a stream are over."""
+        self._sessions[stream] = session
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a chunk (n, D). Raises StreamError and takes nothing if it does not fit."""

@@ -15,7 +15,9 @@ crosses the threshold, so they have a fraction:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +121,55 @@ class RunDetector:
         self._open = np.zeros_like(self._open)
         self.is_idle = True
         return runs
+
+    def state(self, needed_from: int) -> dict[str, Any]:
+        """All that the detector goes on from, as numbers and bytes; of the running totals, those
+        from snippet ``needed_from`` on, beside the outer region of a run that opens now."""
+        k, c = np.nonzero(self._open)
+        columns = self._start, self._start_position, self._peak, self._start_total
+        values = [k.tolist(), c.tolist(), *(each[k, c].tolist() for each in columns)]
+        first = min(needed_from, self.next_index - self._config.border_limit)
+        first = max(first, self._totals.oldest)
+        return {
+            "first_index": self.first_index,
+            "next_index": self.next_index,
+            "previous": self._previous.tobytes(),
+            "open": list(zip(*values, strict=True)),
+            "left_sums": self._left_sums[k, c].tobytes(),
+            "totals_from": first,
+            "totals": self._totals.read(first, self._totals.next_index).tobytes(),
+        }
+
+    @classmethod
+    def restored(
+        cls, class_count: int, config: LocalizationConfig, state: Mapping[str, Any]
+    ) -> Self:
+        """A detector that goes on from the `state` of another with the same thresholds."""
+        detector = cls(class_count, config, state["first_index"])
+        detector.next_index = state["next_index"]
+        detector._previous = np.frombuffer(state["previous"])
+        totals = np.frombuffer(state["totals"]).reshape(-1, class_count)
+        capacity = detector._totals.capacity
+        detector._totals = Ring(capacity, (class_count,), state["totals_from"], np.float64)
+        detector._totals.append(totals)
+        width = config.border_limit + 1
+        left_sums = np.frombuffer(state["left_sums"]).reshape(-1, width)
+        for (k, c, start, position, peak, total), left in zip(
+            state["open"], left_sums, strict=True
+        ):
+            detector._open[k, c] = True
+            detector._start[k, c] = start
+            detector._start_position[k, c] = position
+            detector._peak[k, c] = peak
+            detector._start_total[k, c] = total
+            detector._left_sums[k, c] = left
+        detector.is_idle = not state["open"]
+        return detector
+
+    def earliest_start(self) -> int:
+        """Where the earliest open run of any class starts; ``next_index`` if none is open."""
+        starts = self._start[self._open]
+        return int(starts.min()) if len(starts) else self.next_index
 
     def earliest_open_start(self, label_index: int) -> int:
         """Where the earliest open run of a class starts; ``next_index`` if none is open."""

@@ -50,6 +50,11 @@ class SnippetBuffer:
         return max(self.known_until, self._given_up_until)
 
     @property
+    def oldest(self) -> int:
+        """The first of the known snippets that are kept."""
+        return max(self.first_index, self.known_until - len(self._here))
+
+    @property
     def missing_until(self) -> int | None:
         """The end of what is missing from ``next_index`` on, where a later snippet is here."""
         first = self.next_index
@@ -102,6 +107,10 @@ class SnippetBuffer:
         here = self.here(known, self.top_index)
         self.known_until = known + (len(here) if here.all() else int(np.argmin(here)))
 
+    def take_out(self, start: int, stop: int) -> None:
+        """Of the known snippets ``start <= index < stop``, none is here."""
+        self._clear(max(start, self.oldest), min(stop, self.known_until))
+
     def here(self, start: int, stop: int) -> Flags:
         """Which of the snippets ``start <= index < stop`` are here."""
         return self._here[np.arange(start, stop) % len(self._here)]
@@ -111,7 +120,7 @@ class SnippetBuffer:
 
         Features of those that are not here are 0.
         """
-        oldest = max(self.first_index, self.known_until - len(self._here))
+        oldest = self.oldest
         assert oldest <= start <= stop <= self.known_until, (oldest, start, stop, self.known_until)
         if stop - start == 1:
             at = start % len(self._here)

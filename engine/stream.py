@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.float32]
 Span = tuple[int, int]
+
+# Fields that are saved as they are.
+_SAVED = (
+    "session",
+    "first_index",
+    "policy",
+    "idle",
+    "sequence",
+    "proposals",
+    "events",
+    "received",
+    "duplicates",
+    "dropped",
+    "missing",
+)
 
 
 class Stream:
@@ -62,6 +78,64 @@ class Stream:
         self._gap_start: int | None = None  # of the gap that processing is in
         self._skip: Span | None = None  # dropped, to be passed over once processing is there
         self._last_rows: tuple[Rows, Rows] | None = None
+        self._known_gaps: list[Span] = []  # of before it was restored, where snippets come again
+        self.needed_from: int | None = None
+        """No snippet below is ever needed again; None where the engine is stateless."""
+        self.saved_at = first_index  # how far it was processed when it was saved
+
+    # ---- across a restart ----------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that its decisions go on from, as numbers and bytes, but for the snippets from
+        ``needed_from`` on, which have to come again."""
+        first = max(self.localizer.remembered_from, self.first_index)
+        hop = first // self._plan.hop * self._plan.hop
+        needed_from = max(hop - self._plan.context, self.first_index)
+        return {
+            **{name: getattr(self, name) for name in _SAVED},
+            "processed": max(self.processed, self.decided_until),
+            "asked": max(hop, self.localizer.began_at),
+            "came_until": self.came_until,
+            "gap_start": self._gap_start,
+            "gaps": self._gaps_from(needed_from),
+            "needed_from": needed_from,
+            "localizer": self.localizer.state(),
+        }
+
+    @classmethod
+    def restored(cls, stream: str, state: Mapping[str, Any], deployment: Deployment) -> Stream:
+        """A stream that goes on from the `state` of another.
+
+        Its snippets from `needed_from` on have to come again: as far as all of them were decided,
+        they are remembered, and nothing is decided or published.
+        """
+        restored = cls(stream, state["session"], state["first_index"], deployment, state["policy"])
+        for name in _SAVED:
+            setattr(restored, name, state[name])
+        restored.localizer = deployment.restored_localizer(state["asked"], state["localizer"])
+        restored.asked = restored.processed = state["asked"]
+        restored.needed_from = needed_from = state["needed_from"]
+        restored.saved_at = state["processed"]
+        plan, dim = deployment.plan, deployment.manifest.feature_dim
+        restored._snippets = SnippetBuffer(plan.window + restored._backlog, dim, needed_from)
+        restored._snippets.came_until = max(needed_from, state["came_until"])
+        restored._gap_start = state["gap_start"]
+        restored._known_gaps = [(start, stop) for start, stop in state["gaps"]]
+        restored._gone_until = max([needed_from, *(stop for _, stop in restored._known_gaps)])
+        return restored
+
+    @property
+    def decided_until(self) -> int:
+        """What comes of the snippets below is published, though they may have to come again."""
+        return self.localizer.decided_until
+
+    def _gaps_from(self, first: int) -> list[Span]:
+        """Where nothing came of the known snippets from this one on."""
+        first = max(first, self._snippets.oldest)
+        came = self._snippets.here(first, self.known_until)
+        edges = np.flatnonzero(np.diff(came.astype(np.int8), prepend=1, append=1)) + first
+        spans = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+        return spans + [span for span in self._known_gaps if span[1] > self.known_until]
 
     @property
     def bundle_id(self) -> str:
@@ -157,6 +231,12 @@ class Stream:
         if fitting < len(features):
             self.dropped += max(0, stop - max(first_index + fitting, self.next_index))
             self.give_up(stop)
+        while self._known_gaps and self._known_gaps[0][0] < self.known_until:
+            start, end = self._known_gaps.pop(0)
+            self._snippets.take_out(start, end)
+            if end > self.known_until:
+                self._known_gaps.insert(0, (self.known_until, end))
+                break
 
     def give_up(self, until: int) -> None:
         """The snippets below this index that are not here will never come."""
@@ -232,7 +312,7 @@ class Stream:
         """Fill ``features`` (T, D) and ``valid`` (T,) with the snippets from ``start`` on; before
         the stream, and where nothing is known yet, there is none."""
         last = max(start, min(start + len(valid), self.known_until))
-        first = min(max(start, self.first_index), last)
+        first = min(max(start, self._snippets.first_index), last)
         here = slice(first - start, last - start)
         features[: here.start] = 0
         valid[: here.start] = False
@@ -256,7 +336,9 @@ class Stream:
 
     def gaps_to(self, until: int) -> list[Span]:
         """The gaps that end between ``processed`` and this index."""
-        first = self.processed
+        first = max(self.processed, self.decided_until)
+        if first >= until:
+            return []
         if first >= self._gone_until and self._gap_start is None and self._skip is None:
             return []
         came = self._snippets.here(first, until)

@@ -10,8 +10,9 @@ Each start is followed by one `end` or `retract`, and by nothing of its id after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,31 @@ class ActionTracker:
         self._open: dict[int, Action] = {}  # by class
         self._ending: list[Action] = []  # over, but not yet final
         self._ended: dict[int, Action] = {}  # the last one of each class, for late proposals
+
+    def state(self) -> dict[str, Any]:
+        """All that the tracker goes on from, as numbers and bytes."""
+        return {
+            "next_id": self.next_id,
+            "first_index": self._first_index,
+            "next_index": self._next_index,
+            "previous": self._previous.tobytes(),
+            "open": [asdict(action) for action in self._open.values()],
+            "ending": [asdict(action) for action in self._ending],
+            "ended": [asdict(action) for action in self._ended.values()],
+        }
+
+    @classmethod
+    def restored(
+        cls, class_count: int, config: LocalizationConfig, state: Mapping[str, Any]
+    ) -> Self:
+        """A tracker that goes on from the `state` of another."""
+        tracker = cls(class_count, config, state["first_index"], state["next_id"])
+        tracker._next_index = state["next_index"]
+        tracker._previous = np.frombuffer(state["previous"])
+        tracker._open = {each["label_index"]: _action(each) for each in state["open"]}
+        tracker._ending = [_action(each) for each in state["ending"]]
+        tracker._ended = {each["label_index"]: _action(each) for each in state["ended"]}
+        return tracker
 
     @property
     def open_count(self) -> int:
@@ -226,3 +252,8 @@ class ActionTracker:
             end,
             action.told_score,
         )
+
+
+def _action(values: Mapping[str, Any]) -> Action:
+    best = values["best"]
+    return Action(**{**values, "best": None if best is None else Proposal(**best)})

@@ -1,0 +1,158 @@
+"""An engine that is killed at any instant, and one that goes on: together they publish what an
+undisturbed one does."""
+
+from __future__ import annotations
+
+import numpy as np
+from driving import assert_same, engine_config, of_stream
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_model import tiny_recording
+
+from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
+from hrpro.engine.deployment import Deployment
+from hrpro.engine.messages import Ended, Publication
+from hrpro.engine.pipeline import Pipeline
+from hrpro.engine.recovery import restore, save
+from hrpro.export.bundle import Bundle
+
+NAMES = ("a", "b")
+LENGTH, FIRST_INDEX = 80, 5
+
+happening = st.tuples(
+    st.sampled_from(NAMES),
+    st.sampled_from(["send", "send", "send", "step", "rest", "kill", "crash"]),
+    st.integers(1, 24),
+)
+# Snippets that do not exist: (stream, first, how many)
+lost = st.tuples(st.sampled_from(NAMES), st.integers(0, LENGTH - 9), st.integers(1, 9))
+
+
+class Life:
+    """Engines one after the other, what they write down, and the feeders of two streams, which keep
+    no more than they have to."""
+
+    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend, config: EngineConfig) -> None:
+        self.deployment = Deployment(bundle.manifest, backend, config)
+        self.log: list[Publication] = []
+        self.states: dict[str, bytes] = {}
+        self.ended: list[Ended] = []
+        self.rows = {name: tiny_recording(LENGTH, seed) for seed, name in enumerate(NAMES)}
+        self.here = {name: np.ones(LENGTH, dtype=bool) for name in NAMES}
+        self.sent = dict.fromkeys(NAMES, FIRST_INDEX)
+        self.kept_from = dict.fromkeys(NAMES, FIRST_INDEX)
+        self.pipeline = self._start()
+        for name in NAMES:
+            self.pipeline.open(name, FIRST_INDEX)
+
+    def _start(self) -> Pipeline:
+        pipeline = Pipeline(self.deployment)
+        pipeline.is_durable = True
+        self.ended = list(restore(pipeline, self.states.items()))
+        return pipeline
+
+    def kill(self) -> None:
+        """What is not written is lost; the feeders send again from where they are asked to."""
+        for stream in self.pipeline.streams.values():
+            self.deployment.leave(stream)
+        self.pipeline = self._start()
+        over = {each.stream for each in self.ended}
+        for name in self.sent.keys() - over:
+            if name not in self.pipeline.streams:
+                self.pipeline.open(name, FIRST_INDEX)
+            welcome = self.pipeline.streams[name].next_index
+            assert welcome >= self.kept_from[name], "what was asked for is forgotten"
+            until, self.sent[name] = self.sent[name], welcome
+            self.send_to(name, until)
+
+    def step(self, is_written: bool = True) -> None:
+        publications = list(self.pipeline.step())
+        saved = save(self.pipeline, publications)
+        self.pipeline.moved.clear()
+        if not is_written:
+            return
+        self.log += publications
+        self.states.update((each.name, each.data) for each in saved)
+        for each in saved:
+            each.settle()
+            if each.stream is not None:
+                assert each.needed_from >= self.kept_from[each.name], "it never goes back"
+                self.kept_from[each.name] = each.needed_from
+
+    def settle(self) -> None:
+        while self.pipeline.pending():
+            self.step()
+
+    def send_to(self, name: str, until: int) -> None:
+        """All snippets below this index, as there is room."""
+        stream = self.pipeline.streams[name]
+        while self.sent[name] < until:
+            first = self.sent[name]
+            stop = min(until, stream.send_until, first + 7)
+            here = self.here[name][first - FIRST_INDEX : stop - FIRST_INDEX]
+            if not len(here):
+                self.settle()
+            elif not here[0]:
+                self.sent[name] += 1
+                self.pipeline.give_up(name, first + 1)
+            else:
+                count = int(np.argmin([*here, False]))  # until one is lost
+                self.sent[name] += count
+                rows = self.rows[name][first - FIRST_INDEX :][:count]
+                self.pipeline.append(name, first, rows)
+
+    def happen(self, name: str, what: str, count: int) -> None:
+        if what == "send":
+            self.send_to(name, min(self.sent[name] + count, FIRST_INDEX + LENGTH))
+        elif what == "step" and self.pipeline.pending():
+            self.step()
+        elif what == "rest":
+            self.settle()
+            self.pipeline.rest(name)
+            self.settle()
+        elif what in ("kill", "crash"):
+            if what == "crash":
+                for _ in range(count % 3):
+                    if self.pipeline.pending():
+                        self.step(is_written=False)
+            self.kill()
+
+    def finish(self) -> None:
+        for name in NAMES:
+            self.send_to(name, FIRST_INDEX + LENGTH)
+            self.pipeline.end(name, FIRST_INDEX + LENGTH)
+        self.settle()
+        assert not self.pipeline.streams
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    happenings=st.lists(happening, max_size=25),
+    gaps=st.lists(lost, max_size=3),
+    hop=st.sampled_from([1, 3]),
+    inference=st.sampled_from(["incremental", "window"]),
+)
+def test_engines_that_are_killed_publish_what_one_does(
+    bundle: Bundle,
+    backend: OnnxRuntimeBackend,
+    happenings: list[tuple[str, str, int]],
+    gaps: list[tuple[str, int, int]],
+    hop: int,
+    inference: str,
+) -> None:
+    config = engine_config(bundle.manifest, hop=hop, lookahead_s="strict", backlog=12)
+    config = config.model_copy(update={"inference": inference})
+    lives = [Life(bundle, backend, config) for _ in range(2)]
+    for is_disturbed, life in zip((False, True), lives, strict=True):
+        for name, first, count in gaps:
+            life.here[name][first : first + count] = False
+        for each in happenings:
+            if is_disturbed or each[1] not in ("kill", "crash"):
+                life.happen(*each)
+        life.finish()
+    undisturbed, disturbed = lives
+    for name in NAMES:
+        assert_same(of_stream(disturbed.log, name), of_stream(undisturbed.log, name))
