@@ -9,7 +9,7 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,10 @@ class Pipeline:
         self.streams[stream] = opened
         self._announce(opened, "opened")
         return opened
+
+    def count_on(self, sessions: Mapping[str, int]) -> None:
+        """The sessions of these streams count on from an earlier run of the engine."""
+        self._sessions |= sessions
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a chunk (n, D). Raises StreamError and takes nothing if it does not fit."""

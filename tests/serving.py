@@ -23,6 +23,7 @@ from hrpro.engine import protocol
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import DeployError, Deployment
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
@@ -137,9 +138,10 @@ def new_server(
     events: str = ANY_PORT,
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
+    log: EventLog | None = None,
 ) -> Server:
     """A server to which no bundle can be deployed."""
-    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics)
+    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics, log=log)
 
 
 def no_bundle(folder: Path) -> Deployment:
@@ -153,9 +155,10 @@ def serving(
     events: str = ANY_PORT,
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
+    log: EventLog | None = None,
 ) -> Iterator[Server]:
     """A server that runs in a thread until the block is left."""
-    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics) as server:
+    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics, log) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
