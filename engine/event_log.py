@@ -307,7 +307,8 @@ def _prepare(db: sqlite3.Connection, file: Path, config: LogConfig) -> None:
         found = str(error)
     if found != "ok":
         raise LogError(
-            f"{file}: is damaged: {found}. Move it, {file.name}-wal and {file.name}-shm away: the "
+            f"{file}: is damaged: {' '.join(found.split())}. "
+            f"Move it, {file.name}-wal and {file.name}-shm away: the "
             "engine then begins a new log, under a new instance, and without what the streams of "
             "before have left"
         )
