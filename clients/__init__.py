@@ -5,7 +5,7 @@ Needs numpy, pyzmq and msgpack alone.
 
 from hrpro.clients.control import request_drain, request_status
 from hrpro.clients.feeder import FeatureFeeder
-from hrpro.clients.subscriber import EventSubscriber
+from hrpro.clients.subscriber import EventSubscriber, ReplayError
 from hrpro.engine.protocol import (
     ActionEvent,
     Ended,
@@ -28,6 +28,7 @@ __all__ = [
     "HrproError",
     "NoReplyError",
     "ProtocolError",
+    "ReplayError",
     "SnippetClock",
     "StreamError",
     "StreamNotice",

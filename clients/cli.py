@@ -22,6 +22,7 @@ from hrpro.clients import (
     cli_bundle_triton,
     cli_data,
     cli_deploy,
+    cli_events,
     cli_plot,
     cli_status,
     cli_stream_eval,
@@ -33,6 +34,7 @@ from hrpro.clients.cli_shared import (
     JsonFlag,
     address_errors,
     console,
+    gone_from_log,
     progress,
     say,
 )
@@ -67,6 +69,7 @@ app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
+app.command()(cli_events.events)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
@@ -81,6 +84,13 @@ def serve(
     events: Annotated[str | None, typer.Option(help="Address that subscribers connect to.")] = None,
     control: Annotated[
         str | None, typer.Option(help="Address for status, deploys and drain.")
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|none",
+            help="Folder of the event log, for this engine alone; none keeps nothing.",
+        ),
     ] = None,
     config: ConfigFile = None,
     set_: Assignments = None,
@@ -113,6 +123,9 @@ def serve(
     from hrpro.engine.metrics_http import metrics_server
 
     addresses = engine.Addresses(**{side: _given(side, at) for side, at in sides.items()})
+    if state is None:
+        raise typer.BadParameter("expected a folder, or none", param_hint="--state")
+    folder = None if state == "none" else Path(state)
     configure_logs(log_format, log_level)
     measured = Metrics()
 
@@ -126,10 +139,10 @@ def serve(
         url = stack.enter_context(metrics_server(metrics, measured)) if metrics else None
 
         def ready(bound: Addresses, pipeline: Pipeline) -> None:
-            for line in _ready_lines(bound, url, pipeline, as_json):
+            for line in _ready_lines(bound, url, folder, pipeline, as_json):
                 say(line)
 
-        engine.serve(bundle, read, addresses, ready, follow, measured)
+        engine.serve(bundle, read, addresses, ready, follow, measured, folder)
 
 
 def _given(side: str, address: str | None) -> str:
@@ -160,10 +173,15 @@ def _check(
 
 
 def _ready_lines(
-    bound: Addresses, metrics: str | None, pipeline: Pipeline, as_json: bool
+    bound: Addresses, metrics: str | None, state: Path | None, pipeline: Pipeline, as_json: bool
 ) -> list[str]:
     if as_json:
-        said = {"feed": bound.feed, "events": bound.events, "control": bound.control}
+        said: dict[str, str | None] = {
+            "feed": bound.feed,
+            "events": bound.events,
+            "control": bound.control,
+        }
+        said["log"] = None if state is None else str(state)
         if metrics is not None:
             said["metrics"] = metrics
         return [json.dumps({**said, "bundle_id": pipeline.bundle_id, "state": "READY"})]
@@ -178,6 +196,8 @@ def _ready_lines(
         f"feed     {bound.feed}",
         f"events   {bound.events}",
         f"control  {bound.control}",
+        "log      "
+        + (str(state) if state else "none: who does not listen when it is published has missed it"),
         *([f"metrics  {metrics}"] if metrics else []),
         "READY",
     ]
@@ -239,6 +259,14 @@ def watch(
     jsonl: Annotated[
         Path | None, typer.Option(help="Write JSON lines to this file (- for stdout).")
     ] = None,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            help="All publications with larger numbers, then the live ones (0: all there are). "
+            "Default: from now on, and first the actions that are open.",
+            min=0,
+        ),
+    ] = None,
     until_idle: Annotated[
         float | None, typer.Option(help="Leave when nothing came for so many seconds.")
     ] = None,
@@ -252,7 +280,7 @@ def watch(
     with (
         contextlib.suppress(KeyboardInterrupt),
         address_errors(from_),
-        EventSubscriber(from_, stream=stream, label=label) as subscriber,
+        EventSubscriber(from_, stream=stream, label=label, since=since) as subscriber,
     ):
         _wait_for_engine(subscriber, from_)
         if jsonl is None:
@@ -271,6 +299,8 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
     try:
         subscriber.wait_connected()
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
+        if subscriber.missed:
+            print(f"hrpro: {gone_from_log(subscriber.missed)}", file=sys.stderr, flush=True)
     except NoReplyError:
         print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
 

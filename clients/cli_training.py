@@ -148,7 +148,7 @@ def export(
         say("no figures in the bundle: hrpro evaluate measures them")
     say(
         f"next: hrpro serve {out} --feed tcp://127.0.0.1:5555 "
-        "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557"
+        "--events tcp://127.0.0.1:5556 --control tcp://127.0.0.1:5557 --state state"
     )
 
 

@@ -41,7 +41,7 @@ def running_engine(bundle: Path, config: EngineConfig) -> Iterator[Addresses]:
 
     Raises as `running_module`.
     """
-    command = ["hrpro.clients.cli", "serve", str(bundle), "--json"]
+    command = ["hrpro.clients.cli", "serve", str(bundle), "--json", "--state", "none"]
     for side in ("feed", "events", "control"):
         command += [f"--{side}", "tcp://127.0.0.1:*"]
     for name, value in config.model_dump(mode="json").items():

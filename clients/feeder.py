@@ -4,7 +4,7 @@ The feeder keeps every snippet until the engine has accepted it, and a few more,
 engine that was killed can be given its context again:
 
       kept for a restarted engine      sent, not        given, not
-      (history_snippets)               acknowledged     sent yet
+      (see `needed_from`)              acknowledged     sent yet
     |--------------------------------|----------------|-----------|
     oldest                           acked            sent        next_index
                                                             send_until ^ (credit)
@@ -68,9 +68,10 @@ class FeatureFeeder:
 
     `first_index` is the snippet index of the first snippet that will be given. To continue a
     stream, give a later feeder the index where it continues; snippets that the engine has already
-    are not sent again. `history_snippets` are kept after the engine has accepted them, for an
-    engine that is restarted; by default as many as the one before may not have processed yet, and
-    its window, context and lookahead. When the engine is silent for `retry_s` while the feeder
+    are not sent again. What the engine has accepted is kept until it says that it will never be
+    needed again, see `needed_from`. Of an engine without a log, which says nothing of that,
+    `history_snippets` are kept: by default as many as it may not have processed yet, and its
+    window, context and lookahead. When the engine is silent for `retry_s` while the feeder
     waits for it, the feeder says Hello again.
 
     `timeout_s` is the longest time without progress, not the longest wait: it begins anew whenever
@@ -120,6 +121,9 @@ class FeatureFeeder:
         """How many snippets there was no room for."""
         self._heard_s = time.monotonic()
         self._sent_again_from: int | None = None
+        self.needed_from: int | None = None
+        """Snippets below are never needed again, whatever happens to the engine; None where it
+        keeps nothing itself, or is not known yet."""
         self.next_index = first_index
         """The snippet index of the next snippet to be given to `send`."""
         self._acked = first_index
@@ -401,7 +405,9 @@ class FeatureFeeder:
     def _on_welcome(self, welcome: Welcome) -> None:
         if self._talk is not _Talk.HELLO_SENT:
             # The answer to a repeated Hello: what was sent since is on its way.
-            self._on_ack(Ack(welcome.stream, welcome.next_index, welcome.send_until))
+            next_index, send_until = welcome.next_index, welcome.send_until
+            needed_from = welcome.needed_from
+            self._on_ack(Ack(welcome.stream, next_index, send_until, needed_from=needed_from))
             return
         # What a camera has dropped since its Hello is a gap.
         if welcome.next_index < self._oldest and self._hello.policy == "wait":
@@ -418,6 +424,7 @@ class FeatureFeeder:
         self._send_until = welcome.send_until
         self._session_from = welcome.next_index
         self._sent_again_from = None
+        self.needed_from = welcome.needed_from
         self._forget_history()
 
     def _on_ack(self, ack: Ack) -> None:
@@ -430,6 +437,8 @@ class FeatureFeeder:
         if ack.missing_until is not None and ack.next_index != self._sent_again_from:
             # Lost on the way, or still on it. What comes twice does no harm.
             self._sent = self._sent_again_from = ack.next_index
+        if ack.next_index >= self._session_from:
+            self.needed_from = ack.needed_from
         self._forget_history()
 
     def _on_ended(self, ended: Ended) -> None:
@@ -453,11 +462,16 @@ class FeatureFeeder:
         raise self._refused
 
     def _forget_history(self) -> None:
-        """Lets go of accepted snippets, except the newest `history_snippets` of them."""
-        while self._oldest < min(self._acked - self._history_snippets, self.next_index):
+        """Lets go of accepted snippets that will not be needed again."""
+        needed_from = self._acked - self._history_snippets
+        if self.needed_from is not None:
+            needed_from = min(self._acked, self.needed_from)
+            if self._history_given:
+                needed_from = min(needed_from, self._acked - self._history_snippets)
+        while self._oldest < min(needed_from, self.next_index):
             del self._kept[self._oldest]
-        needed_from = min(self._oldest, self._acked)
-        self._dropped = [span for span in self._dropped if span[1] > needed_from]
+        oldest = min(self._oldest, self._acked)
+        self._dropped = [span for span in self._dropped if span[1] > oldest]
 
 
 def _history_snippets(welcome: Welcome) -> int:

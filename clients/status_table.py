@@ -122,7 +122,8 @@ def _summary(reply: Entry) -> list[str]:
         if reply[f"{name}_bundle_id"] is not None
     ]
     return [
-        f"state     {reply['state']}",
+        f"state     {reply['state']}"
+        + (f": {reply['waits_for']}" if reply.get("waits_for") else ""),
         f"bundle    {', '.join(bundles)}",
         f"streams   {len(streams)} open, {counters['ended_streams']} ended, "
         f"worst lag {_lag(worst) if worst else 'none'}",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import IO
 
 from rich.console import Console
@@ -36,9 +37,11 @@ def publications(
         yield publication
 
 
-def to_json(publication: Publication) -> str:
-    """A publication as one line of JSON; ``type`` says which it is."""
-    return json.dumps({"type": publication.TYPE, **asdict(publication)}, ensure_ascii=False)
+def to_json(publication: Publication, is_snapshot: bool = False) -> str:
+    """A publication as one line of JSON; ``type`` says which it is, and ``snapshot`` is there and
+    true for an action that was open before."""
+    line = {"type": publication.TYPE, **asdict(publication)}
+    return json.dumps(line | ({"snapshot": True} if is_snapshot else {}), ensure_ascii=False)
 
 
 def write_json_lines(
@@ -48,7 +51,7 @@ def write_json_lines(
     count = 0
     for publication in publications(subscriber, until_idle_s):
         if publication is not None:
-            file.write(to_json(publication) + "\n")
+            file.write(to_json(publication, subscriber.is_snapshot) + "\n")
             file.flush()
             count += 1
     return count
@@ -68,6 +71,31 @@ def show_table(
             if publication is not None:
                 board.take(publication)
             live.update(board.table())
+
+
+def log_table(logged: Sequence[tuple[float, Publication]]) -> Table:
+    """Publications out of the log, each with the wall clock's time when it was logged.
+
+    Of actions the seconds, of streams the snippets (#) are shown.
+    """
+    table = Table()
+    for name in ("number", "logged", "stream", "session", "what", "action", "from", "to", "score"):
+        is_number = name in {"number", "session", "from", "to", "score"}
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for logged_s, publication in logged:
+        at = datetime.fromtimestamp(logged_s).astimezone()
+        head = (str(publication.number), f"{at:%Y-%m-%d %H:%M:%S}", publication.stream)
+        table.add_row(*head, str(publication.session), *_cells(publication))
+    return table
+
+
+def _cells(publication: Publication) -> tuple[str, ...]:
+    if isinstance(publication, StreamNotice):
+        return publication.kind, "", f"#{publication.first_index}", f"#{publication.next_index}", ""
+    kind = publication.kind if isinstance(publication, ActionEvent) else "final"
+    end = "" if publication.end_s is None else f"{publication.end_s:.2f} s"
+    times = f"{publication.start_s:.2f} s", end
+    return kind, escape(publication.label), *times, f"{publication.score:.2f}"
 
 
 class EventBoard:

@@ -13,6 +13,7 @@ from hrpro.engine.settings import Settings
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
 SharedMemory = Literal["auto", "always", "never"]
+Fsync = Literal["checkpoint", "commit"]
 
 
 class LocalizationConfig(Settings):
@@ -112,6 +113,22 @@ class TritonConfig(Settings):
     )
 
 
+class LogConfig(Settings):
+    """The event log, where the engine has one (`hrpro serve --state`)."""
+
+    days: float = Field(
+        7.0, gt=0, description="events are kept for so long; days on which the engine runs count"
+    )
+    mb: int = Field(
+        1024, ge=1, description="the oldest events go when the log is larger than so many MiB"
+    )
+    fsync: Fsync = Field(
+        "checkpoint",
+        description="when the log is forced to the disk. After a crash of the engine it is whole "
+        "either way; after a power cut, checkpoint may have lost the newest events, commit none",
+    )
+
+
 class EngineConfig(Settings):
     """The engine as a process."""
 
@@ -171,6 +188,7 @@ class EngineConfig(Settings):
         "fp32", description="of the keys and values that are kept of the past of a stream"
     )
     triton: TritonConfig = TritonConfig()
+    log: LogConfig = LogConfig()
     provider: Provider = Field("cpu", description="where ONNX Runtime computes the windows")
     fall_back_to_cpu: bool = Field(
         False, description="compute on the CPU where the provider cannot, with a warning"

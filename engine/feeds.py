@@ -52,8 +52,11 @@ _LOOK_INTERVAL_S = 1.0
 _ACK_WAIT_S = 0.1
 
 
-# What a feeder is told of its stream: next_index, send_until, missing_until, dropped.
-State = tuple[int, int, int | None, int]
+# What a feeder is told of its stream: next_index, send_until, missing_until, dropped, needed_from.
+State = tuple[int, int, int | None, int, int | None]
+
+# In the place of the connection that feeds a stream of an earlier run of the engine.
+_NOBODY = b""
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Feeds:
 
     `send(identity, message)` returns whether the message could be handed over; a peer that is
     gone is no error, since it says Hello again when it comes back. `now_s` is a clock that never
-    goes back.
+    goes back. `ended_before` tells how a stream ended of which is nothing known here.
     """
 
     def __init__(
@@ -102,8 +105,11 @@ class Feeds:
         send: Callable[[bytes, Message], bool],
         now_s: Callable[[], float] = time.monotonic,
         arrivals: Arrivals | None = None,
+        ended_before: Callable[[str], Ended | None] | None = None,
     ) -> None:
-        self.live: dict[str, Feed] = {}
+        # Those that are there already wait for their feeders.
+        self.live = {name: Feed(_NOBODY, now_s(), None, False) for name in pipeline.streams}
+        self._ended_before = ended_before or (lambda _: None)
         self.draining = False
         self._pipeline = pipeline
         self._counters = counters
@@ -301,6 +307,7 @@ class Feeds:
             lookahead_snippets=pipeline.lookahead_snippets,
             lookahead_s=pipeline.lookahead_s,
             bundle_id=stream.bundle_id,
+            needed_from=stream.needed_from,
         )
 
     def _on_chunk(self, identity: bytes, chunk: Chunk) -> None:
@@ -384,6 +391,8 @@ class Feeds:
 
     def _on_end(self, identity: bytes, end: End) -> None:
         ended = self._ended.get(end.stream)
+        if ended is None and end.stream not in self._pipeline.streams:
+            ended = self._ended_before(end.stream)
         if ended is not None and ended.next_index == end.next_index:
             self._send(identity, ended)
             return
@@ -399,6 +408,7 @@ class Feeds:
             self._end(stream)
 
     def _end(self, stream: Stream) -> None:
+        stream.give_up_decided()
         self._pipeline.end(stream.stream, stream.next_index)
         self._arrivals.ended(stream.stream, stream.next_index)
 
@@ -410,6 +420,12 @@ class Feeds:
                 "unknown_stream", f"stream {name!r}: expected a Hello first, came {message.TYPE}"
             )
         feed = self.live[name]
+        if feed.identity == _NOBODY:
+            raise StreamError(
+                "unknown_stream",
+                f"stream {name!r}: expected a Hello since the engine was started, came"
+                f" {message.TYPE}",
+            )
         if feed.identity != identity:
             raise StreamError(
                 "not_owner",
@@ -425,7 +441,13 @@ class Feeds:
 
 
 def _state(stream: Stream) -> State:
-    return stream.next_index, stream.send_until, stream.missing_until, stream.dropped
+    return (
+        stream.next_index,
+        stream.send_until,
+        stream.missing_until,
+        stream.dropped,
+        stream.needed_from,
+    )
 
 
 def error_message(error: ProtocolError | StreamError, stream: str | None = None) -> Error:

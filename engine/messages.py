@@ -149,6 +149,7 @@ class Welcome(Message):
     lookahead_snippets: int = _wire(wire.count)
     lookahead_s: float = _wire(wire.number)
     bundle_id: str = _wire(wire.text(256))
+    needed_from: int | None = _wire(wire.optional(wire.index), None)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ class Ack(Message):
     """Snippets below `next_index` are accepted, or given up; those below `send_until` may be sent.
 
     From `next_index` up to `missing_until` snippets are missing, while later ones are there.
-    `dropped` counts what the session had no room for.
+    `dropped` counts what the session had no room for. Snippets below `needed_from` are never needed
+    again, whatever happens to the engine; None where it keeps nothing.
     """
 
     TYPE: ClassVar[str] = "ack"
@@ -165,6 +167,7 @@ class Ack(Message):
     send_until: int = _wire(wire.index)
     missing_until: int | None = _wire(wire.optional(wire.index), None)
     dropped: int = _wire(wire.count, 0)
+    needed_from: int | None = _wire(wire.optional(wire.index), None)
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,11 @@ class Error(Message):
 @dataclass(frozen=True)
 class ActionEvent(Message):
     """An action as it is seen while it happens. `end_s` is None until it is over; `bundle_id` is
-    the bundle that saw it."""
+    the bundle that saw it.
+
+    In all publications, `number` is that in the engine's log, and `previous` the one of the
+    stream's publication before, 0 for none; both are None where the engine keeps no log.
+    """
 
     TYPE: ClassVar[str] = "event"
     stream: str = _wire(wire.stream_id)
@@ -211,6 +218,8 @@ class ActionEvent(Message):
     published_index: int = _wire(wire.index)
     published_s: float = _wire(wire.number)
     bundle_id: str = _wire(wire.text(256))
+    number: int | None = _wire(wire.optional(wire.count), None)
+    previous: int | None = _wire(wire.optional(wire.count), None)
 
     @property
     def is_last(self) -> bool:
@@ -235,6 +244,8 @@ class FinalProposal(Message):
     published_s: float = _wire(wire.number)
     action_id: int | None = _wire(wire.optional(wire.count))
     bundle_id: str = _wire(wire.text(256))
+    number: int | None = _wire(wire.optional(wire.count), None)
+    previous: int | None = _wire(wire.optional(wire.count), None)
 
 
 @dataclass(frozen=True)
@@ -254,21 +265,60 @@ class StreamNotice(Message):
     next_index: int = _wire(wire.index)
     proposals: int = _wire(wire.count)
     events: int = _wire(wire.count)
+    number: int | None = _wire(wire.optional(wire.count), None)
+    previous: int | None = _wire(wire.optional(wire.count), None)
 
 
 @dataclass(frozen=True)
 class Subscribed(Message):
     """The echo of a subscription to `welcome/{token}/`: all earlier ones are in force.
 
-    `instance` is new whenever an engine starts; sessions count within one instance.
+    `instance` is that of the engine's log, or new whenever an engine without one starts; sessions
+    count within one instance. `number` is the newest in the log.
     """
 
     TYPE: ClassVar[str] = "subscribed"
     token: str = _wire(wire.stream_id)
     instance: str = _wire(wire.matching(r"[0-9a-f]{16}"))
+    number: int | None = _wire(wire.optional(wire.count), None)
+
+
+@dataclass(frozen=True)
+class Mark(Message):
+    """A sign of life, and the newest number in the log: every publication up to it was sent."""
+
+    TYPE: ClassVar[str] = "mark"
+    instance: str = _wire(wire.matching(r"[0-9a-f]{16}"))
+    number: int | None = _wire(wire.optional(wire.count))
 
 
 Publication = ActionEvent | FinalProposal | StreamNotice
+
+
+@dataclass(frozen=True)
+class Page(Message):
+    """The answer to a subscription to `replay/{token}/{since}/{stream}/` or to
+    `open/{token}/{stream}/`: publications out of the log, each in a frame of its own.
+
+    The next page begins behind the number `next`; there is none where that is the `newest`. What
+    is smaller than `oldest` is no longer in the log. `since` is None for open actions, `stream` for
+    all streams.
+    """
+
+    TYPE: ClassVar[str] = "page"
+    token: str = _wire(wire.stream_id)
+    since: int | None = _wire(wire.optional(wire.count))
+    stream: str | None = _wire(wire.optional(wire.stream_id))
+    next: int = _wire(wire.count)
+    oldest: int = _wire(wire.count)
+    newest: int = _wire(wire.count)
+    publications: tuple[Publication, ...] = _wire(lambda value: value)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the log has no more."""
+        return self.next >= self.newest
+
 
 # ---- control -----------------------------------------------------------------------------------
 
@@ -331,6 +381,7 @@ class StatusReply(Message):
     )
     streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
     counters: dict[str, int | str | bool] = _wire(wire.plain_map)
+    waits_for: str | None = _wire(wire.optional(wire.text(MAX_ERROR_CHARACTERS)), None)
 
 
 @dataclass(frozen=True)

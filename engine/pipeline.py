@@ -123,15 +123,13 @@ class Pipeline:
         self._announce(opened, "opened")
         return opened
 
-    def restore(self, stream: str, state: Mapping[str, Any]) -> None:
-        """Go on with a stream of an engine before, from its `Stream.state`."""
-        restored = Stream.restored(stream, state, self.deployments.of(stream))
-        self._sessions[stream] = restored.session
-        self.streams[stream] = restored
+    def count_on(self, sessions: Mapping[str, int]) -> None:
+        """The sessions of these streams count on from an earlier run of the engine."""
+        self._sessions |= sessions
 
-    def remember_session(self, stream: str, session: int) -> None:
-        """So many sessions of a stream are over."""
-        self._sessions[stream] = session
+    def restore(self, stream: str, state: Mapping[str, Any]) -> None:
+        """Go on with a stream of an earlier run of the engine, from its `Stream.state`."""
+        self.streams[stream] = Stream.restored(stream, state, self.deployments.of(stream))
 
     def append(self, stream: str, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a chunk (n, D). Raises StreamError and takes nothing if it does not fit."""
@@ -155,7 +153,7 @@ class Pipeline:
         live = self._live(stream)
         if live.rest():
             self._closing[stream] = live
-            self._offer(live)
+        self._offer(live)
         return live.idle
 
     def end(self, stream: str, next_index: int) -> None:

@@ -5,7 +5,8 @@ socket and lets only those messages pass that belong there:
 
     feed      feeder -> engine   Hello  Chunk  Gap  End
               engine -> feeder   Welcome  Ack  Ended  Error
-    events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Subscribed
+    events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Mark
+              engine -> one      Subscribed  Page
     control   client -> engine   StatusRequest  DrainRequest  DeployRequest  RollBackRequest
               engine -> client   StatusReply  DrainReply  DeployReply  Error
 """
@@ -35,7 +36,9 @@ from hrpro.engine.messages import (
     FinalProposal,
     Gap,
     Hello,
+    Mark,
     Message,
+    Page,
     Policy,
     Publication,
     RollBackRequest,
@@ -77,8 +80,10 @@ __all__ = [
     "Gap",
     "Hello",
     "HrproError",
+    "Mark",
     "Message",
     "NoReplyError",
+    "Page",
     "Policy",
     "ProtocolError",
     "Publication",
@@ -93,10 +98,12 @@ __all__ = [
     "decode_control_reply",
     "decode_feed",
     "decode_feed_reply",
+    "decode_logged",
     "decode_publication",
     "encode",
     "max_frame_bytes",
-    "subscription_topic",
+    "open_topic",
+    "replay_topic",
     "topic_prefix",
 ]
 
@@ -111,11 +118,12 @@ M = TypeVar("M", bound=Message)
 
 _FEED: tuple[type[Hello | Chunk | Gap | End], ...] = (Hello, Chunk, Gap, End)
 _FEED_REPLY: tuple[type[Welcome | Ack | Ended | Error], ...] = (Welcome, Ack, Ended, Error)
-_EVENTS: tuple[type[Publication | Subscribed], ...] = (
-    ActionEvent,
-    FinalProposal,
-    StreamNotice,
+_PUBLICATIONS: tuple[type[Publication], ...] = (ActionEvent, FinalProposal, StreamNotice)
+_EVENTS: tuple[type[Publication | Subscribed | Mark | Page], ...] = (
+    *_PUBLICATIONS,
     Subscribed,
+    Mark,
+    Page,
 )
 _CONTROL: tuple[type[ControlRequest], ...] = (
     StatusRequest,
@@ -126,23 +134,33 @@ _CONTROL: tuple[type[ControlRequest], ...] = (
 _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, DeployReply, Error)
 
 
-# The fields of each kind of message, and whether a peer has to give them.
+# What of a message are frames of their own.
+_IN_FRAMES = {"features", "publications"}
+# The fields in the header of each kind of message, and whether a peer has to give them.
 _FIELDS = {
-    kind.TYPE: tuple((each.name, each.default is MISSING) for each in fields(kind))
+    kind.TYPE: tuple(
+        (each.name, each.default is MISSING) for each in fields(kind) if each.name not in _IN_FRAMES
+    )
     for kind in {*_FEED, *_FEED_REPLY, *_EVENTS, *_CONTROL, *_CONTROL_REPLY}
 }
 
 
-def encode(message: Message) -> list[bytes]:
-    """The frames of a message; publications begin with their topic."""
+def encode(message: Message, **given: object) -> list[bytes]:
+    """The frames of a message; what is published begins with its topic.
+
+    Fields that are ``given`` take the place of the message's own, and are not checked.
+    """
     header: dict[str, object] = {"v": VERSION, "type": message.TYPE}
     header |= {name: getattr(message, name) for name, _ in _FIELDS[message.TYPE]}
+    header |= given
     if isinstance(message, Chunk):
-        del header["features"]
         header |= {"dtype": "float32", "shape": message.features.shape}
         return [wire.pack_header(header), message.features.astype("<f4", copy=False).tobytes()]
     topic = _topic(message)
-    return [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
+    frames = [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
+    if isinstance(message, Page):
+        frames += [encode(publication)[1] for publication in message.publications]
+    return frames
 
 
 def _topic(message: Message) -> bytes | None:
@@ -153,6 +171,12 @@ def _topic(message: Message) -> bytes | None:
             return topic_prefix(message.TYPE, message.stream)
         case Subscribed():
             return topic_prefix("welcome", message.token)
+        case Mark():
+            return topic_prefix("mark")
+        case Page(since=None):
+            return open_topic(message.token, message.stream)
+        case Page(since=int(since)):
+            return replay_topic(message.token, since, message.stream)
         case _:
             return None
 
@@ -166,19 +190,18 @@ def topic_prefix(*parts: str) -> bytes:
     return "".join(f"{part}/" for part in parts).encode()
 
 
-def subscription_topic(kind: str, stream: str | None = None, label: str | None = None) -> bytes:
-    """What to subscribe to for one kind of publication, of one stream, of one label.
+def replay_topic(token: str, since: int, stream: str | None = None) -> bytes:
+    """A subscription to it asks for a Page of what follows a number, of one stream or of all.
 
-    A StreamNotice has no label, and a label without a stream cannot be a prefix: both subscribe
-    to more. Raises ProtocolError for a stream or label that no publication can have.
+    >>> replay_topic("1f2e", 1841, "cam1")
+    b'replay/1f2e/1841/cam1/'
     """
-    wire.checked("stream", wire.optional(wire.stream_id), stream)
-    wire.checked("label", wire.optional(wire.label), label)
-    if stream is None:
-        return topic_prefix(kind)
-    if label is None or kind == StreamNotice.TYPE:
-        return topic_prefix(kind, stream)
-    return topic_prefix(kind, stream, label)
+    return topic_prefix("replay", token, str(since), stream or "*")
+
+
+def open_topic(token: str, stream: str | None = None) -> bytes:
+    """A subscription to it asks for a Page of the actions that are open."""
+    return topic_prefix("open", token, stream or "*")
 
 
 def decode_feed(frames: Sequence[bytes]) -> Hello | Chunk | Gap | End:
@@ -201,7 +224,7 @@ def decode_control_reply(frames: Sequence[bytes]) -> ControlReply:
     return _decode(frames, _CONTROL_REPLY, MAX_REPLY_HEADER_BYTES)
 
 
-def decode_publication(frames: Sequence[bytes]) -> Publication | Subscribed:
+def decode_publication(frames: Sequence[bytes]) -> Publication | Subscribed | Mark | Page:
     """What came to a subscriber: a topic and a header that agree."""
     message = _decode(frames[1:], _EVENTS, MAX_REPLY_HEADER_BYTES)
     if frames[0] != _topic(message):
@@ -209,6 +232,11 @@ def decode_publication(frames: Sequence[bytes]) -> Publication | Subscribed:
             f"topic: expected {_topic(message)!r}, came {wire.shown(bytes(frames[0]))}"
         )
     return message
+
+
+def decode_logged(header: bytes) -> Publication:
+    """A publication out of the log, where its header is kept."""
+    return _decode([header], _PUBLICATIONS, MAX_REPLY_HEADER_BYTES)
 
 
 def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_bytes: int) -> M:
@@ -226,17 +254,19 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
         expected = ", ".join(kind.TYPE for kind in allowed)
         raise ProtocolError(f"type: expected one of {expected}, came {wire.shown(name)}")
     kind = kinds[name]
-    frame_count = 2 if kind is Chunk else 1
-    if len(frames) != frame_count:
+    body: dict[str, Any] = {}
+    if kind is Page:
+        body["publications"] = tuple(decode_logged(frame) for frame in frames[1:])
+    elif len(frames) != (frame_count := 2 if kind is Chunk else 1):
         raise ProtocolError(f"{name}: expected {frame_count} frames, came {len(frames)}")
-    if kind is Chunk:
-        header["features"] = _features(header, frames[1])
+    elif kind is Chunk:
+        body["features"] = _features(header, frames[1])
     values = {
         field_name: _required(header, field_name, name)
         for field_name, is_required in _FIELDS[name]
         if field_name in header or is_required
     }
-    return kind(**values)
+    return kind(**values, **body)
 
 
 def _required(header: dict[str, Any], field_name: str, message_name: str) -> Any:

@@ -16,19 +16,18 @@ each Ack tells it, and sends them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgpack
 
-from hrpro.engine.messages import Ended, Publication, StreamNotice
+from hrpro.engine.messages import Publication
 from hrpro.engine.stream import Stream
 
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
 
-_VERSION = 1
 # A stream of which nothing is published is written that often, so that its feeder keeps no more.
 _SAVE_EVERY_SNIPPETS = 64
 
@@ -38,8 +37,8 @@ class SavedStream:
     """The state of a stream, to be written with the publications that came of it."""
 
     name: str
-    data: bytes
-    stream: Stream | None = None  # None once it has ended
+    data: bytes | None = None  # None once it has ended
+    stream: Stream | None = None
     needed_from: int = 0
     processed: int = 0
 
@@ -52,51 +51,23 @@ class SavedStream:
 
 def save(pipeline: Pipeline, publications: Iterable[Publication]) -> list[SavedStream]:
     """The streams that these, the newest publications, came of, and those that moved on far."""
-    notices = {}
-    names = dict.fromkeys(
-        name
-        for name in pipeline.moved
-        if name in pipeline.streams and _is_far(pipeline.streams[name])
-    )
-    for publication in publications:
-        names[publication.stream] = None
-        if isinstance(publication, StreamNotice) and publication.kind == "ended":
-            notices[publication.stream] = publication
-    return [
-        _live(name, pipeline.streams[name])
-        if name in pipeline.streams
-        else SavedStream(name, _packed({"ended": _ended(notices[name])}))
-        for name in names
-    ]
+    streams = pipeline.streams
+    far = [name for name in pipeline.moved if name in streams and _is_far(streams[name])]
+    names = dict.fromkeys([*(each.stream for each in publications), *far])
+    return [_saved(name, streams[name]) if name in streams else SavedStream(name) for name in names]
 
 
-def restore(pipeline: Pipeline, states: Iterable[tuple[str, bytes]]) -> Iterator[Ended]:
-    """Go on with the streams of an engine before; gives those that had ended."""
+def restore(pipeline: Pipeline, states: Iterable[tuple[str, bytes]]) -> None:
+    """Go on with the streams of an earlier run of the engine."""
+    pipeline.is_durable = True
     for name, data in states:
-        state = msgpack.unpackb(data)
-        assert state["version"] == _VERSION, "the log's own schema has changed"
-        if "ended" in state:
-            ended = state["ended"]
-            pipeline.remember_session(name, ended["session"])
-            yield Ended(name, ended["next_index"], ended["proposals"], ended["events"])
-        else:
-            pipeline.restore(name, state)
+        pipeline.restore(name, msgpack.unpackb(data))
 
 
 def _is_far(stream: Stream) -> bool:
     return stream.processed - stream.saved_at >= _SAVE_EVERY_SNIPPETS
 
 
-def _live(name: str, stream: Stream) -> SavedStream:
+def _saved(name: str, stream: Stream) -> SavedStream:
     state = stream.state()
-    return SavedStream(name, _packed(state), stream, state["needed_from"], state["processed"])
-
-
-def _ended(notice: StreamNotice) -> dict[str, int]:
-    names: Sequence[str] = ("session", "next_index", "proposals", "events")
-    return {name: getattr(notice, name) for name in names}
-
-
-def _packed(state: Mapping[str, Any]) -> bytes:
-    packed: bytes = msgpack.packb({"version": _VERSION, **state})
-    return packed
+    return SavedStream(name, msgpack.packb(state), stream, state["needed_from"], state["processed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.incremental import runs_by_steps
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
@@ -23,6 +25,9 @@ from hrpro.export.golden import check_golden
 
 # Groups of settings whose defaults are the bundle's own.
 BROUGHT_BY_BUNDLE = ("window", "localization")
+
+# Of a bundle, what has to be the same for streams of an earlier run of the engine to go on.
+_STREAMS_AND_EVENTS = {"feature_dim", "frames_per_s", "snippet_frames", "classes"}
 
 if TYPE_CHECKING:
     from hrpro.engine.backends.triton import TritonBackend
@@ -92,13 +97,15 @@ def serve(
     ready: Callable[[Addresses, Pipeline], None],
     follow: Path | None = None,
     metrics: Metrics | None = None,
+    state: Path | None = None,
 ) -> None:
     """Serve until a drain is asked for, by SIGTERM, SIGINT or the control socket, and complete.
 
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
-    the bound addresses once snippets can come. ``metrics`` measures from here on. Raises DrainError
-    for a drain that is not complete in time.
+    the bound addresses once snippets can come. ``metrics`` measures from here on. ``state`` is the
+    folder of the event log; without one, what is published is not kept. Raises DrainError for a
+    drain that is not complete in time, and LogError where the log cannot be opened.
     """
     metrics = metrics or Metrics()
     bundle, config = read(folder)
@@ -112,16 +119,23 @@ def serve(
         return new_deployment(new, changed, metrics)
 
     deployer = Deployer(load, follow)  # what appears from here on is new
-    pipeline = Pipeline(new_deployment(bundle, config, metrics))
-    with Server(
-        pipeline,
-        addresses.feed,
-        addresses.events,
-        addresses.control,
-        deployer,
-        metrics,
-        config.drain_s,
-    ) as server:
+    with contextlib.ExitStack() as stack:
+        log = None if state is None else stack.enter_context(EventLog(state, config.log))
+        if log is not None:
+            log.belong(bundle.manifest.model_dump(mode="json", include=_STREAMS_AND_EVENTS))
+        pipeline = Pipeline(new_deployment(bundle, config, metrics))
+        server = stack.enter_context(
+            Server(
+                pipeline,
+                addresses.feed,
+                addresses.events,
+                addresses.control,
+                deployer,
+                metrics,
+                config.drain_s,
+                log,
+            )
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.drain())
         bound = Addresses(server.feed_address, server.events_address, server.control_address)

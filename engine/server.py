@@ -3,7 +3,7 @@
 One thread and one poller. A turn of the loop does a bounded amount of everything, so that no
 peer can keep the others waiting:
 
-    read some messages -> change bundles -> at most one micro-batch -> publish -> acknowledge
+    read some messages -> change bundles -> at most one micro-batch -> log -> publish -> acknowledge
 
 Three sockets, specified in docs/PROTOCOL.md: `feed` (ROUTER), `events` (XPUB) and `control`
 (ROUTER). A peer that sends nonsense gets an Error and is counted; it never ends the loop.
@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
-import secrets
 import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -34,6 +33,7 @@ from hrpro.engine.deployment import DeployError
 from hrpro.engine.feeds import Counters, Feeds, error_message
 from hrpro.engine.logs import PeerLog, fact
 from hrpro.engine.metrics import DEPLOY_REFUSED, Metrics
+from hrpro.engine.outbox import Outbox
 from hrpro.engine.protocol import (
     DeployReply,
     DeployRequest,
@@ -49,19 +49,18 @@ from hrpro.engine.protocol import (
     StatusReply,
     StatusRequest,
     StreamNotice,
-    Subscribed,
 )
+from hrpro.engine.recovery import restore, save
 from hrpro.engine.status import all_counters, stream_statuses
 
 if TYPE_CHECKING:
+    from hrpro.engine.event_log import EventLog
     from hrpro.engine.pipeline import Pipeline
 
 _log = logging.getLogger(__name__)
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
-
-_WELCOME_SUBSCRIPTION = re.compile(rb"\x01welcome/([A-Za-z0-9._:-]{1,64})/")
 
 
 class DrainError(HrproError):
@@ -89,18 +88,15 @@ class Server:
         deployer: Deployer,
         metrics: Metrics | None = None,
         drain_s: float = math.inf,
+        log: EventLog | None = None,
     ) -> None:
         self.counters = Counters()
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
-        self.instance = secrets.token_hex(8)
         self.turn_began_s: float | None = None  # monotonic; None while it waits for messages
         self._pipeline = pipeline
         self._deployer = deployer
         self._metrics = metrics or Metrics()
         self._peer_log = PeerLog(_log)
-        self._feeds = Feeds(
-            pipeline, self.counters, self._send_to_feeder, arrivals=self._metrics.arrivals
-        )
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
@@ -108,7 +104,19 @@ class Server:
         self._drain_until_s = math.inf  # monotonic; when a drain is given up
         self._waited_for: str | None = None
         pipeline.wake = self._wake
+        if log is not None:
+            pipeline.count_on(log.sessions)
+            restore(pipeline, log.states())
+        self._feeds = Feeds(
+            pipeline,
+            self.counters,
+            self._send_to_feeder,
+            arrivals=self._metrics.arrivals,
+            ended_before=None if log is None else log.ended,
+        )
         self._open(feed, events, control)
+        self._outbox = Outbox(self._events, log, self._peer_log)
+        self.instance = self._outbox.instance
         self._metrics.watch(self, pipeline)
 
     def _open(self, feed: str, events: str, control: str) -> None:
@@ -156,7 +164,11 @@ class Server:
         """Whether it takes snippets, and computes them."""
         if self._drain_requested:
             return "draining"
-        return "serving" if self._pipeline.waits_for is None else "waiting"
+        return "serving" if self._waits_for is None else "waiting"
+
+    @property
+    def _waits_for(self) -> str | None:
+        return self._outbox.waits_for or self._pipeline.waits_for
 
     def run(self) -> None:
         """Serves until `stop()`, or until a drain is complete.
@@ -185,13 +197,16 @@ class Server:
         how = "drained" if self._drained() else "stopped"
         _log.info("%s", how, extra=fact(how))
 
-    def _idle_ms(self) -> int | None:
-        """How long there is nothing to do unless a message comes; None is for ever."""
-        parts = (self._pipeline, self._feeds, self._peer_log)
+    def _idle_ms(self) -> int:
+        """How long there is nothing to do unless a message comes."""
+        parts = (self._feeds, self._peer_log)
         due_s = [each for part in parts if (each := part.due_in_s()) is not None]
+        due_s.append(self._outbox.due_in_s())
+        if self._outbox.waits_for is None and (step_s := self._pipeline.due_in_s()) is not None:
+            due_s.append(step_s)
         if self._drain_until_s < math.inf:
             due_s.append(max(0.0, self._drain_until_s - time.monotonic()))
-        return math.ceil(min(due_s) * 1000) if due_s else None
+        return math.ceil(min(due_s) * 1000)
 
     def stop(self) -> None:
         """Ends `run` after its current turn; what is not processed yet stays unprocessed."""
@@ -226,7 +241,8 @@ class Server:
 
     def _drained(self) -> bool:
         pipeline = self._pipeline
-        return self._feeds.draining and not pipeline.streams and not pipeline.pending()
+        left = pipeline.streams or pipeline.pending() or self._outbox.waits_for is not None
+        return self._feeds.draining and not left
 
     def _drain_overdue(self) -> bool:
         return time.monotonic() >= self._drain_until_s
@@ -234,7 +250,7 @@ class Server:
     def _gave_up(self) -> DrainError:
         """Tells those who wait for the drain what is lost."""
         streams = self._pipeline.streams.values()
-        reason = self._pipeline.waits_for
+        reason = self._waits_for
         error = DrainError(
             f"the drain was given up after {self._drain_s:g} s (drain_s): {len(streams)} streams "
             f"are not finished, {sum(stream.lag for stream in streams)} of their snippets not "
@@ -251,7 +267,7 @@ class Server:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         self._read(self._feed, self._on_feed)
-        self._read(self._events, self._on_subscription)
+        self._read(self._events, lambda frames: self._outbox.answer(frames[0]))
         self._read(self._control, self._on_control)
         for outcome in self._deployer.outcomes():
             self._deploy(outcome)
@@ -260,13 +276,12 @@ class Server:
             _log.info("draining: %d open streams", count, extra=fact("draining", streams=count))
             self._feeds.drain()
             self._drain_until_s = time.monotonic() + self._drain_s
-        if self._pipeline.pending():
-            for publication in self._pipeline.step():
-                self._publish(publication)
-            self._report_waiting()
+        self._publish()
         self._feeds.admit_waiting()
         self._feeds.tend()
-        self._feeds.acknowledge()
+        if self._outbox.waits_for is None:  # or an Ack would speak of what is not logged
+            self._feeds.acknowledge()
+        self._outbox.tend()
         self._peer_log.say_left_out()
 
     def _read(self, source: zmq.Socket[bytes], handle: Callable[[list[bytes]], None]) -> None:
@@ -276,8 +291,14 @@ class Server:
                 return
             handle(frames)
 
-    def _publish(self, publication: Publication) -> None:
-        sockets.try_send(self._events, protocol.encode(publication))
+    def _publish(self) -> None:
+        holds = self._outbox.waits_for is not None
+        steps = self._pipeline.step() if not holds and self._pipeline.pending() else ()
+        for publication in self._outbox.publish(steps, partial(save, self._pipeline)):
+            self._on_published(publication)
+        self._report_waiting()
+
+    def _on_published(self, publication: Publication) -> None:
         self._metrics.published(publication)
         if isinstance(publication, FinalProposal):
             self.counters.proposals += 1
@@ -307,7 +328,7 @@ class Server:
         )
 
     def _report_waiting(self) -> None:
-        reason, before = self._pipeline.waits_for, self._waited_for
+        reason, before = self._waits_for, self._waited_for
         if reason is not None and reason != before:
             _log.warning("waiting, the streams are held: %s", reason)
         elif reason is None and before is not None:
@@ -325,13 +346,6 @@ class Server:
             self._send_to_feeder(identity, error_message(error))
             return
         self._feeds.handle(identity, message)
-
-    def _on_subscription(self, frames: list[bytes]) -> None:
-        """Echoes a subscription to welcome/{token}/: its sender now knows that it is subscribed."""
-        found = _WELCOME_SUBSCRIPTION.fullmatch(frames[0])
-        if found:
-            subscribed = Subscribed(found[1].decode(), self.instance)
-            sockets.try_send(self._events, protocol.encode(subscribed))
 
     def _on_control(self, frames: list[bytes]) -> None:
         # A REQ socket puts an empty frame before its message; its reply needs the same.
@@ -410,6 +424,7 @@ class Server:
             self.state,
             tuple(stream_statuses(self._pipeline, self._feeds)),
             all_counters(self._pipeline, self.counters, self.refused),
+            self._waits_for and self._waits_for[: protocol.MAX_ERROR_CHARACTERS],
         )
 
     # ---- sending -------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Stream:
         restored.saved_at = state["processed"]
         plan, dim = deployment.plan, deployment.manifest.feature_dim
         restored._snippets = SnippetBuffer(plan.window + restored._backlog, dim, needed_from)
-        restored._snippets.came_until = max(needed_from, state["came_until"])
+        restored._snippets.came_until = max(state["processed"], state["came_until"])
         restored._gap_start = state["gap_start"]
         restored._known_gaps = [(start, stop) for start, stop in state["gaps"]]
         restored._gone_until = max([needed_from, *(stop for _, stop in restored._known_gaps)])
@@ -243,6 +243,11 @@ class Stream:
         self._gone_until = max(self._gone_until, until)
         self._snippets.give_up(until, self.send_until)
 
+    def give_up_decided(self) -> None:
+        """What was decided before a restart, and has not come again, never will."""
+        if self.next_index < self.decided_until:
+            self.give_up(self.decided_until)
+
     def drop_oldest(self, stop: int) -> None:
         """Do without the scores of what is not asked for yet, as far as snippets below ``stop``
         need the room. The features stay, for the windows of those that follow."""
@@ -267,6 +272,7 @@ class Stream:
     def rest(self) -> bool:
         """Process what is there as if it were the end; False where that has been done or must
         wait, because something is missing or in work."""
+        self.give_up_decided()
         if self.ended or self.idle or self.lag or self.asked > self.processed:
             return False
         if self.known_until < self.next_index or self.missing_until is not None:

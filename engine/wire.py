@@ -11,7 +11,9 @@
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
     +-- ExportError             export.verify            the export computes something else
     +-- ProviderError           engine.backends.onnxruntime   no GPU where one was asked for
+    +-- LogError                engine.event_reader      the event log cannot be used
     +-- DeployError             engine.deployment        a bundle that cannot take over
+    +-- ReplayError             clients.subscriber       the engine cannot send events again
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 

@@ -125,10 +125,15 @@ def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str
 
 @contextlib.contextmanager
 def engine(
-    bundle: Path, *options: object, addresses: Addresses = ANYWHERE, quiet: bool = True
+    bundle: Path,
+    *options: object,
+    addresses: Addresses = ANYWHERE,
+    quiet: bool = True,
+    state: object = "none",
 ) -> Iterator[Engine]:
     """An engine as a process; leaves, unless it was killed, in peace and, if quiet, silently."""
-    sides = [part for side, at in vars(addresses).items() for part in (f"--{side}", at)]
+    sides: list[object] = [p for side, at in vars(addresses).items() for p in (f"--{side}", at)]
+    sides += ["--state", state]
     with running("serve", bundle, "--json", *sides, "--set", "threads=1", *options) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()

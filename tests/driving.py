@@ -63,6 +63,10 @@ class Recorder:
     def next_action_id(self) -> int:
         return self.inner.next_action_id
 
+    @property
+    def decided_until(self) -> int:
+        return self.inner.decided_until
+
     def advancing(self, scores: Floats, embedding: Floats) -> Asking[list[Decision]]:
         self.scores.append(scores)
         return self._keep((yield from self.inner.advancing(scores, embedding)))

@@ -25,7 +25,9 @@ from hrpro.engine.protocol import (
     FinalProposal,
     Gap,
     Hello,
+    Mark,
     Message,
+    Page,
     RollBackRequest,
     StatusReply,
     StatusRequest,
@@ -37,6 +39,7 @@ from hrpro.engine.protocol import (
 Decoder = Callable[[list[bytes]], Message]
 
 FEATURES = np.array([[0.0, 1.0, -2.5], [0.25, 3.0, 1e-3]], np.float32)
+NOTICE = StreamNotice("cam1", 1, 69, "ended", 0, 1843, 17, 51, 40_013, 40_012)
 SAMPLES: dict[str, Message] = {
     "hello": Hello("cam1", 2048, 25.0, 16, 0),
     "chunk": Chunk("cam1", 1841, FEATURES),
@@ -57,20 +60,50 @@ SAMPLES: dict[str, Message] = {
         lookahead_snippets=8,
         lookahead_s=5.12,
         bundle_id="thumos-1f3a",
+        needed_from=0,
     ),
-    "ack": Ack("cam1", 1843, 1907),
+    "ack": Ack("cam1", 1843, 1907, needed_from=1795),
     "ended": Ended("cam1", 1843, 17, 51),
     "error": Error(
         "cam1", "wrong_dimension", "snippet 1841: expected shape (_, 2048), got (16, 1024)", 1841
     ),
     "event": ActionEvent(
-        "cam1", 1, 7, 3, "start", 0, "Long Jump", 10.24, None, 0.75, 24, 16.0, "thumos-1f3a"
+        "cam1",
+        1,
+        7,
+        3,
+        "start",
+        0,
+        "Long Jump",
+        10.24,
+        None,
+        0.75,
+        24,
+        16.0,
+        "thumos-1f3a",
+        40_007,
+        39_998,
     ),
     "final": FinalProposal(
-        "cam1", 1, 9, 2, "Long Jump", 10.24, 14.72, 0.875, 31, 20.48, 3, "thumos-1f3a"
+        "cam1",
+        1,
+        9,
+        2,
+        "Long Jump",
+        10.24,
+        14.72,
+        0.875,
+        31,
+        20.48,
+        3,
+        "thumos-1f3a",
+        40_012,
+        40_009,
     ),
-    "stream": StreamNotice("cam1", 1, 69, "ended", 0, 1843, 17, 51),
-    "subscribed": Subscribed("1f2e3d4c", "00112233aabbccdd"),
+    "stream": NOTICE,
+    "subscribed": Subscribed("1f2e3d4c", "00112233aabbccdd", 40_012),
+    "mark": Mark("00112233aabbccdd", 40_012),
+    "page": Page("5a6b7c8d", 40_010, "cam1", 40_013, 17_001, 40_013, (NOTICE,)),
     "status": StatusRequest(),
     "status_reply": StatusReply(
         "00112233aabbccdd",
@@ -100,6 +133,8 @@ DECODERS: dict[type[Message], Decoder] = {
     FinalProposal: protocol.decode_publication,
     StreamNotice: protocol.decode_publication,
     Subscribed: protocol.decode_publication,
+    Mark: protocol.decode_publication,
+    Page: protocol.decode_publication,
     StatusRequest: protocol.decode_control,
     DrainRequest: protocol.decode_control,
     DeployRequest: protocol.decode_control,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from hrpro.engine import protocol
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import DeployError, Deployment
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
@@ -59,7 +60,14 @@ class TinyLocalizer:
     next_action_id = 0
 
     def __init__(self, first_index: int) -> None:
-        self._next_index = first_index
+        self._next_index = self.decided_until = self.began_at = first_index
+
+    @property
+    def remembered_from(self) -> int:
+        return self._next_index
+
+    def state(self) -> dict[str, int]:
+        return {"next_index": self._next_index}
 
     def advancing(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
@@ -68,6 +76,8 @@ class TinyLocalizer:
         decisions: list[Decision] = []
         for value in scores[:, 0].tolist():
             at, self._next_index = self._next_index, self._next_index + 1
+            if at < self.decided_until:
+                continue
             label_index = 0 if value > 0 else 1
             if value > 0:
                 decisions.append(ActionChange("end", at, label_index, 0, at, at + 1, value))
@@ -81,6 +91,11 @@ class TinyLocalizer:
 class TinyDeployment(Deployment):
     def new_localizer(self, first_index: int, next_action_id: int = 0) -> TinyLocalizer:  # type: ignore[override]
         return TinyLocalizer(first_index)
+
+    def restored_localizer(self, first_index: int, state: Mapping[str, Any]) -> TinyLocalizer:  # type: ignore[override]
+        restored = TinyLocalizer(first_index)
+        restored.decided_until = state["next_index"]
+        return restored
 
 
 class TinyPipeline(Pipeline):
@@ -137,9 +152,10 @@ def new_server(
     events: str = ANY_PORT,
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
+    log: EventLog | None = None,
 ) -> Server:
     """A server to which no bundle can be deployed."""
-    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics)
+    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics, log=log)
 
 
 def no_bundle(folder: Path) -> Deployment:
@@ -153,9 +169,10 @@ def serving(
     events: str = ANY_PORT,
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
+    log: EventLog | None = None,
 ) -> Iterator[Server]:
     """A server that runs in a thread until the block is left."""
-    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics) as server:
+    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics, log) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

@@ -116,6 +116,7 @@ def test_an_engine_that_computes_otherwise_does_not_start(bundle: Bundle, copy: 
 
     rewrite(copy, files=content["files"] | {"golden.npz": sha256(copy / "golden.npz")})
     somewhere = ("--feed", "tcp://127.0.0.1:*", "--events", "tcp://127.0.0.1:*")
+    somewhere += ("--state", "none")
     for command in (("bundle", "verify", copy), ("serve", copy, *somewhere)):
         more = ("--control", "tcp://127.0.0.1:*") if command[0] == "serve" else ()
         said = refusal(*command, *more)
@@ -207,7 +208,7 @@ def test_signed_bundles(copy: Path, keys: Path) -> None:
     assert "bundle.sig: expected a signature by" in said
     assert "bundle.sig" in refusal(
         "serve", copy, *trusted, "--feed", "tcp://127.0.0.1:*", "--events", "tcp://127.0.0.1:*",
-        "--control", "tcp://127.0.0.1:*",
+        "--control", "tcp://127.0.0.1:*", "--state", "none",
     )  # fmt: skip
 
 

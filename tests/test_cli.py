@@ -194,7 +194,7 @@ def test_the_lookahead_is_a_setting(trained: Trained) -> None:
         ),
         (
             ("serve", "{bundle}", "--feed", "{any}", "--events", "{any}", "--control", "{any}",
-             "--set", "windw.hop_snippets=2"),
+             "--state", "none", "--set", "windw.hop_snippets=2"),
             "windw: no such setting, did you mean window?",
         ),
         (

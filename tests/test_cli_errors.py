@@ -153,6 +153,7 @@ def test_weights_of_another_model(refused: Refused, run: Path) -> None:
 
 def test_a_bundle_whose_graph_was_changed(broken_bundle: Path, trained: Trained) -> None:
     sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    sides += ["--state", "none"]
     for command in (("serve", broken_bundle, *sides), ("stream-eval", broken_bundle)):
         data = ("--data", trained.data) if command[0] == "stream-eval" else ()
         said = refusal(*command, *data)
@@ -248,7 +249,7 @@ def test_an_address_in_use(trained: Trained, served: Engine, side: str) -> None:
     taken = getattr(served.addresses, side)
     at = {"feed": ANY_PORT, "events": ANY_PORT, "control": ANY_PORT, side: taken}
     options = [part for name, address in at.items() for part in (f"--{name}", address)]
-    said = refusal("serve", trained.bundle, *options)
+    said = refusal("serve", trained.bundle, *options, "--state", "none")
     assert taken in said
     assert "in use" in said
 
@@ -257,5 +258,14 @@ def test_something_that_is_no_address(refused: Refused, trained: Trained) -> Non
     assert "nonsense" in refused("feed", "features", trained.data, "--to", "nonsense")
     assert "nonsense" in refusal("watch", "--from", "nonsense")
     assert "nonsense" in refusal(
-        "serve", trained.bundle, "--feed", "nonsense", "--events", ANY_PORT, "--control", ANY_PORT
+        "serve",
+        trained.bundle,
+        "--feed",
+        "nonsense",
+        "--events",
+        ANY_PORT,
+        "--control",
+        ANY_PORT,
+        "--state",
+        "none",
     )

@@ -111,6 +111,7 @@ def test_in_this_process_the_same_is_published_as_by_an_engine(trained: Trained,
 
 def test_an_engine_says_what_strict_is(trained: Trained) -> None:
     sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    sides += ["--state", "none"]
     chosen = ("--set", "lookahead_s=strict", "--set", "window.hop_snippets=2")
     with running("serve", trained.bundle, *sides, "--set", "threads=1", *chosen) as process:
         assert process.stdout is not None

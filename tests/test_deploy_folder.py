@@ -95,8 +95,8 @@ def test_it_runs_as_nobody_special_and_writes_nowhere_else_than_to_its_volume() 
     after_user = stage[stage.index(("USER", user)) :]
     assert not {name for name, _ in after_user} & {"RUN", "COPY", "ADD"}
     (volumes,) = [json.loads(rest) for name, rest in stage if name == "VOLUME"]
-    assert volumes == ["/var/cache/hrpro"]
-    assert any("install -d -o hrpro /var/cache/hrpro" in rest for _, rest in stage)
+    assert volumes == ["/var/cache/hrpro", "/var/lib/hrpro"]
+    assert any("install -d -o hrpro /var/cache/hrpro /var/lib/hrpro" in rest for _, rest in stage)
     (variables,) = values("ENV")
     assert "PYTHONDONTWRITEBYTECODE=1" in variables.split()
 
@@ -194,13 +194,17 @@ def test_systemd_finds_little_exposed() -> None:
 
 @pytest.fixture
 def installed(bundle: Bundle) -> Iterator[Path]:
-    """A folder that others can read, and not write to, with a bundle and the settings."""
+    """A folder that others can read, with a bundle and the settings, and one they can write to."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         shutil.copytree(bundle.folder, folder / "bundle")
         shutil.copy(SETTINGS, folder / "engine.yaml")
         for each in (folder, *folder.rglob("*")):
             each.chmod(0o555 if each.is_dir() else 0o444)
+        folder.chmod(0o755)
+        (folder / "state").mkdir()
+        (folder / "state").chmod(0o777)
+        folder.chmod(0o555)
         yield folder
         for each in (folder, folder / "bundle"):
             each.chmod(0o755)
@@ -233,6 +237,7 @@ def command(installed: Path) -> list[str]:
     places = {
         "/opt/hrpro/bundle": str(installed / "bundle"),
         "/etc/hrpro/engine.yaml": str(installed / "engine.yaml"),
+        "/var/lib/hrpro": str(installed / "state"),
     }
     assert places.keys() <= set(rest)
     words = [re.sub(r"^(tcp://)?127\.0\.0\.1:\d+$", r"\g<1>127.0.0.1:0", each) for each in rest]
@@ -282,7 +287,7 @@ def test_the_services_command_runs_without_privileges_and_drains(installed: Path
     finally:
         process.kill()
         process.communicate()
-    assert {path.name for path in installed.iterdir()} == {"bundle", "engine.yaml"}
+    assert {path.name for path in installed.iterdir()} == {"bundle", "engine.yaml", "state"}
 
 
 def test_the_sample_settings_are_the_defaults_that_it_says(bundle: Bundle) -> None:

@@ -89,6 +89,7 @@ class Deploying(Engine):
 def deploying(bundle: Path, *options: object) -> Iterator[Deploying]:
     """An engine as a process; leaves in peace, but what it says may be anything."""
     sides = [part for side, at in vars(ANYWHERE).items() for part in (f"--{side}", at)]
+    sides += ["--state", "none"]
     arguments = (bundle, "--json", *sides, "--set", "threads=1", *TINY, *options)
     with running("serve", *arguments) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -468,6 +469,7 @@ def test_bundles_that_appear_in_a_folder_are_deployed(shelf: Shelf, tmp_path: Pa
 
 def test_a_folder_to_follow_must_be_there(shelf: Shelf, tmp_path: Path) -> None:
     sides = [part for side, at in vars(ANYWHERE).items() for part in (f"--{side}", at)]
+    sides += ["--state", "none"]
     said = refusal("serve", shelf["first"], *sides, *TINY, "--follow", tmp_path / "absent")
     assert said == f"{tmp_path}/absent: expected a folder to follow"
 

@@ -218,12 +218,14 @@ def test_an_engine_says_where_its_metrics_are(bundle: Bundle) -> None:
 @pytest.mark.parametrize("address", ["9100", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536"])
 def test_an_address_that_is_none(address: str) -> None:
     sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    sides += ["--state", "none"]
     said = refusal("serve", "nowhere", *sides, "--metrics", address)
     assert said == f"--metrics: expected HOST:PORT, such as 127.0.0.1:9100, got {address}"
 
 
 def test_an_address_that_is_taken_is_found_before_the_bundle_is_read() -> None:
     sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    sides += ["--state", "none"]
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         said = refusal("serve", "nowhere", *sides, "--metrics", address)

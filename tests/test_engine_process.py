@@ -109,6 +109,7 @@ def test_chunks_and_company_change_nothing(trained: Trained) -> None:
 def test_sigterm_ends_the_streams_and_publishes_their_tails(trained: Trained) -> None:
     features = trained.recordings["seq5"][:40]
     sides = [part for side in ("feed", "events", "control") for part in (f"--{side}", ANY_PORT)]
+    sides += ["--state", "none"]
     with running("serve", trained.bundle, *sides, "--set", "threads=1") as process:
         assert process.stdout is not None and process.stderr is not None
         said: dict[str, str] = {}
@@ -116,7 +117,7 @@ def test_sigterm_ends_the_streams_and_publishes_their_tails(trained: Trained) ->
             name, _, value = process.stdout.readline().rstrip("\n").partition(" ")
             assert name, process.stderr.read()
             said[name] = value.strip()
-        assert list(said) == ["bundle", "window", "feed", "events", "control", "READY"]
+        assert list(said) == ["bundle", "window", "feed", "events", "control", "log", "READY"]
         assert said["bundle"].startswith(f"{trained.exported['bundle_id']}, 6 classes, 96 features")
         assert said["window"].endswith("look-ahead 4 s")
         with EventSubscriber(said["events"], stream="cam") as subscriber:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DECODERS, SAMPLES, decode, hexdump, same
+from samples import DECODERS, NOTICE, SAMPLES, decode, hexdump, same
 
 from hrpro.engine import protocol
 from hrpro.engine.messages import EventKind
@@ -25,7 +25,9 @@ from hrpro.engine.protocol import (
     Error,
     FinalProposal,
     Hello,
+    Mark,
     Message,
+    Page,
     ProtocolError,
     RollBackRequest,
     StatusReply,
@@ -95,6 +97,10 @@ chunks = st.builds(
     ),
     stream_ids, st.integers(0, 2**53 - 9), st.integers(1, 9), st.integers(1, 9), sizes,
 )  # fmt: skip
+notices = st.builds(
+    StreamNotice, stream_ids, indices, indices, st.sampled_from(["opened", "ended"]),
+    indices, indices, indices, indices, st.none() | indices, st.none() | indices,
+)  # fmt: skip
 messages = st.one_of(
     chunks,
     st.builds(Hello, stream_ids, sizes, positive_numbers, sizes, indices),
@@ -118,11 +124,13 @@ messages = st.one_of(
         FinalProposal, stream_ids, indices, indices, indices, labels, numbers, numbers, numbers,
         indices, numbers, st.none() | indices, texts,
     ),
+    notices,
+    st.builds(Subscribed, stream_ids, instances, st.none() | indices),
+    st.builds(Mark, instances, st.none() | indices),
     st.builds(
-        StreamNotice, stream_ids, indices, indices, st.sampled_from(["opened", "ended"]),
-        indices, indices, indices, indices,
+        Page, stream_ids, st.none() | indices, st.none() | stream_ids, indices, indices, indices,
+        st.lists(notices, max_size=2).map(tuple),
     ),
-    st.builds(Subscribed, stream_ids, instances),
     st.builds(
         StatusReply, instances, texts, st.none() | texts, st.none() | texts,
         st.sampled_from(["serving", "draining"]), st.lists(plain_maps, max_size=3).map(tuple),
@@ -166,16 +174,15 @@ def test_topics() -> None:
     assert protocol.encode(SAMPLES["event"])[0] == b"event/cam1/Long Jump/"
     assert protocol.encode(SAMPLES["final"])[0] == b"final/cam1/Long Jump/"
     assert protocol.encode(SAMPLES["stream"])[0] == b"stream/cam1/"
-    assert protocol.subscription_topic("final") == b"final/"
-    assert protocol.subscription_topic("final", "cam1") == b"final/cam1/"
-    assert protocol.subscription_topic("final", "cam1", "Tränen") == "final/cam1/Tränen/".encode()
-    assert protocol.subscription_topic("final", None, "Long Jump") == b"final/"
-    assert protocol.subscription_topic("stream", "cam1", "Long Jump") == b"stream/cam1/"
+    assert protocol.encode(SAMPLES["mark"])[0] == b"mark/"
+    assert protocol.encode(SAMPLES["page"])[0] == b"replay/5a6b7c8d/40010/cam1/"
+    assert protocol.replay_topic("t", 0) == b"replay/t/0/*/"
+    assert protocol.open_topic("t") == b"open/t/*/"
+    assert protocol.open_topic("t", "cam1") == b"open/t/cam1/"
 
 
-@pytest.mark.parametrize(("stream", "label"), [("a/b", None), ("", None), ("a", "x/y"), (None, "")])
-def test_a_subscription_that_nothing_can_match_is_refused(
-    stream: str | None, label: str | None
-) -> None:
-    with pytest.raises(ProtocolError, match=r"(stream|label): expected"):
-        protocol.subscription_topic("final", stream, label)
+def test_a_page_without_a_number_to_begin_at_is_one_of_open_actions() -> None:
+    page = Page("t", None, None, 7, 1, 7, (NOTICE,))
+    frames = protocol.encode(page)
+    assert frames[0] == b"open/t/*/"
+    assert decode(page, frames) == page

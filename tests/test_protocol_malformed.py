@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import DECODERS, SAMPLES, Decoder, decode, same
+from samples import DECODERS, NOTICE, SAMPLES, Decoder, decode, same
 
 from hrpro.engine import protocol
 from hrpro.engine.protocol import Chunk, FinalProposal, Hello, ProtocolError
@@ -39,7 +39,8 @@ def test_every_truncation_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_missing_and_additional_frames_are_refused(name: str) -> None:
     frames = protocol.encode(SAMPLES[name])
-    for wrong in ([], frames[:-1], [*frames, b""], [*frames, frames[0]], [b"", *frames]):
+    fewer = frames[:1] if name == "page" else frames[:-1]  # a page may have any number
+    for wrong in ([], fewer, [*frames, b""], [*frames, frames[0]], [b"", *frames]):
         with pytest.raises(ProtocolError):
             decode(SAMPLES[name], wrong)
 
@@ -60,7 +61,7 @@ def test_each_missing_field_is_named() -> None:
     for name, message in SAMPLES.items():
         for field in dataclasses.fields(message):
             wire_name = "shape" if field.name == "features" else field.name
-            if field.default is not dataclasses.MISSING:
+            if field.default is not dataclasses.MISSING or field.name == "publications":
                 continue
             with pytest.raises(ProtocolError, match=f"expected a field '{wire_name}', came none"):
                 decode(message, changed_header(name, **{wire_name: ...}))
@@ -71,6 +72,8 @@ def test_optional_fields_may_be_left_out() -> None:
     assert decode(SAMPLES["hello"], older) == SAMPLES["hello"]
     older = changed_header("ack", missing_until=..., dropped=...)
     assert decode(SAMPLES["ack"], older) == SAMPLES["ack"]
+    without_log = dataclasses.replace(NOTICE, number=None, previous=None)
+    assert decode(NOTICE, changed_header("stream", number=..., previous=...)) == without_log
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -227,7 +230,7 @@ def test_a_bad_header_is_refused(case: str, decoder: Decoder) -> None:
 def test_numpy_values_become_plain_ones() -> None:
     final = FinalProposal(
         "cam1", np.int64(1), np.int32(9), np.uint8(2), "x", np.float32(0.5), np.float64(1.5),
-        np.float16(0.25), np.int64(31), 20, np.int64(3), "b",
+        np.float16(0.25), np.int64(31), 20, np.int64(3), "b", np.int64(7), np.int64(6),
     )  # fmt: skip
     values = [getattr(final, field.name) for field in dataclasses.fields(final)]
     assert {type(value) for value in values} == {int, float, str}

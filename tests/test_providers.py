@@ -39,7 +39,8 @@ def test_an_engine_does_not_fall_back_to_the_cpu(
         pytest.skip("there is a GPU here: nothing to refuse")
     said = hrpro(
         "serve", bundle.folder, "--feed", ANY_PORT, "--events", ANY_PORT, "--control", ANY_PORT,
-        "--set", f"provider={provider}", "--set", f"inference={inference}", status=1,
+        "--state", "none", "--set", f"provider={provider}",
+        "--set", f"inference={inference}", status=1,
     ).stderr  # fmt: skip
     assert f"hrpro: provider {provider}: expected ONNX Runtime to compute by " in said
     assert "it took CPUExecutionProvider" in said

@@ -12,7 +12,7 @@ from tiny_model import tiny_recording
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
-from hrpro.engine.messages import Ended, Publication
+from hrpro.engine.messages import Publication
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.recovery import restore, save
 from hrpro.export.bundle import Bundle
@@ -37,7 +37,6 @@ class Life:
         self.deployment = Deployment(bundle.manifest, backend, config)
         self.log: list[Publication] = []
         self.states: dict[str, bytes] = {}
-        self.ended: list[Ended] = []
         self.rows = {name: tiny_recording(LENGTH, seed) for seed, name in enumerate(NAMES)}
         self.here = {name: np.ones(LENGTH, dtype=bool) for name in NAMES}
         self.sent = dict.fromkeys(NAMES, FIRST_INDEX)
@@ -49,7 +48,7 @@ class Life:
     def _start(self) -> Pipeline:
         pipeline = Pipeline(self.deployment)
         pipeline.is_durable = True
-        self.ended = list(restore(pipeline, self.states.items()))
+        restore(pipeline, self.states.items())
         return pipeline
 
     def kill(self) -> None:
@@ -57,8 +56,7 @@ class Life:
         for stream in self.pipeline.streams.values():
             self.deployment.leave(stream)
         self.pipeline = self._start()
-        over = {each.stream for each in self.ended}
-        for name in self.sent.keys() - over:
+        for name in NAMES:
             if name not in self.pipeline.streams:
                 self.pipeline.open(name, FIRST_INDEX)
             welcome = self.pipeline.streams[name].next_index
@@ -73,7 +71,9 @@ class Life:
         if not is_written:
             return
         self.log += publications
-        self.states.update((each.name, each.data) for each in saved)
+        for each in saved:
+            if each.data is not None:
+                self.states[each.name] = each.data
         for each in saved:
             each.settle()
             if each.stream is not None:

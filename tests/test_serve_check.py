@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import hrpro, hrpro_json
+from commands import ANYWHERE, hrpro, hrpro_json
 from driving import engine_config
 from tiny_model import CLASSES, CONTEXT, DIM, FUTURE, LOOKAHEAD, PAST
 
@@ -188,6 +188,12 @@ def test_a_provider_that_is_not_here(bundle: Bundle) -> None:
 def test_an_engine_needs_its_addresses(bundle: Bundle) -> None:
     said = hrpro("serve", bundle.folder, "--feed", "tcp://127.0.0.1:*", status=2)
     assert "--events: expected an address, came none" in said.stderr
+
+
+def test_an_engine_is_told_whether_it_keeps_a_log(bundle: Bundle) -> None:
+    sides = [part for side, at in vars(ANYWHERE).items() for part in (f"--{side}", at)]
+    said = hrpro("serve", bundle.folder, *sides, status=2)
+    assert "--state: expected a folder, or none" in said.stderr
 
 
 @pytest.mark.parametrize(

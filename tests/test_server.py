@@ -257,6 +257,7 @@ def test_status() -> None:
                 "deploys": 0,
                 "deploys_refused": 0,
             },
+            "waits_for": None,
         }
 
 

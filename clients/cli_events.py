@@ -1,0 +1,36 @@
+"""`hrpro events`: what is in the event log of an engine, whether it runs or not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hrpro.clients.cli_shared import console, gone_from_log
+
+
+def events(
+    state: Annotated[Path, typer.Option(help="State folder of the engine.")],
+    since: Annotated[int, typer.Option(help="Those with larger numbers.", min=0)] = 0,
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines.")] = False,
+) -> None:
+    """Print the publications in an event log, the oldest first; the engine may be running."""
+    from hrpro.clients.watching import log_table, to_json
+    from hrpro.engine.event_reader import reading
+    from hrpro.engine.protocol import decode_logged
+
+    with reading(state) as log:
+        newest, gone = log.newest, log.oldest - 1 - since
+        if gone > 0:
+            print(f"hrpro: {gone_from_log(gone)}", file=sys.stderr)
+        while since < newest:  # what comes meanwhile is not waited for
+            page, since = log.read(since, stream)
+            logged = [(each.logged_s, decode_logged(each.header)) for each in page]
+            if jsonl:
+                for _, publication in logged:
+                    print(to_json(publication))
+            elif logged:
+                console().print(log_table(logged))
