@@ -66,16 +66,16 @@ def bench_engine(
     how = ["inference=window", *(each for each in set_ or () if each.startswith("inference="))]
     given = [f"threads={threads}", f"max_batch={batch}", *how, *window_settings, *(set_ or [])]
     model = BenchModel(dim, classes, size)
-    with _prepared(bundle, model, given) as (loaded, config, recording):
+    with prepared(bundle, model, given) as (loaded, config, recording):
         figures = _measured(loaded, config, recording, Workload(streams, hops * hop, rounds, paced))
         figures["model"] = _described(loaded, config, streams)
         if idle:
             figures |= _idle(loaded, config, recording, idle)
     if small:
         # As wide as SBHAR's: a window costs less than what comes after it.
-        with _prepared(None, BenchModel(56, 12), [f"threads={threads}", *how]) as prepared:
-            own = _measured(*prepared, Workload(_SMALL_STREAMS, 128, rounds, 200))
-            own["model"] = _described(*prepared[:2], _SMALL_STREAMS)
+        with prepared(None, BenchModel(56, 12), [f"threads={threads}", *how]) as small_one:
+            own = _measured(*small_one, Workload(_SMALL_STREAMS, 128, rounds, 200))
+            own["model"] = _described(*small_one[:2], _SMALL_STREAMS)
         figures["small_model"] = own
     if as_json:
         print(json.dumps(figures))
@@ -111,7 +111,7 @@ def bench_cameras(
     counts = sorted({int(each) for each in streams.split(",")})
     model = BenchModel(dim, classes, size, precision=cast("Precision", precision))
     given = ["mode=throughput", "threads=1", *(set_ or [])]
-    with _prepared(bundle, model, given, quiet_share=quiet) as (loaded, config, recording):
+    with prepared(bundle, model, given, quiet_share=quiet) as (loaded, config, recording):
         figures = measure_cameras(
             loaded, config, recording, counts, seconds, None if as_json else _show_round
         )
@@ -151,7 +151,7 @@ def bench_memory(
     given = ["threads=1", "window.hop_snippets=16", "lookahead_s=20", *(set_ or [])]
     model = BenchModel(8, 3, attention_past=6)
     with (
-        _prepared(bundle, model, given, quiet_share=0.8) as (loaded, config, recording),
+        prepared(bundle, model, given, quiet_share=0.8) as (loaded, config, recording),
         progress(snippets, "snippets") as advance,
     ):
         growth = measure_growth(
@@ -211,7 +211,7 @@ def bench_incremental(
 
 
 @contextlib.contextmanager
-def _prepared(
+def prepared(
     folder: Path | None, model: BenchModel, assignments: list[str], quiet_share: float = 0.5
 ) -> Iterator[tuple[Bundle, EngineConfig, Path]]:
     """A bundle, its settings, and a file of features for it."""

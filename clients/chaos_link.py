@@ -1,0 +1,103 @@
+"""A TCP line that can be cut, slowed and stopped: what stands between a peer and its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+_READ_BYTES = 16_384
+_SLOW_S = 0.02  # that each read is late by, on a slow line
+
+
+class Link:
+    """Listens on a free port of loopback, and hands on to another one what comes, both ways.
+
+    `address` is where peers connect to. A line to an engine that is not there is closed at once.
+    """
+
+    def __init__(self, target: str) -> None:
+        host, port = target.removeprefix("tcp://").rsplit(":", 1)
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._random = random.Random(0)  # noqa: S311 - of faults, not of secrets
+        self._lines: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._slow_until_s = self._held_until_s = 0.0  # monotonic
+        self._cuts = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Close all lines, wherever their messages are."""
+        with self._lock:
+            lines, self._lines = self._lines, set()
+        for line in lines:
+            _close(line)
+
+    def cut_within(self) -> None:
+        """Close the line that carries the next bytes, when a part of them is handed on."""
+        self._cuts = True
+
+    def slow(self, seconds: float) -> None:
+        """Hand on slowly for so long."""
+        self._slow_until_s = time.monotonic() + seconds
+
+    def hold(self, seconds: float) -> None:
+        """Hand on nothing for so long; nobody is told."""
+        self._held_until_s = time.monotonic() + seconds
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:
+                _close(near)
+                continue
+            with self._lock:
+                self._lines |= {near, far}
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._hand_on, args=(source, sink), daemon=True).start()
+
+    def _hand_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(_READ_BYTES):
+                while (now_s := time.monotonic()) < self._held_until_s:
+                    time.sleep(self._held_until_s - now_s)
+                if now_s < self._slow_until_s:
+                    time.sleep(_SLOW_S)
+                if self._cuts:
+                    self._cuts = False
+                    sink.sendall(data[: self._random.randrange(len(data))])
+                    break
+                sink.sendall(data)
+        with self._lock:
+            self._lines -= {source, sink}
+        _close(source)
+        _close(sink)
+
+
+def _close(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
