@@ -352,7 +352,8 @@ def _disturb(
         "cut line": lambda: done(chance.choice(links).cut),
         "cut message": lambda: done(chance.choice(links).cut_within),
         "slow line": lambda: done(chance.choice(links).slow, chance.uniform(0.2, 1.5)),
-        "dead line": lambda: done(chance.choice(links).hold, chance.uniform(0.2, 1.5)),
+        "silent line": lambda: done(chance.choice(links).hold, chance.uniform(0.2, 1.5)),
+        "lost line": lambda: done(chance.choice(links).lose),
     }
     while time.monotonic() < until_s and not all(feeder.done for feeder in feeders):
         time.sleep(chance.uniform(0.05, 0.8))

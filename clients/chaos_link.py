@@ -27,6 +27,7 @@ class Link:
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self._random = random.Random(0)  # noqa: S311 - of faults, not of secrets
         self._lines: set[socket.socket] = set()
+        self._lost: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._slow_until_s = self._held_until_s = 0.0  # monotonic
         self._cuts = False
@@ -63,6 +64,11 @@ class Link:
         """Hand on nothing for so long; nobody is told."""
         self._held_until_s = time.monotonic() + seconds
 
+    def lose(self) -> None:
+        """Nothing more comes over the lines that are there, and nobody is told."""
+        with self._lock:
+            self._lost |= self._lines
+
     def _accept(self) -> None:
         while True:
             try:
@@ -86,6 +92,8 @@ class Link:
                     time.sleep(self._held_until_s - now_s)
                 if now_s < self._slow_until_s:
                     time.sleep(_SLOW_S)
+                if source in self._lost:
+                    continue
                 if self._cuts:
                     self._cuts = False
                     sink.sendall(data[: self._random.randrange(len(data))])
@@ -93,6 +101,7 @@ class Link:
                 sink.sendall(data)
         with self._lock:
             self._lines -= {source, sink}
+            self._lost -= {source, sink}
         _close(source)
         _close(sink)
 

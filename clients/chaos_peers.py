@@ -97,8 +97,11 @@ class _RoughFeeder(FeatureFeeder):
     def __init__(self, feeding: Feeding, stream: str, feature_dim: int) -> None:
         clock = SnippetClock(feeding.frames_per_s, feeding.snippet_frames)
         self._forgets = feeding.forgets
+        self._rough_seed = f"{feeding.seed} {stream}"
         super().__init__(feeding.address, stream, feature_dim, clock, timeout_s=None)
-        self._connection = _RoughConnection(self._connection, f"{feeding.seed} {stream}")
+
+    def _new_connection(self, address: str) -> Connection:
+        return _RoughConnection(super()._new_connection(address), self._rough_seed)
 
     def _forget_history(self) -> None:
         super()._forget_history()

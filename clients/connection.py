@@ -67,9 +67,9 @@ class Connection:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Closes the socket; waits for what was sent to leave, LINGER_MS at most."""
-        self.socket.close()
+    def close(self, linger_ms: int | None = None) -> None:
+        """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
+        self.socket.close(linger_ms)
         self._context.term()
 
     def receive(self) -> list[bytes] | None:

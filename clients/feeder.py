@@ -46,6 +46,8 @@ from hrpro.engine.protocol import (
 from hrpro.engine.timebase import SnippetClock
 
 _OWN_HIGH_WATER_MESSAGES = 64
+# A line that says nothing for so many times `retry_s`, though it is asked, is given up for another.
+_SILENCES_OF_A_LINE = 3
 
 
 class _Talk(enum.Enum):
@@ -72,7 +74,7 @@ class FeatureFeeder:
     needed again, see `needed_from`. Of an engine without a log, which says nothing of that,
     `history_snippets` are kept: by default as many as it may not have processed yet, and its
     window, context and lookahead. When the engine is silent for `retry_s` while the feeder
-    waits for it, the feeder says Hello again.
+    waits for it, the feeder says Hello again, each third time over a new line.
 
     `timeout_s` is the longest time without progress, not the longest wait: it begins anew whenever
     the engine has accepted or processed snippets, so that a busy engine may take its time. None
@@ -134,12 +136,17 @@ class FeatureFeeder:
         self._ending = False
         self._ended: Ended | None = None
         self._refused: StreamError | None = None
-        self._connection = Connection(
+        # The same name after a reconnection: the stream stays ours without a new Hello.
+        self._routing_id = f"feeder:{secrets.token_hex(16)}".encode()
+        self._silences = 0  # that were broken, and no answer came
+        self._connection = self._new_connection(address)
+
+    def _new_connection(self, address: str) -> Connection:
+        return Connection(
             zmq.DEALER,
             address,
             {
-                # The same name after a reconnection: the stream stays ours without a new Hello.
-                zmq.ROUTING_ID: f"feeder:{secrets.token_hex(16)}".encode(),
+                zmq.ROUTING_ID: self._routing_id,
                 zmq.SNDHWM: _OWN_HIGH_WATER_MESSAGES,
                 zmq.MAXMSGSIZE: protocol.MAX_REPLY_HEADER_BYTES,
             },
@@ -327,6 +334,10 @@ class FeatureFeeder:
     def _break_silence(self) -> None:
         # An End is asked for again as such: after a Hello it would end another, empty session.
         self._talk = _Talk.WELCOMED if self._talk is _Talk.END_SENT else _Talk.HELLO_DUE
+        self._silences += 1
+        if self._silences % _SILENCES_OF_A_LINE == 0:  # nothing comes over it any more
+            self._connection.close(linger_ms=0)
+            self._connection = self._new_connection(self._connection.address)
 
     def _send_due(self) -> bool:
         """Sends all that is due; True when there is no room (or no connection) for more."""
@@ -390,7 +401,7 @@ class FeatureFeeder:
             raise self._refused
         heard = False
         while (frames := self._connection.receive()) is not None:
-            heard = True
+            heard, self._silences = True, 0
             match protocol.decode_feed_reply(frames):
                 case Welcome() as welcome:
                     self._on_welcome(welcome)

@@ -20,6 +20,7 @@ from serving import (
 )
 
 from hrpro.clients import FeatureFeeder, NoReplyError, SnippetClock, StreamError, request_status
+from hrpro.clients.chaos_link import Link
 from hrpro.engine.protocol import Ended, Error, Publication
 
 RETRY_S = 0.1
@@ -265,6 +266,22 @@ def test_a_connection_that_is_cut_again_and_again_loses_nothing() -> None:
         assert feeder.end() == Ended("cam", 200, 200, 200)
         assert road.accepted >= 5
     assert sorted(pipeline.received["cam"]) == expected(0, 200)  # some came before others
+
+
+def test_a_line_that_is_lost_is_given_up_for_another() -> None:
+    """Nobody is told that it is lost: it is silent, though the feeder asks."""
+    pipeline = TinyPipeline()
+    with (
+        serving(pipeline) as server,
+        Link(server.feed_address) as link,
+        feeder_to(link.address) as feeder,
+    ):
+        feeder.send(rows(0, 4))
+        feeder.flush()
+        link.lose()
+        feeder.send(rows(4, 12))
+        feeder.flush()
+    assert pipeline.received["cam"] == expected(0, 12)
 
 
 def test_a_connection_that_is_cut_while_the_end_is_awaited() -> None:
