@@ -20,15 +20,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
-from hrpro.engine.refine import Asking, InstanceScorer, Proposal, alone, refine_runs
+from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector, run_values
+from hrpro.engine.refine import (
+    Asking,
+    InstanceScorer,
+    Proposal,
+    alone,
+    proposal_values,
+    refine_runs,
+)
 from hrpro.engine.ring import Ring
 from hrpro.engine.soft_nms import soft_nms, subtract_published, waits_for_better
 from hrpro.engine.tracker import ActionChange, ActionTracker
@@ -96,11 +104,10 @@ class StreamLocalizer:
             "settings": {name: getattr(self._config, name) for name in DETECTION_SETTINGS},
             "detector": self._detector.state(stop),
             "tracker": self._tracker.state(),
-            "closed": [asdict(run) for run in self._closed],
-            "pool": [astuple(each) for pool in self._pool for each in pool],
-            "published": [astuple(each) for published in self._published for each in published],
+            "closed": [run_values(run) for run in self._closed],
+            "pool": [proposal_values(each) for each in chain.from_iterable(self._pool)],
+            "published": [proposal_values(each) for each in chain.from_iterable(self._published)],
             "embedded_from": self._embedded_from,
-            "remembered_from": self.remembered_from,
         }
 
     @classmethod
@@ -125,7 +132,7 @@ class StreamLocalizer:
         localizer = cls(class_count, embedding_width, before, scorer, wait, first_index)
         localizer._detector = RunDetector.restored(class_count, before, state["detector"])
         localizer._tracker = ActionTracker.restored(class_count, before, state["tracker"])
-        localizer._closed = [Run(**run) for run in state["closed"]]
+        localizer._closed = [Run(*run) for run in state["closed"]]
         for name, known in (("pool", localizer._pool), ("published", localizer._published)):
             for each in state[name]:
                 proposal = Proposal(*each)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -53,6 +54,10 @@ class Run:
     def evidence_stop(self) -> int:
         """The snippets below this index say all there is to know about the run."""
         return self.stop + self.border + 1
+
+
+# The fields in their order.
+run_values = attrgetter(*(each.name for each in fields(Run)))
 
 
 class RunDetector:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -53,6 +54,10 @@ class Proposal:
     def due_from(self) -> int:
         """The look-ahead counts from here: the end of its run, or its own where that is earlier."""
         return min(self.run_stop, int(self.end))
+
+
+# The fields in their order.
+proposal_values = attrgetter(*(each.name for each in fields(Proposal)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,8 @@ class Stream:
 
     def _gaps_from(self, first: int) -> list[Span]:
         """Where nothing came of the known snippets from this one on."""
+        if self._gone_until <= first and not self._known_gaps:
+            return []
         first = max(first, self._snippets.oldest)
         came = self._snippets.here(first, self.known_until)
         edges = np.flatnonzero(np.diff(came.astype(np.int8), prepend=1, append=1)) + first

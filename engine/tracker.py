@@ -11,7 +11,8 @@ Each start is followed by one `end` or `retract`, and by nothing of its id after
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.messages import EventKind
-from hrpro.engine.refine import Proposal
+from hrpro.engine.refine import Proposal, proposal_values
 
 
 @dataclass(slots=True)
@@ -96,9 +97,9 @@ class ActionTracker:
             "first_index": self._first_index,
             "next_index": self._next_index,
             "previous": self._previous.tobytes(),
-            "open": [asdict(action) for action in self._open.values()],
-            "ending": [asdict(action) for action in self._ending],
-            "ended": [asdict(action) for action in self._ended.values()],
+            "open": [_values(action) for action in self._open.values()],
+            "ending": [_values(action) for action in self._ending],
+            "ended": [_values(action) for action in self._ended.values()],
         }
 
     @classmethod
@@ -109,9 +110,9 @@ class ActionTracker:
         tracker = cls(class_count, config, state["first_index"], state["next_id"])
         tracker._next_index = state["next_index"]
         tracker._previous = np.frombuffer(state["previous"])
-        tracker._open = {each["label_index"]: _action(each) for each in state["open"]}
+        tracker._open = {each.label_index: each for each in map(_action, state["open"])}
         tracker._ending = [_action(each) for each in state["ending"]]
-        tracker._ended = {each["label_index"]: _action(each) for each in state["ended"]}
+        tracker._ended = {each.label_index: each for each in map(_action, state["ended"])}
         return tracker
 
     @property
@@ -254,6 +255,15 @@ class ActionTracker:
         )
 
 
-def _action(values: Mapping[str, Any]) -> Action:
-    best = values["best"]
-    return Action(**{**values, "best": None if best is None else Proposal(**best)})
+# Many times faster than `dataclasses.astuple`, and a state is made with nearly each event.
+_all_but_best = attrgetter(*[each.name for each in fields(Action)][:-1])
+
+
+def _values(action: Action) -> tuple[Any, ...]:
+    best = None if action.best is None else proposal_values(action.best)
+    return (*_all_but_best(action), best)
+
+
+def _action(values: Sequence[Any]) -> Action:
+    *others, best = values
+    return Action(*others, best=None if best is None else Proposal(*best))
