@@ -266,4 +266,4 @@ def _values(action: Action) -> tuple[Any, ...]:
 
 def _action(values: Sequence[Any]) -> Action:
     *others, best = values
-    return Action(*others, best=None if best is None else Proposal(*best))
+    return Action(*others, None if best is None else Proposal(*best))
