@@ -265,5 +265,5 @@ def _values(action: Action) -> tuple[Any, ...]:
 
 
 def _action(values: Sequence[Any]) -> Action:
-    *others, best = values
-    return Action(*others, None if best is None else Proposal(*best))
+    best = values[-1]
+    return Action(*[*values[:-1], None if best is None else Proposal(*best)])
