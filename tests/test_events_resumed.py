@@ -141,7 +141,9 @@ def test_who_comes_late_is_told_what_is_open_first(log: EventLog) -> None:
             assert by.receive(timeout_s=0.1) is None
 
 
-def test_what_is_no_longer_in_the_log_is_told(tmp_path: Path) -> None:
+def test_what_is_no_longer_in_the_log_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with EventLog(tmp_path, LogConfig(mb=1)) as log:
         for _ in range(10):
             log.commit([notice("a")] * 1000)
@@ -150,9 +152,10 @@ def test_what_is_no_longer_in_the_log_is_told(tmp_path: Path) -> None:
         assert oldest > 100
         with serving(log=log) as server:
             with subscribed(server, since=oldest - 1) as by:
-                assert by.missed == 0
+                assert (by.missed, caplog.messages) == (0, [])
             with subscribed(server, since=oldest - 51) as by:
                 assert by.missed == 50
+                assert caplog.messages == ["50 of the numbers asked for are no longer in the log"]
                 found = heard(by, 10_001 - oldest)
                 assert numbers(found) == list(range(oldest, 10_001))
                 assert by.missed == 50
