@@ -20,7 +20,11 @@ from serving import (
     ANY_PORT,
     PATIENCE_S,
     CuttableRoad,
+    RawPeer,
     TinyPipeline,
+    chunk,
+    hello,
+    new_server,
     open_files,
     rows,
     serving,
@@ -229,6 +233,33 @@ def test_a_line_that_is_cut_costs_nothing(log: EventLog) -> None:
         assert numbers(found) == list(range(1, 5 * 42 + 1))
         assert numbers(heard(of_b, 84)) == [*range(43, 85), *range(127, 169)]
         assert (by.missed, of_b.missed) == (0, 0)
+
+
+def test_an_engine_that_cannot_log_does_not_spin(log: EventLog) -> None:
+    with new_server(TinyPipeline(), log=log) as server, RawPeer(server.feed_address) as peer:
+        peer.say(hello())
+
+        def took_it() -> bool:
+            server._turn()
+            return bool(server.counters.snippets_in)
+
+        log._rows("PRAGMA query_only = 1")  # whatever it is that does not let it write
+        peer.say(chunk(0, 4), chunk(4, 8), chunk(8, 12))
+        wait_for(took_it)
+        until_s = time.monotonic() + 0.3  # an Ack waits for 0.1 s at most
+        while time.monotonic() < until_s:
+            server._turn()
+        assert server.state == "waiting"
+        server._turn()
+        assert server._idle_ms() > 0
+        log._rows("PRAGMA query_only = 0")
+
+        def logged_it() -> bool:
+            server._turn()
+            return log.newest == 1 + 2 * 12  # opened, and of each snippet an event and a final
+
+        wait_for(logged_it)
+        assert server.state == "serving"
 
 
 # ---- a subscriber that is killed, and one that is stopped ---------------------------------------
