@@ -140,14 +140,14 @@ def test_the_log_is_read_while_the_engine_runs_and_after(
 
 def test_what_is_gone_from_the_log_is_told(state: Path) -> None:
     with EventLog(state, LogConfig(mb=1)) as log:
-        for _ in range(5):
+        for _ in range(10):
             log.commit([notice()] * 1000)
             log.trim()
         oldest = log.oldest
     assert oldest > 2
     said = hrpro("events", "--state", state, "--since", 1, "--jsonl")
     assert said.stderr == f"hrpro: {oldest - 2} of the numbers asked for are no longer in the log\n"
-    assert len(said.stdout.splitlines()) == 5001 - oldest
+    assert len(said.stdout.splitlines()) == 10_001 - oldest
 
 
 def anywhere() -> list[str]:
