@@ -35,7 +35,6 @@ from hrpro.clients.cli_shared import (
     JsonFlag,
     address_errors,
     console,
-    gone_from_log,
     progress,
     say,
 )
@@ -301,8 +300,6 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
     try:
         subscriber.wait_connected()
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
-        if subscriber.missed:
-            print(f"hrpro: {gone_from_log(subscriber.missed)}", file=sys.stderr, flush=True)
     except NoReplyError:
         print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
 

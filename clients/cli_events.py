@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hrpro.clients.cli_shared import console, gone_from_log
+from hrpro.clients.cli_shared import console
 
 
 def events(
@@ -25,7 +25,8 @@ def events(
     with reading(state) as log:
         newest, gone = log.newest, log.oldest - 1 - since
         if gone > 0:
-            print(f"hrpro: {gone_from_log(gone)}", file=sys.stderr)
+            said = f"hrpro: {gone} of the numbers asked for are no longer in the log"
+            print(said, file=sys.stderr)
         while since < newest:  # what comes meanwhile is not waited for
             page, since = log.read(since, stream)
             logged = [(each.logged_s, decode_logged(each.header)) for each in page]

@@ -39,11 +39,6 @@ def console(quiet: bool = False) -> Console:
     return Console(stderr=quiet, highlight=False)
 
 
-def gone_from_log(numbers: int) -> str:
-    """What is said where not all is there that was asked for."""
-    return f"{numbers} of the numbers that were asked for are no longer in the event log"
-
-
 @contextlib.contextmanager
 def address_errors(*addresses: str) -> Iterator[None]:
     """ZeroMQ says little of an address that it cannot use."""

@@ -11,6 +11,7 @@ before the last page is in the pages, and whatever comes after it is not.
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 import time
@@ -35,6 +36,8 @@ from hrpro.engine.protocol import (
     Subscribed,
     topic_prefix,
 )
+
+_log = logging.getLogger(__name__)
 
 KINDS = (ActionEvent.TYPE, FinalProposal.TYPE, StreamNotice.TYPE)
 HIGH_WATER_MESSAGES = 10_000
@@ -68,8 +71,9 @@ class EventSubscriber:
     from there with `since`, which is 0 for all that the log has. Without `since`, the subscription
     begins when `wait_connected` returns, and first come the newest events of the actions that are
     open then; `is_snapshot` says whether the last publication that was given is one of them.
-    `missed` counts the numbers that were asked for and are no longer in the log; of one stream,
-    fewer may be its own. A log of another instance is given from its beginning.
+    `missed` counts the numbers that were asked for and are no longer in the log, which is logged as
+    a warning; of one stream, fewer may be its own. A log of another instance is given from its
+    beginning.
 
     With an engine that keeps none, `last_number` stays None, what is published while the line is
     down is missed, and `gaps` and `repeats` count the publications that were missed and those that
@@ -319,7 +323,10 @@ class EventSubscriber:
                 f"that ends at {page.newest} (instance {self.instance}): it is another log"
             )
         else:
-            self.missed += max(0, page.oldest - 1 - page.since)
+            gone = page.oldest - 1 - page.since
+            if gone > 0:
+                self.missed += gone
+                _log.warning("%d of the numbers asked for are no longer in the log", gone)
             self._came.extend(page.publications)
         self._number = page.next
         self._ready = True

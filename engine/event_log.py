@@ -91,6 +91,7 @@ class EventLog(EventReader):
             self._newest += LOST_AT_MOST
         with self._transaction() as db:
             db.execute("REPLACE INTO meta VALUES ('floor', ?), ('boot', ?)", (self._newest, boot))
+        self._row("PRAGMA wal_checkpoint")  # on the disk, or a power cut would take the note, too
 
     def __enter__(self) -> Self:
         return self

@@ -59,7 +59,8 @@ class Outbox:
         self._log = log
         self._peer_log = peer_log
         self._now_s = now_s
-        self._held: list[Publication] = []
+        self._held: list[Publication] = []  # of the last step, until it is logged
+        self._saved: list[SavedStream] = []  # what is logged with it
         self._retry_s = _RETRY_FIRST_S
         self._retry_at_s = 0.0
         self._mark_at_s = now_s()
@@ -76,22 +77,22 @@ class Outbox:
                 sockets.try_send(self._events, protocol.encode(publication))
                 yield publication
             return
-        self._held += publications
-        if self.waits_for is not None and self._now_s() < self._retry_at_s:
+        if self.waits_for is None:
+            self._held = list(publications)
+            self._saved = save(self._held)
+        elif self._now_s() < self._retry_at_s:
             return
-        saved = save(self._held)
-        if not saved:
+        if not self._saved:
             return
         try:
-            sent = self._log.commit(self._held, {each.name: each.data for each in saved})
+            sent = self._log.commit(self._held, {each.name: each.data for each in self._saved})
         except LogError as error:
             self._hold(error)
             return
         self.waits_for, self._retry_s = None, _RETRY_FIRST_S
-        for stream in saved:
+        for stream in self._saved:
             stream.settle()
-        held, self._held = self._held, []
-        for publication, frames in zip(held, sent, strict=True):
+        for publication, frames in zip(self._held, sent, strict=True):
             sockets.try_send(self._events, frames)
             yield publication
 

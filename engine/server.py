@@ -1,4 +1,4 @@
-"""The loop around the pipeline: the only place of the engine with I/O.
+"""The loop around the pipeline: what is read, computed, published and acknowledged in a turn.
 
 One thread and one poller. A turn of the loop does a bounded amount of everything, so that no
 peer can keep the others waiting:
@@ -61,6 +61,8 @@ _log = logging.getLogger(__name__)
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
+# Each may ask for a page of the log, which takes up to some milliseconds.
+SUBSCRIPTIONS_PER_TURN = 20
 
 
 class DrainError(HrproError):
@@ -267,7 +269,9 @@ class Server:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         self._read(self._feed, self._on_feed)
-        self._read(self._events, lambda frames: self._outbox.answer(frames[0]))
+        self._read(
+            self._events, lambda frames: self._outbox.answer(frames[0]), SUBSCRIPTIONS_PER_TURN
+        )
         self._read(self._control, self._on_control)
         for outcome in self._deployer.outcomes():
             self._deploy(outcome)
@@ -279,13 +283,17 @@ class Server:
         self._publish()
         self._feeds.admit_waiting()
         self._feeds.tend()
-        if self._outbox.waits_for is None:  # or an Ack would speak of what is not logged
-            self._feeds.acknowledge()
+        self._feeds.acknowledge()
         self._outbox.tend()
         self._peer_log.say_left_out()
 
-    def _read(self, source: zmq.Socket[bytes], handle: Callable[[list[bytes]], None]) -> None:
-        for _ in range(MESSAGES_PER_TURN):
+    def _read(
+        self,
+        source: zmq.Socket[bytes],
+        handle: Callable[[list[bytes]], None],
+        at_most: int = MESSAGES_PER_TURN,
+    ) -> None:
+        for _ in range(at_most):
             frames = sockets.receive(source)
             if frames is None:
                 return

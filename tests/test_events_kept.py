@@ -23,7 +23,7 @@ from commands import (
     wait_for,
 )
 from driving import assert_same
-from logged import logged_in, numbers
+from logged import logged_in, notice, numbers
 from tiny_model import tiny_recording
 
 from hrpro.clients import (
@@ -34,6 +34,8 @@ from hrpro.clients import (
     request_status,
 )
 from hrpro.clients.watching import to_json
+from hrpro.engine.config import LogConfig
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.event_reader import FILE
 from hrpro.engine.protocol import Publication
 from hrpro.engine.serve import Addresses
@@ -134,6 +136,18 @@ def test_the_log_is_read_while_the_engine_runs_and_after(
     assert "ended" in rows[-1]
     said = refusal("events", "--state", tmp_path)
     assert said == f"state folder {tmp_path}: expected the event log {FILE}, found none"
+
+
+def test_what_is_gone_from_the_log_is_told(state: Path) -> None:
+    with EventLog(state, LogConfig(mb=1)) as log:
+        for _ in range(10):
+            log.commit([notice()] * 1000)
+            log.trim()
+        oldest = log.oldest
+    assert oldest > 2
+    said = hrpro("events", "--state", state, "--since", 1, "--jsonl")
+    assert said.stderr == f"hrpro: {oldest - 2} of the numbers asked for are no longer in the log\n"
+    assert len(said.stdout.splitlines()) == 10_001 - oldest
 
 
 def anywhere() -> list[str]:

@@ -20,7 +20,11 @@ from serving import (
     ANY_PORT,
     PATIENCE_S,
     CuttableRoad,
+    RawPeer,
     TinyPipeline,
+    chunk,
+    hello,
+    new_server,
     open_files,
     rows,
     serving,
@@ -141,7 +145,9 @@ def test_who_comes_late_is_told_what_is_open_first(log: EventLog) -> None:
             assert by.receive(timeout_s=0.1) is None
 
 
-def test_what_is_no_longer_in_the_log_is_told(tmp_path: Path) -> None:
+def test_what_is_no_longer_in_the_log_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with EventLog(tmp_path, LogConfig(mb=1)) as log:
         for _ in range(10):
             log.commit([notice("a")] * 1000)
@@ -150,9 +156,10 @@ def test_what_is_no_longer_in_the_log_is_told(tmp_path: Path) -> None:
         assert oldest > 100
         with serving(log=log) as server:
             with subscribed(server, since=oldest - 1) as by:
-                assert by.missed == 0
+                assert (by.missed, caplog.messages) == (0, [])
             with subscribed(server, since=oldest - 51) as by:
                 assert by.missed == 50
+                assert caplog.messages == ["50 of the numbers asked for are no longer in the log"]
                 found = heard(by, 10_001 - oldest)
                 assert numbers(found) == list(range(oldest, 10_001))
                 assert by.missed == 50
@@ -226,6 +233,33 @@ def test_a_line_that_is_cut_costs_nothing(log: EventLog) -> None:
         assert numbers(found) == list(range(1, 5 * 42 + 1))
         assert numbers(heard(of_b, 84)) == [*range(43, 85), *range(127, 169)]
         assert (by.missed, of_b.missed) == (0, 0)
+
+
+def test_an_engine_that_cannot_log_does_not_spin(log: EventLog) -> None:
+    with new_server(TinyPipeline(), log=log) as server, RawPeer(server.feed_address) as peer:
+        peer.say(hello())
+
+        def took_it() -> bool:
+            server._turn()
+            return bool(server.counters.snippets_in)
+
+        log._rows("PRAGMA query_only = 1")  # whatever it is that does not let it write
+        peer.say(chunk(0, 4), chunk(4, 8), chunk(8, 12))
+        wait_for(took_it)
+        until_s = time.monotonic() + 0.3  # an Ack waits for 0.1 s at most
+        while time.monotonic() < until_s:
+            server._turn()
+        assert server.state == "waiting"
+        server._turn()
+        assert server._idle_ms() > 0
+        log._rows("PRAGMA query_only = 0")
+
+        def logged_it() -> bool:
+            server._turn()
+            return log.newest == 1 + 2 * 12  # opened, and of each snippet an event and a final
+
+        wait_for(logged_it)
+        assert server.state == "serving"
 
 
 # ---- a subscriber that is killed, and one that is stopped ---------------------------------------

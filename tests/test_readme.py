@@ -151,6 +151,14 @@ def test_help_names_every_command() -> None:
         assert f" {line.split()[1]} " in said
 
 
+def test_the_tests_that_hold_the_promises_are_there() -> None:
+    text = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
 # ---- the links ---------------------------------------------------------------------------------
 
 
