@@ -113,7 +113,8 @@ def serve(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run the engine until SIGTERM, which ends all streams, publishes what is left and exits."""
+    """Run the engine until SIGTERM. With a log, its streams go on when it is started again; without
+    one they end, and what is left of them is published."""
     sides = {"feed": feed, "events": events, "control": control}
     if check:
         read_bundle = partial(cli_bundle.read_checked, bundle, trusted_key)

@@ -99,7 +99,10 @@ def serve(
     metrics: Metrics | None = None,
     state: Path | None = None,
 ) -> None:
-    """Serve until a drain is asked for, by SIGTERM, SIGINT or the control socket, and complete.
+    """Serve until SIGTERM or SIGINT, or until a drain that is asked for is complete.
+
+    With a log, a signal ends the engine alone: its streams go on in the next one. Without one it
+    asks for a drain, since what is not published would be lost.
 
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
@@ -136,8 +139,9 @@ def serve(
                 log,
             )
         )
+        leave = server.drain if log is None else server.stop
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.drain())
+            signal.signal(number, lambda *_: leave())
         bound = Addresses(server.feed_address, server.events_address, server.control_address)
         ready(bound, pipeline)
         server.run()

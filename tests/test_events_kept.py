@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,14 @@ from hrpro.clients import (
     FeatureFeeder,
     FinalProposal,
     StreamNotice,
+    request_drain,
     request_status,
 )
 from hrpro.clients.watching import to_json
 from hrpro.engine.config import LogConfig
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.event_reader import FILE
-from hrpro.engine.protocol import Publication
+from hrpro.engine.protocol import Publication, StreamError
 from hrpro.engine.serve import Addresses
 
 if TYPE_CHECKING:
@@ -102,10 +104,34 @@ def test_the_log_goes_on_after_each_end_of_the_engine(bundle: Bundle, state: Pat
             found += heard_until_ended(by, "b")
     logged = logged_in(state)
     assert numbers(logged) == list(range(1, len(logged) + 1))
-    assert found == logged[: len(found)]
-    # The drain has ended what nobody fed any more.
-    assert {each.stream for each in logged[len(found) :]} == {"left"}
-    assert isinstance(logged[-1], StreamNotice) and logged[-1].kind == "ended"
+    assert found == logged
+
+
+def test_streams_go_on_when_the_engine_is_started_again(bundle: Bundle, state: Path) -> None:
+    """A signal ends the engine alone: the feeder notices no more than that its line was cut."""
+    expected = published_in_process(bundle.folder, {"cam": RECORDING})["cam"]
+    with (
+        engine(bundle.folder, state=state) as first,
+        FeatureFeeder(first.feed, "cam", DIM, timeout_s=PATIENCE_S, retry_s=0.2) as feeder,
+    ):
+        feeder.send(RECORDING[:50])
+        feeder.flush()
+        first.process.terminate()
+        assert first.process.wait(PATIENCE_S) == 0
+        before = logged_in(state)
+        assert before and not any(is_ended(each) for each in before)
+        with engine(bundle.folder, addresses=first.addresses, state=state) as second:
+            streams = request_status(second.control, PATIENCE_S)["streams"]
+            assert [each["stream"] for each in streams] == ["cam"]
+            feeder.send(RECORDING[50:])
+            feeder.end()
+    logged = logged_in(state)
+    assert logged[: len(before)] == before
+    assert_same(unnumbered(logged), expected)
+
+
+def is_ended(publication: Publication) -> bool:
+    return isinstance(publication, StreamNotice) and publication.kind == "ended"
 
 
 def test_the_log_is_read_while_the_engine_runs_and_after(
@@ -220,7 +246,8 @@ def test_a_full_disk_holds_the_streams_and_loses_nothing(
 def test_a_drain_waits_until_it_can_be_logged(full_disk: Engine, state: Path) -> None:
     before = logged_in(state)
     feed(full_disk, "cam", stop=40)
-    full_disk.process.send_signal(signal.SIGTERM)
+    drain = threading.Thread(target=request_drain, args=(full_disk.control,))
+    drain.start()
 
     def drains() -> bool:
         return request_status(full_disk.control, PATIENCE_S)["state"] == "draining"
@@ -229,6 +256,7 @@ def test_a_drain_waits_until_it_can_be_logged(full_disk: Engine, state: Path) ->
     assert request_status(full_disk.control, PATIENCE_S)["waits_for"] is not None
     assert logged_in(state) == before
     limit_files(full_disk, resource.RLIM_INFINITY)
+    drain.join(PATIENCE_S)
     assert full_disk.process.wait(PATIENCE_S) == 0
     logged = logged_in(state)
     assert logged[: len(before)] == before
@@ -246,7 +274,8 @@ def test_a_drain_that_is_given_up_says_that_nothing_could_be_logged(
         addresses = Addresses(ready["feed"], ready["events"], ready["control"])
         limit_files(Engine(process, addresses), 0)
         feed(Engine(process, addresses), "cam", stop=40)
-        process.send_signal(signal.SIGTERM)
+        with pytest.raises(StreamError, match="the drain was given up"):
+            request_drain(addresses.control)
         assert process.wait(PATIENCE_S) == 1
         last = process.stderr.read().splitlines()[-1]
     assert last.startswith("hrpro: the drain was given up after 0.3 s (drain_s): 1 streams are not")
