@@ -1,0 +1,54 @@
+"""What a decoder may make of any frames; shared by the tests and by the coverage-guided fuzzer.
+
+Decoders, and the kinds of messages that each lets pass, are those of the protocol module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import get_args, get_type_hints
+
+from hrpro.engine import protocol
+from hrpro.engine.feeds import error_message
+from hrpro.engine.protocol import ERROR_CODES, Message, ProtocolError
+
+Decoder = Callable[[list[bytes]], Message]
+
+DECODERS: Mapping[str, Decoder] = {
+    name: getattr(protocol, name) for name in protocol.__all__ if name.startswith("decode_")
+}
+KINDS: Mapping[str, tuple[type[Message], ...]] = {
+    name: get_args(get_type_hints(decoder)["return"]) for name, decoder in DECODERS.items()
+}
+# Between the frames of a message in a file of the corpus.
+SEPARATOR = b"\n--\n"
+
+
+def decoded(name: str, frames: list[bytes]) -> Message | None:
+    """What a decoder makes of the frames; None where it refuses them, as it should.
+
+    Fails where it raises anything but a ProtocolError that a peer can be told, and where it gives a
+    message that does not belong there or does not survive being sent.
+    """
+    decode = DECODERS[name]
+    try:
+        message = decode(frames)
+    except ProtocolError as error:
+        refusal = error_message(error)
+    else:
+        assert type(message) in KINDS[name], message
+        again = protocol.encode(message)
+        assert protocol.encode(decode(again)) == again, message
+        return message
+    assert refusal.code in ERROR_CODES and protocol.encode(refusal), refusal
+    return None
+
+
+def joined(frames: list[bytes]) -> bytes:
+    """A message as a file of the corpus."""
+    return SEPARATOR.join(frames)
+
+
+def split(data: bytes) -> list[bytes]:
+    """The frames of a file of the corpus."""
+    return data.split(SEPARATOR)
