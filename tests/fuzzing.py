@@ -5,8 +5,11 @@ Decoders, and the kinds of messages that each lets pass, are those of the protoc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import get_args, get_type_hints
+
+import numpy as np
 
 from hrpro.engine import protocol
 from hrpro.engine.feeds import error_message
@@ -37,11 +40,29 @@ def decoded(name: str, frames: list[bytes]) -> Message | None:
         refusal = error_message(error)
     else:
         assert type(message) in KINDS[name], message
+        assert_valid(message)
         again = protocol.encode(message)
         assert protocol.encode(decode(again)) == again, message
         return message
     assert refusal.code in ERROR_CODES and protocol.encode(refusal), refusal
     return None
+
+
+def assert_valid(message: Message) -> None:
+    """What holds of the fields of every message, said once more and otherwise than in its class."""
+    for name, value in vars(message).items():
+        values = value if isinstance(value, tuple) else (value,)
+        for each in values:
+            if isinstance(each, float):
+                assert math.isfinite(each), message
+            elif isinstance(each, int):
+                assert 0 <= each <= 2**53, message
+            elif isinstance(each, str):
+                assert 0 < len(each.encode()) <= 4096, message
+                if name in ("label", "classes", "stream", "token", "canary_streams"):
+                    assert len(each) <= 64 and "/" not in each and min(each) >= " ", message
+            else:
+                assert each is None or isinstance(each, dict | np.ndarray), message
 
 
 def joined(frames: list[bytes]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from hrpro.engine.wire import MAX_INDEX
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "protocol").iterdir())
 # Modest, and the same on each machine; tests/fuzz_decoders.py is for more.
-fuzz = settings(max_examples=400, deadline=None)
+fuzz = settings(max_examples=300, deadline=None)
 
 
 def test_every_message_has_its_decoder() -> None:
@@ -124,6 +125,29 @@ def frame_changes(draw: st.DrawFn) -> Change:
 
 
 changes = st.lists(header_changes() | byte_changes() | frame_changes(), min_size=1, max_size=3)
+
+
+EDGES: list[Any] = [
+    ..., None, True, False, -(2**63), -1, 0, 1, 2, 6, 2**31 - 1, 2**31, 2**53, 2**53 + 1, 2**64 - 1,
+    0.0, -1.5, 1e300, math.nan, math.inf, -math.inf, "", "a", "a/b", "a\n", "ä" * 64, "a" * 2000,
+    b"", b"cam1", [], [1], ["a/b"], [""], [None], [[]], [6], [2, 3], [3, 2], [1, 6], [-2, -3],
+    ["a"], [1, 2, 3], [2.0, 3.0], [2**31 - 1] * 2, [2**63] * 2, {}, {"a": 1}, {"a": []}, {"a": 1.5},
+    [{}], [{"a": "b"}], [{"a": None}], msgpack.ExtType(5, b"x"), msgpack.Timestamp(1, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", SAMPLES.values(), ids=SAMPLES)
+def test_every_field_with_values_of_all_kinds(message: Message) -> None:
+    frames = protocol.encode(message)
+    at, header = header_of(frames)
+    assert header is not None
+    for field in header:
+        for value in EDGES:
+            changed = {**header, field: value}
+            if value is ...:
+                del changed[field]
+            for name in DECODERS:
+                decoded(name, [*frames[:at], packed(changed), *frames[at + 1 :]])
 
 
 @fuzz
