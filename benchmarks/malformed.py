@@ -261,5 +261,7 @@ def on_control(r: Random, target: Target) -> Frames:
 def on_events(r: Random, *_: object) -> Frames:
     """What is no subscription, or one to nothing. There are few topics: ZeroMQ keeps them."""
     kinds = [b"", b"\x00x", b"\x02x", b"\xff" * r.randrange(2000), b"\x01", b"\x01welcome/"]
-    frame = r.choice([*kinds, b"\x01welcome/a b/", b"\x01final/%d/" % r.randrange(100)])
+    asked = [b"welcome/a b/", b"replay/a/-1/*/", b"replay/a/%d/*/" % 2**64, b"open/a/b/c/"]
+    topic = r.choice([*asked, b"final/%d/" % r.randrange(100)])
+    frame = r.choice([*kinds, b"\x01" + topic])
     return r.choice([[frame], [frame, b"x"], [frame] * 10])

@@ -61,7 +61,7 @@ _log = logging.getLogger(__name__)
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
-# How much of a socket's reading goes to messages that are refused, of which there may be any number.
+# Of the reading of a socket, for messages that are refused: there may be any number of them.
 REFUSING_S = 0.0005
 # Each may ask for a page of the log, which takes up to some milliseconds.
 SUBSCRIPTIONS_PER_TURN = 20

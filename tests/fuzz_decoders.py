@@ -1,11 +1,11 @@
 """A coverage-guided fuzzer of the protocol's decoders, with atheris (the extra `fuzz`).
 
     python tests/fuzz_decoders.py -runs=1000000
-    python tests/fuzz_decoders.py -merge=1 tests/corpus/protocol build/fuzz/found
+    python tests/fuzz_decoders.py -merge=1 tests/corpus/protocol .fuzz/found
 
 Each input is the frames of a message, and goes through every decoder; what must come of it is in
 tests/fuzzing.py. The first command begins from the samples and the corpus, and writes what reaches
-new code to build/fuzz/found; the second takes the smallest of it into the corpus, which the tests
+new code to .fuzz/found; the second takes the smallest of it into the corpus, which the tests
 replay. Options are those of libFuzzer. An input that breaks something is written to crash-*, or
 timeout-* or oom-*.
 """
@@ -25,8 +25,8 @@ with atheris.instrument_imports(include=_GUIDING):
     from hrpro.engine import protocol
 
 CORPUS = Path(__file__).parent / "corpus" / "protocol"
-FOUND = Path("build") / "fuzz" / "found"
-SEEDS = Path("build") / "fuzz" / "seeds"
+FOUND = Path(".fuzz") / "found"
+SEEDS = Path(".fuzz") / "seeds"
 # The longest header is 4096 bytes, but what is wrong about one shows in fewer.
 DEFAULTS = ["-max_len=1024", "-timeout=2", "-rss_limit_mb=1024"]
 

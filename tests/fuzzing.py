@@ -17,12 +17,25 @@ from hrpro.engine.protocol import ERROR_CODES, Message, ProtocolError
 
 Decoder = Callable[[list[bytes]], Message]
 
-DECODERS: Mapping[str, Decoder] = {
-    name: getattr(protocol, name) for name in protocol.__all__ if name.startswith("decode_")
+_HINTS = {
+    name: get_type_hints(getattr(protocol, name))
+    for name in protocol.__all__
+    if name.startswith("decode_")
 }
 KINDS: Mapping[str, tuple[type[Message], ...]] = {
-    name: get_args(get_type_hints(decoder)["return"]) for name, decoder in DECODERS.items()
+    name: get_args(hints["return"]) for name, hints in _HINTS.items()
 }
+
+
+def _of_frames(name: str) -> Decoder:
+    """A decoder; one that takes a header alone takes the last frame."""
+    decoder = getattr(protocol, name)
+    if "frames" in _HINTS[name]:
+        return decoder
+    return lambda frames: decoder(b"".join(frames[-1:]))
+
+
+DECODERS: Mapping[str, Decoder] = {name: _of_frames(name) for name in _HINTS}
 # Between the frames of a message in a file of the corpus.
 SEPARATOR = b"\n--\n"
 
@@ -61,6 +74,8 @@ def assert_valid(message: Message) -> None:
                 assert 0 < len(each.encode()) <= 4096, message
                 if name in ("label", "classes", "stream", "token", "canary_streams"):
                     assert len(each) <= 64 and "/" not in each and min(each) >= " ", message
+            elif isinstance(each, Message):
+                assert_valid(each)
             else:
                 assert each is None or isinstance(each, dict | np.ndarray), message
 
