@@ -47,7 +47,8 @@ def main() -> None:
         for name, message in SAMPLES.items():
             (SEEDS / name).write_bytes(joined(protocol.encode(message)))
         options += [str(FOUND), str(CORPUS), str(SEEDS)]
-    atheris.Setup([sys.argv[0], *DEFAULTS, *options], one_input)
+    # libFuzzer starts the first argument, as a command, to merge.
+    atheris.Setup([f"{sys.executable} {__file__}", *DEFAULTS, *options], one_input)
     atheris.Fuzz()
 
 
