@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hrpro.clients import FeatureFeeder
+from hrpro.clients.connection import Deadline
 from hrpro.clients.engine_process import running_engine
 from hrpro.engine import protocol
 from hrpro.engine.protocol import Chunk, Hello
@@ -92,11 +93,12 @@ def _read_all(peer: zmq.Socket[bytes]) -> None:
             peer.recv_multipart(zmq.NOBLOCK)
 
 
-def waits_ms(feeder: FeatureFeeder, dim: int, seconds: float) -> np.ndarray:
+def waits_ms(feeder: FeatureFeeder, dim: int, over: Callable[[], bool]) -> np.ndarray:
     """From a snippet to its Ack, each."""
     rows = np.random.default_rng(1).normal(size=(4096, dim)).astype(np.float32)
-    waits, until_s = [], time.monotonic() + seconds
-    while (began_s := time.monotonic()) < until_s:
+    waits = []
+    while not over():
+        began_s = time.monotonic()
         feeder.send(rows[feeder.next_index % len(rows)])
         feeder.flush()
         waits.append(time.monotonic() - began_s)
@@ -127,7 +129,8 @@ def main() -> None:
             with FeatureFeeder(
                 addresses.feed, f"good-{name}", manifest.feature_dim, manifest.clock
             ) as feeder:
-                waits = waits_ms(feeder, manifest.feature_dim, options.seconds)
+                deadline = Deadline(options.seconds)
+                waits = waits_ms(feeder, manifest.feature_dim, deadline.passed)
                 feeder.end()
             if process is not None:
                 process.kill()

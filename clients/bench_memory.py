@@ -131,7 +131,7 @@ def measure_growth(
         feeder_process(engine.addresses.feed, recording, bundle.manifest.clock) as feeder,
     ):
         while fed < snippets:
-            _feed_once(feeder, streams, guests, each)
+            feed_once(feeder, streams, guests, each)
             fed += each * (streams + guests)
             points.append((fed, resident_bytes(engine.pid)))
             progress(each * (streams + guests))
@@ -139,6 +139,7 @@ def measure_growth(
     return Growth(x, y)
 
 
-def _feed_once(feeder: FeederProcess, streams: int, guests: int, snippets: int) -> None:
+def feed_once(feeder: FeederProcess, streams: int, guests: int, snippets: int) -> None:
+    """So many further snippets of each stream that goes on, and of each that begins and ends."""
     feeder.feed(Feed("cam", streams, snippets, _CHUNK_SNIPPETS, end=False))
     feeder.feed(Feed("guest", guests, snippets, _CHUNK_SNIPPETS))

@@ -61,6 +61,8 @@ _log = logging.getLogger(__name__)
 
 # A few milliseconds of reading: peers wait for the others' messages at most that long.
 MESSAGES_PER_TURN = 200
+# Of the reading of a socket, for messages that are refused: there may be any number of them.
+REFUSING_S = 0.0005
 # Each may ask for a page of the log, which takes up to some milliseconds.
 SUBSCRIPTIONS_PER_TURN = 20
 
@@ -94,6 +96,7 @@ class Server:
     ) -> None:
         self.counters = Counters()
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
+        self._refusals = 0  # all of them
         self.turn_began_s: float | None = None  # monotonic; None while it waits for messages
         self._pipeline = pipeline
         self._deployer = deployer
@@ -293,11 +296,18 @@ class Server:
         handle: Callable[[list[bytes]], None],
         at_most: int = MESSAGES_PER_TURN,
     ) -> None:
+        """So many messages, fewer where some are refused."""
+        refusing_s = 0.0
         for _ in range(at_most):
+            refusals, began_s = self._refusals, time.monotonic()
             frames = sockets.receive(source)
             if frames is None:
                 return
             handle(frames)
+            if self._refusals > refusals:
+                refusing_s += time.monotonic() - began_s
+                if refusing_s > REFUSING_S:
+                    return
 
     def _publish(self) -> None:
         holds = self._outbox.waits_for is not None
@@ -443,6 +453,7 @@ class Server:
     def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
         if isinstance(message, Error) and message.code != DEPLOY_REFUSED:
             self.refused[message.code] += 1
+            self._refusals += 1
             # From a recoverable one the feeder goes on by itself, after each start of the engine.
             recoverable = message.code in protocol.RECOVERABLE_CODES
             self._peer_log.say(

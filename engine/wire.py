@@ -41,6 +41,9 @@ MAX_INDEX = 2**53
 MAX_FIRST_INDEX = 2**52
 MAX_COUNT = 2**31 - 1
 MAX_LIST = 65_536
+# Room for what lists claim to hold, one in another, grows with the square of a header's length. Up
+# to here, as headers usually are, it is not worth a look.
+_SHORT_HEADER_BYTES = 256
 
 ERROR_CODES: Mapping[str, str] = {
     "bad_message": "the frames or fields break the protocol",
@@ -246,14 +249,16 @@ def pack_header(header: Mapping[str, object]) -> bytes:
 def unpack_header(frame: bytes, longest_bytes: int) -> dict[str, Any]:
     """The header map of a frame, its keys known to be distinct texts.
 
-    Nothing is unpacked from a frame of more than `longest_bytes`, so that nested empty arrays
-    cannot grow into a multiple of what was received. Raises ProtocolError.
+    Nothing is unpacked from a frame of more than `longest_bytes`, nor from one whose lists and maps
+    are not there in full: what is unpacked is bounded by what was received. Raises ProtocolError.
     """
     if len(frame) > longest_bytes:
         raise ProtocolError(
             f"header: expected at most {longest_bytes} bytes, came {len(frame)}", "too_large"
         )
     try:
+        if len(frame) > _SHORT_HEADER_BYTES:
+            _pass_over(frame)
         header = msgpack.unpackb(
             frame,
             raw=False,
@@ -262,7 +267,7 @@ def unpack_header(frame: bytes, longest_bytes: int) -> dict[str, Any]:
             max_str_len=longest_bytes,
             max_bin_len=longest_bytes,
             max_ext_len=longest_bytes,
-            # An entry has a byte at least; room for what a list claims to hold is made at once.
+            # An entry has a byte at least.
             max_array_len=min(MAX_LIST, len(frame)),
             max_map_len=1024,
         )
@@ -272,6 +277,13 @@ def unpack_header(frame: bytes, longest_bytes: int) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ProtocolError(f"header: expected one msgpack map, came {shown(header)}")
     return header
+
+
+def _pass_over(frame: bytes) -> None:
+    """Raises as unpacking does where something is missing, without making room for it first."""
+    unpacker = msgpack.Unpacker(max_buffer_size=len(frame))
+    unpacker.feed(frame)
+    unpacker.skip()
 
 
 def _map_of_distinct_texts(pairs: list[tuple[object, object]]) -> dict[str, object]:

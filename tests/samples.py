@@ -152,7 +152,7 @@ def decode(message: Message, frames: list[bytes]) -> Message:
 def same(left: Message, right: Message) -> bool:
     if isinstance(left, Chunk) and isinstance(right, Chunk):
         place = (left.stream, left.first_index) == (right.stream, right.first_index)
-        return place and np.array_equal(left.features, right.features)
+        return place and np.array_equal(left.features, right.features, equal_nan=True)
     return left == right
 
 

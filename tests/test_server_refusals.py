@@ -265,6 +265,17 @@ def test_a_flood_of_nonsense_leaves_room_for_others() -> None:
         hear_until(good, Ended("cam", 8, 8, 8))
 
 
+def test_a_turn_ends_its_reading_after_some_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hrpro.engine.server.REFUSING_S", 0.0)
+    with new_server(TinyPipeline()) as server, RawPeer(server.feed_address) as bad:
+        bad.say(*[[b"\xc1"]] * 50)
+        for turn in range(50):
+            assert server.counters.messages_refused == turn
+            assert server._feed.poll(PATIENCE_S * 1000)
+            server._turn()
+        assert server.counters.messages_refused == 50
+
+
 # ---- control -----------------------------------------------------------------------------------
 
 
