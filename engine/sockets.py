@@ -26,9 +26,8 @@ BYTES_TO_READ = 64 * 2**20
 FEWEST_TO_READ = 256
 # No message has more frames, with its envelope, than 3; one more is kept to see that it has.
 MAX_FRAMES = 4
-# As plain integers: pyzmq's own are enumerations, which take longer to add than a frame to send.
-_NOBLOCK = int(zmq.NOBLOCK)
-_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+# Joined once: that takes longer than to send a frame.
+_NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
 def messages_to_read(max_frame_bytes: int) -> int:
@@ -88,12 +87,12 @@ def receive(source: zmq.Socket[bytes]) -> list[bytes] | None:
     None when no message waits.
     """
     try:
-        frame = source.recv(_NOBLOCK, copy=False)
+        frame = source.recv(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
     frames = [frame.bytes]
     while frame.more:
-        frame = source.recv(_NOBLOCK, copy=False)
+        frame = source.recv(zmq.NOBLOCK, copy=False)
         if len(frames) < MAX_FRAMES:
             frames.append(frame.bytes)
     return frames
@@ -104,7 +103,7 @@ def try_send(target: zmq.Socket[bytes], frames: list[bytes]) -> bool:
     try:
         for frame in frames[:-1]:
             target.send(frame, _NOBLOCK_MORE)
-        target.send(frames[-1], _NOBLOCK)
+        target.send(frames[-1], zmq.NOBLOCK)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
             raise

@@ -13,12 +13,14 @@ import pytest
 from commands import PATIENCE_S, environment, hrpro, hrpro_json
 
 from hrpro.clients.bench_bundle import material
+from hrpro.clients.bench_cameras import ChunkHeader
 from hrpro.clients.bench_engine import Published, added_latency_ms
 from hrpro.clients.bench_engine_process import Calls
 from hrpro.clients.bench_feeder import Fed
 from hrpro.clients.bench_incremental import Machine, StepCost
 from hrpro.clients.bench_incremental import figures as incremental_figures
 from hrpro.clients.bench_memory import Growth, median_slope, resident_bytes
+from hrpro.engine import protocol
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.messages import FinalProposal, StreamNotice
 from hrpro.export.bundle import Bundle
@@ -54,6 +56,15 @@ def test_added_latency_is_without_the_time_of_inference() -> None:
     added, whole = added_latency_ms(fed, published, calls)
     assert added.tolist() == [1000.0, 250.0, 0.0]
     assert whole.tolist() == [2000.0, 750.0, 250.0]
+
+
+@pytest.mark.parametrize("first_index", [0, 127, 128, 255, 256, 65536, 2**32, 2**53 - 1])
+def test_the_header_of_a_cameras_chunk_is_the_protocols(first_index: int) -> None:
+    # A stream named like the field, whose name is what the index is found by.
+    for stream in ("cam0", "first_index"):
+        chunk = protocol.Chunk(stream, first_index, np.ones((1, 2048), dtype=np.float32))
+        header, _ = protocol.encode(chunk)
+        assert ChunkHeader(stream, 2048).of(first_index) == header
 
 
 @pytest.mark.parametrize(
