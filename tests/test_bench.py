@@ -91,6 +91,7 @@ def test_figures_of_the_table_of_steps_and_windows() -> None:
         return {
             "past": past, "batch": batch, "hop": hop, "step_ms_per_snippet": step_ms,
             "window_ms_per_snippet": window_ms, "gflop_per_s": 60.0, "plain_gflop_per_s": 80.0,
+            "chain_gflop_per_s": 75.0,
         }  # fmt: skip
 
     table = [row(32, 16, 1, 2, 70), row(64, 16, 1, 2.5, 150), row(64, 16, 8, 2, 20)]
@@ -100,18 +101,20 @@ def test_figures_of_the_table_of_steps_and_windows() -> None:
         "speedup_hop8": 10.0,
         "flatness": 1.5,
         "limit_share": 0.75,
+        "chain_share": 0.8,
     }
     assert incremental_figures(table[:2]) == {
         "speedup_hop1": 60.0,
         "speedup_hop8": None,
         "flatness": None,
         "limit_share": None,
+        "chain_share": None,
     }
 
 
 def test_what_a_step_would_take_for_products_and_for_what_it_reads() -> None:
     cost = StepCost(gflop=0.1, weights_bytes=300e6, caches_bytes=4e6)
-    bounds_ms = cost.bounds_ms(Machine(gflop_per_s=50, gb_per_s=10))
+    bounds_ms = cost.bounds_ms(Machine(gflop_per_s=50, gb_per_s=10, chain_gflop_per_s=40))
     assert bounds_ms == pytest.approx({"products": 2.0, "weights": 30.0, "caches": 0.4})
 
 
@@ -193,6 +196,7 @@ def test_steps_beside_windows() -> None:
         "speedup_hop8": pytest.approx(rows[64, 16, 8]["speedup"]),
         "flatness": None,
         "limit_share": None,
+        "chain_share": None,
         "rounds": 1,
     }
     # Two blocks: query, keys, values, output, feed-forward; and heads, the old keys and its own.
