@@ -9,12 +9,9 @@ came of it published. Streams may drop: nobody waits for an engine that cannot k
 from __future__ import annotations
 
 import contextlib
-import heapq
-import json
+import itertools
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from array import array
@@ -23,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import zmq
 from numpy.typing import NDArray
@@ -30,6 +28,7 @@ from numpy.typing import NDArray
 from hrpro.clients.bench_engine import cpu_seconds
 from hrpro.clients.bench_engine_process import Calls, bench_engine, read_calls
 from hrpro.clients.bench_memory import resident_bytes
+from hrpro.clients.bench_process import Work, told_process, work_as_told
 from hrpro.clients.connection import Connection
 from hrpro.engine import protocol
 from hrpro.engine.config import EngineConfig
@@ -40,6 +39,11 @@ from hrpro.export.bundle import Bundle
 
 # Cameras that share a connection: a feeder for each would need more of the machine than the engine.
 _STREAMS_A_CONNECTION = 100
+_INDEX = msgpack.packb("first_index")
+# So many are sent at most, if it is late, before it looks what was answered.
+_SENT_UNREAD = 64
+# It looks so often whether something is due or was answered: latencies seem as much longer.
+_TICK_S = 0.001
 # All streams of a round begin at once, as no cameras do: what comes of the first seconds is not
 # counted.
 _SETTLE_S = 15.0
@@ -107,10 +111,16 @@ def measure_cameras(
         with tempfile.NamedTemporaryFile() as calls:
             with (
                 bench_engine(bundle.folder, config, Path(calls.name)) as engine,
-                _feeder(engine.addresses.feed, recording, bundle.manifest.clock) as ask,
+                told_process(
+                    "hrpro.clients.bench_cameras",
+                    engine.addresses.feed,
+                    recording,
+                    bundle.manifest.clock,
+                ) as feeder,
             ):
                 empty_bytes = resident_bytes(engine.pid)
-                live = ask(count, seconds, engine.pid)
+                feeder.begin([count, seconds, engine.pid])
+                live = Live(**feeder.finish())
                 rss_bytes = resident_bytes(engine.pid) - empty_bytes
             figures = _figures(live, rss_bytes, read_calls(Path(calls.name)))
         if progress is not None:
@@ -122,41 +132,32 @@ def measure_cameras(
     return {**best, "told_bytes_per_stream": told, "cores": os.cpu_count()}
 
 
-@contextlib.contextmanager
-def _feeder(
-    address: str, recording: Path, clock: SnippetClock
-) -> Iterator[Callable[[int, float, int], Live]]:
-    """A feeder as a process of its own; it is asked for streams and seconds, see `_Cameras.run`."""
-    command = [sys.executable, "-m", "hrpro.clients.bench_cameras", address, str(recording)]
-    command += [str(clock.frames_per_s), str(clock.snippet_frames)]
-    process = subprocess.Popen(  # noqa: S603 - this very interpreter
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def ask(streams: int, seconds: float, engine: int) -> Live:
-        print(json.dumps([streams, seconds, engine]), file=process.stdin, flush=True)
-        line = process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise NoReplyError(f"the feeder of the benchmark left: exit {process.wait()}")
-        return Live(**json.loads(line))
-
-    try:
-        yield ask
-    finally:
-        process.kill()
-        process.communicate()
-
-
 # ---- in the process ------------------------------------------------------------------------------
+
+
+class ChunkHeader:
+    """The headers of a stream's chunks of one snippet (1, D): that of the first one, with the
+    index of another put in."""
+
+    def __init__(self, stream: str, feature_dim: int) -> None:
+        features = np.zeros((1, feature_dim), dtype=np.float32)
+        header, _ = protocol.encode(Chunk(stream, 0, features))
+        # The key and a 0: a stream may have the name of the key.
+        before, _, self._behind = header.partition(_INDEX + b"\0")
+        self._before = before + _INDEX
+
+    def of(self, first_index: int) -> bytes:
+        """As `protocol.encode` would write it."""
+        return b"".join((self._before, msgpack.packb(first_index), self._behind))
 
 
 class _Camera:
     """A stream; ``sent_s`` has when each snippet was sent, of those that are not answered."""
 
-    def __init__(self, name: str, connection: Connection, offset: int, phase: float) -> None:
-        self.name = name
+    def __init__(
+        self, header: ChunkHeader, connection: Connection, offset: int, phase: float
+    ) -> None:
+        self.header = header
         self.connection = connection
         self.offset = offset
         self.phase = phase  # of its snippets, in [0, 1) of their time
@@ -169,11 +170,13 @@ class _Camera:
 
 
 class _Cameras:
-    """Feeds more and more streams at their pace."""
+    """Feeds streams at their pace. What it spends is taken from the engine's machine: it makes
+    of messages no more than it needs."""
 
     def __init__(self, address: str, recording: NDArray[np.float32], clock: SnippetClock) -> None:
         self._address = address
-        self._recording = recording
+        self._feature_dim = recording.shape[1]
+        self._rows = [row.tobytes() for row in recording]
         self._clock = clock
         self._cameras: dict[str, _Camera] = {}
         self._connections: list[Connection] = []
@@ -221,91 +224,94 @@ class _Cameras:
             connection = Connection(zmq.DEALER, self._address, {zmq.SNDHWM: 100_000})
             self._connections.append(connection)
             self._poller.register(connection.socket, zmq.POLLIN)
-        offset = n * 389 % len(self._recording)
-        camera = _Camera(name, self._connections[-1], offset, float(self._random.random()))
+        header, offset = ChunkHeader(name, self._feature_dim), n * 389 % len(self._rows)
+        camera = _Camera(header, self._connections[-1], offset, float(self._random.random()))
         self._cameras[name] = camera
-        D, frames_per_s, frames = self._recording.shape[1], *self._rate()
-        hello = Hello(name, D, frames_per_s, frames, 0, "drop_oldest")
+        frames_per_s, frames = self._clock.frames_per_s, self._clock.snippet_frames
+        hello = Hello(name, self._feature_dim, frames_per_s, frames, 0, "drop_oldest")
         camera.connection.socket.send_multipart(protocol.encode(hello))
-
-    def _rate(self) -> tuple[float, int]:
-        return self._clock.frames_per_s, self._clock.snippet_frames
 
     def _wait_open(self) -> None:
         until_s = time.monotonic() + _SILENCE_S
         while not all(each.credit for each in self._cameras.values()):
-            self._read(1.0)
+            self._read()
             if time.monotonic() > until_s:
                 raise NoReplyError(f"expected all streams to be open within {_SILENCE_S:.0f} s")
 
     def _send(self, seconds: float) -> tuple[int, float]:
         """Returns how many snippets were sent, and by how much the last one was late."""
-        snippet_s = self._clock.snippet_s
-        began_s = time.monotonic()
-        due = [(began_s + each.phase * snippet_s, name) for name, each in self._cameras.items()]
-        heapq.heapify(due)
         sent, late_s = 0, 0.0
-        while due[0][0] < began_s + seconds:
-            now_s = time.monotonic()
-            while due[0][0] <= now_s:
-                due_s, name = due[0]
-                self._send_snippet(self._cameras[name])
-                heapq.heapreplace(due, (due_s + snippet_s, name))
-                sent += 1
-                late_s = now_s - due_s
-                if sent % 16 == 0:
-                    break
-            self._read(max(0.0, due[0][0] - time.monotonic()))
+        for due_s, camera in self._schedule(time.monotonic(), seconds):
+            while (left_s := due_s - time.monotonic()) > 0:
+                self._read()
+            self._send_snippet(camera)
+            sent, late_s = sent + 1, -left_s
+            if sent % _SENT_UNREAD == 0:
+                self._read()
         return sent, late_s
+
+    def _schedule(self, began_s: float, seconds: float) -> Iterator[tuple[float, _Camera]]:
+        """When which camera has a snippet: each has its phase, and all have one pace."""
+        in_turn = sorted(self._cameras.values(), key=lambda each: each.phase)
+        for n in itertools.count():
+            for camera in in_turn:
+                after_s = (n + camera.phase) * self._clock.snippet_s
+                if after_s >= seconds:
+                    return
+                yield began_s + after_s, camera
 
     def _listen(self) -> None:
         """What the last snippets were needed for is told in time, or it is too late."""
         until_s = time.monotonic() + 2 * self._clock.snippet_s
         while time.monotonic() < until_s:
-            self._read(0.05)
+            self._read()
 
     def _send_snippet(self, camera: _Camera) -> None:
-        at = (camera.offset + camera.sent) % len(self._recording)
-        chunk = Chunk(camera.name, camera.sent, self._recording[at : at + 1])
+        row = self._rows[(camera.offset + camera.sent) % len(self._rows)]
+        header = camera.header.of(camera.sent)
         camera.sent_s.append(time.monotonic())
         camera.sent += 1
-        camera.connection.socket.send_multipart(protocol.encode(chunk))
+        camera.connection.socket.send(header, zmq.SNDMORE)
+        camera.connection.socket.send(row)
 
-    def _read(self, wait_s: float) -> None:
-        ready = self._poller.poll(math.ceil(1000 * wait_s))
+    def _read(self) -> None:
+        """After a tick: many snippets and answers are dealt with at once."""
+        time.sleep(_TICK_S)
+        ready = self._poller.poll(0)
         now_s = time.monotonic()
-        for connection in self._connections if ready else ():
-            while (frames := connection.receive()) is not None:
-                self._on_reply(protocol.decode_feed_reply(frames), now_s)
+        for source, _ in ready:
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._on_reply(source.recv(zmq.NOBLOCK), now_s)
 
-    def _on_reply(self, reply: object, now_s: float) -> None:
-        match reply:
-            case Welcome():
-                camera = self._cameras[reply.stream]
-                camera.credit, camera.lookahead = reply.send_until, reply.lookahead_snippets
-                camera.answered = reply.lookahead_snippets  # of the first ones comes nothing
-            case Ack():
-                camera = self._cameras[reply.stream]
-                camera.dropped = reply.dropped
-                # Final are the scores of so many snippets; the newest that they need came last.
-                final = reply.send_until - camera.credit
-                newest = min(final + camera.lookahead, camera.sent) if final else 0
-                for n in range(camera.answered, newest):
-                    self._latency_s.append(now_s - camera.sent_s[n])
-                camera.answered = max(camera.answered, newest)
-            case Error():
-                raise StreamError(reply.code, reply.message, reply.next_index)
+    def _on_reply(self, frame: bytes, now_s: float) -> None:
+        fields = msgpack.unpackb(frame)
+        if fields["type"] == Ack.TYPE:  # all but all that come
+            self._on_ack(fields, now_s)
+            return
+        reply = protocol.decode_feed_reply([frame])
+        if isinstance(reply, Error):
+            raise StreamError(reply.code, reply.message, reply.next_index)
+        if isinstance(reply, Welcome):
+            camera = self._cameras[reply.stream]
+            camera.credit, camera.lookahead = reply.send_until, reply.lookahead_snippets
+            camera.answered = reply.lookahead_snippets  # of the first ones comes nothing
+
+    def _on_ack(self, fields: dict[str, Any], now_s: float) -> None:
+        camera = self._cameras[fields["stream"]]
+        camera.dropped = fields["dropped"]
+        # Final are the scores of so many snippets; the newest that they need came last.
+        final = fields["send_until"] - camera.credit
+        newest = min(final + camera.lookahead, camera.sent) if final else 0
+        for n in range(camera.answered, newest):
+            self._latency_s.append(now_s - camera.sent_s[n])
+        camera.answered = max(camera.answered, newest)
 
 
-def main() -> None:
-    """Until stdin is closed."""
-    address, features, frames_per_s, snippet_frames = sys.argv[1:]
-    clock = SnippetClock(float(frames_per_s), int(snippet_frames))
-    cameras = _Cameras(address, np.load(features), clock)
-    for line in sys.stdin:
-        live = cameras.run(*json.loads(line))
-        print(json.dumps(asdict(live)), flush=True)  # noqa: T201 - read by the other process
+def _cameras(address: str, recording: NDArray[np.float32], clock: SnippetClock) -> Work:
+    cameras = _Cameras(address, recording, clock)
+    return lambda order: asdict(cameras.run(*order))
 
 
 if __name__ == "__main__":
-    main()
+    work_as_told(_cameras)

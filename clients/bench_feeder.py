@@ -1,6 +1,4 @@
-"""A feeder of many streams in one process, for benchmarks: commands on stdin, answers on stdout.
-
-    python -m hrpro.clients.bench_feeder ADDRESS FEATURES.npy FRAMES_PER_S SNIPPET_FRAMES
+"""A feeder of many streams in one process, for benchmarks, see `hrpro.clients.bench_process`.
 
 One connection feeds all streams, by the protocol of docs/PROTOCOL.md: Hello, chunks within the
 credit, End, and back come Welcome, Ack and Ended. It has no answer to a lost connection:
@@ -10,10 +8,7 @@ credit, End, and back come Welcome, Ack and Ended. It has no answer to a lost co
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +19,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from hrpro.clients.bench_process import ToldProcess, Work, told_process, work_as_told
 from hrpro.clients.connection import Connection
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
@@ -77,21 +73,16 @@ class Fed:
 class FeederProcess:
     """The other end: tells a feeder's process what to do."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: ToldProcess) -> None:
         self._process = process
 
     def begin(self, feed: Feed) -> None:
         """Returns at once."""
-        assert self._process.stdin is not None
-        print(json.dumps(asdict(feed)), file=self._process.stdin, flush=True)
+        self._process.begin(asdict(feed))
 
     def finish(self) -> Fed:
         """Waits until what was begun is done. Raises NoReplyError where the feeder has failed."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise NoReplyError(f"the feeder of the benchmark left: exit {self._process.wait()}")
-        return Fed(**json.loads(line))
+        return Fed(**self._process.finish())
 
     def feed(self, feed: Feed) -> Fed:
         """Both."""
@@ -102,16 +93,8 @@ class FeederProcess:
 @contextlib.contextmanager
 def feeder_process(address: str, features: Path, clock: SnippetClock) -> Iterator[FeederProcess]:
     """A feeder as a process of its own, which ends with the block."""
-    command = [sys.executable, "-m", "hrpro.clients.bench_feeder", address, str(features)]
-    command += [str(clock.frames_per_s), str(clock.snippet_frames)]
-    process = subprocess.Popen(  # noqa: S603 - this very interpreter
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with told_process("hrpro.clients.bench_feeder", address, features, clock) as process:
         yield FeederProcess(process)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 # ---- in the process ------------------------------------------------------------------------------
@@ -262,15 +245,10 @@ class _Feeder:
                 stream.hop, stream.lookahead = reply.hop_snippets, reply.lookahead_snippets
 
 
-def main() -> None:
-    """Until stdin is closed."""
-    address, features, frames_per_s, snippet_frames = sys.argv[1:]
-    clock = SnippetClock(float(frames_per_s), int(snippet_frames))
-    feeder = _Feeder(address, np.load(features), clock)
-    for line in sys.stdin:
-        fed = feeder.run(Feed(**json.loads(line)))
-        print(json.dumps(asdict(fed)), flush=True)  # noqa: T201 - read by the other process
+def _feeder(address: str, recording: NDArray[np.float32], clock: SnippetClock) -> Work:
+    feeder = _Feeder(address, recording, clock)
+    return lambda order: asdict(feeder.run(Feed(**order)))
 
 
 if __name__ == "__main__":
-    main()
+    work_as_told(_feeder)

@@ -1,11 +1,15 @@
 """What a snippet costs by steps and by windows, and what bounds a step.
 
     for each length P of attention's past, a bundle with random weights:
-        B streams, hop 1 and 8:  a step with its gather and scatter  |  windows  |  a plain product
+        B streams, hop 1 and 8:  a step with its gather and scatter  |  windows  |  products
 
 All are measured in turn, on one thread, and medians are told. A step multiplies matrices, reads all
 weights once, and reads the caches of its streams once: what would take longest by itself, at the
 measured speed of a plain product and of memory, is what binds (the roofline).
+
+The plain product multiplies with one matrix again and again, which stays in the cache. Beside it is
+a chain of products with as many different matrices as the model's weights fill: no step can do
+better, since it reads each weight once, too.
 """
 
 from __future__ import annotations
@@ -47,8 +51,9 @@ Works = dict[Any, Callable[[], object]]
 class Machine:
     """What it can do at most, on one thread."""
 
-    gflop_per_s: float
+    gflop_per_s: float  # of a plain product
     gb_per_s: float
+    chain_gflop_per_s: float  # of products that read as many bytes as a step
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def figures(table: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "speedup_hop8": speedup(8),
         "flatness": ratio(long, short),
         "limit_share": ratio((*limit, "gflop_per_s"), (*limit, "plain_gflop_per_s")),
+        "chain_share": ratio((*limit, "gflop_per_s"), (*limit, "chain_gflop_per_s")),
     }
 
 
@@ -112,13 +118,16 @@ def _rows(bundle: Bundle, past: int, batches: Sequence[int], rounds: int) -> lis
     manifest = bundle.manifest
     assert manifest.step is not None
     reach, width = manifest.context_snippets + manifest.lookahead_snippets, manifest.embedding_width
-    spent_s = _in_turn(_works(bundle, batches, reach), rounds)
-    machine = Machine(
-        gflop_per_s=2 * _LIMIT_BATCH * width * width / spent_s["product"] / 1e9,
-        gb_per_s=2 * _COPIED_BYTES / spent_s["copy"] / 1e9,  # read, and written
-    )
     # Of the graph of windows: that of steps has some twice, for what is constant.
     weights_bytes = bundle.snippet_graph.stat().st_size
+    matrices = max(1, round(weights_bytes / (4 * width * width)))
+    spent_s = _in_turn(_works(bundle, batches, reach, matrices), rounds)
+    gflop = 2 * _LIMIT_BATCH * width * width / 1e9
+    machine = Machine(
+        gflop_per_s=gflop / spent_s["product"],
+        gb_per_s=2 * _COPIED_BYTES / spent_s["copy"] / 1e9,  # read, and written
+        chain_gflop_per_s=matrices * gflop / spent_s["chain"],
+    )
     caches_bytes = sum(4 * int(np.prod(shape)) for shape in manifest.step.state.values())
     rows = []
     for batch, hop in itertools.product(batches, HOPS):
@@ -150,6 +159,7 @@ def _row(cost: StepCost, machine: Machine, step_s: float, window_s: float) -> di
         "weights_bytes_per_snippet": cost.weights_bytes,
         "caches_bytes_per_snippet": cost.caches_bytes,
         "plain_gflop_per_s": machine.gflop_per_s,
+        "chain_gflop_per_s": machine.chain_gflop_per_s,
         "memory_gb_per_s": machine.gb_per_s,
         **{f"{name}_bound_ms": value for name, value in bounds_ms.items()},
         "binds": max(bounds_ms, key=lambda name: bounds_ms[name]),
@@ -167,9 +177,9 @@ def _config(inference: str) -> EngineConfig:
     return EngineConfig.model_validate({"threads": 1, "inference": inference})
 
 
-def _works(bundle: Bundle, batches: Sequence[int], reach: int) -> Works:
+def _works(bundle: Bundle, batches: Sequence[int], reach: int, matrices: int) -> Works:
     """All that is timed: the next hop of B streams is ("step", B, hop), so many windows in a batch
-    ("window", how many, hop)."""
+    ("window", how many, hop); a "chain" has so many matrices."""
     manifest = bundle.manifest
     config, window_config = _config("incremental"), _config("window")
     stepper, window_backend = (OnnxRuntimeBackend(bundle, each) for each in (config, window_config))
@@ -178,7 +188,8 @@ def _works(bundle: Bundle, batches: Sequence[int], reach: int) -> Works:
         steps = BareSteps(manifest, stepper, config, hop, max(batches))
         works |= {("step", batch, hop): _of(steps.run, batch) for batch in batches}
         # Beside the largest step of one snippet, which it is held against.
-        works.setdefault("product", _plain_product(_LIMIT_BATCH, manifest.embedding_width))
+        works.setdefault("product", _products(_LIMIT_BATCH, manifest.embedding_width, 1))
+        works.setdefault("chain", _products(_LIMIT_BATCH, manifest.embedding_width, matrices))
     for hop in HOPS:
         together = {_windows_together(batch, reach + hop) for batch in batches}
         windows = BareWindows(manifest, window_backend, reach + hop, max(together))
@@ -190,18 +201,26 @@ def _of(run: Callable[[int], object], count: int) -> Callable[[], object]:
     return lambda: run(count)
 
 
-def _plain_product(rows: int, width: int) -> Callable[[], object]:
-    """(rows, W) @ (W, W) by ONNX Runtime, whose second matrix is a weight as in the model."""
+def _products(rows: int, width: int, matrices: int) -> Callable[[], object]:
+    """(rows, W) @ (W, W) @ ... by ONNX Runtime, whose matrices are weights as in the model."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(0)
-    weight = random.standard_normal((width, width), dtype=np.float32)
+    # What comes of a product has the size of what goes into it.
+    deviation = np.float32(width**-0.5)
+    weights = [
+        deviation * random.standard_normal((width, width), dtype=np.float32)
+        for _ in range(matrices)
+    ]
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "weight"], ["y"])],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, width])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, width])],
-        [numpy_helper.from_array(weight, "weight")],
+        [
+            helper.make_node("MatMul", [f"x{n}", f"weight{n}"], [f"x{n + 1}"])
+            for n in range(matrices)
+        ],
+        "products",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [rows, width])],
+        [helper.make_tensor_value_info(f"x{matrices}", TensorProto.FLOAT, [rows, width])],
+        [numpy_helper.from_array(each, f"weight{n}") for n, each in enumerate(weights)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
@@ -210,7 +229,7 @@ def _plain_product(rows: int, width: int) -> Callable[[], object]:
         model.SerializeToString(), options, ["CPUExecutionProvider"]
     )
     x = random.standard_normal((rows, width), dtype=np.float32)
-    return lambda: session.run(None, {"x": x})
+    return lambda: session.run(None, {"x0": x})
 
 
 def _copy() -> Callable[[], object]:

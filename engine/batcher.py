@@ -47,29 +47,38 @@ class Batcher:
         self._max_wait_s = max_wait_s
         self._now_s = now_s
         self.sizes = batch_sizes(max_batch)
-        # In the order of their turn, with the time since when each waits for it.
-        self._waiting: dict[str, tuple[Stream, float]] = {}
+        # In the order of their turn, with the time since when each waits for it, and its windows.
+        self._waiting: dict[str, tuple[Stream, float, int]] = {}
+        self._windows = 0  # of all that wait
 
     def offer(self, stream: Stream) -> None:
         """Something of a stream has changed: it may have a window that can be computed, or not."""
-        if not stream.can_ask(stream.asked):
+        self._offer_from(stream, stream.asked)
+
+    def _offer_from(self, stream: Stream, first: int) -> None:
+        windows = stream.windows_from(first)
+        if not windows:
             self.withdraw(stream)
-        elif stream.stream not in self._waiting:
-            self._waiting[stream.stream] = stream, self._now_s()
+            return
+        before = self._waiting.get(stream.stream)
+        since_s, counted = (self._now_s(), 0) if before is None else before[1:]
+        self._waiting[stream.stream] = stream, since_s, windows
+        self._windows += windows - counted
 
     def withdraw(self, stream: Stream) -> None:
         """There is nothing to compute of it, or another bundle does."""
-        self._waiting.pop(stream.stream, None)
+        before = self._waiting.pop(stream.stream, None)
+        if before is not None:
+            self._windows -= before[2]
 
     def due_in_s(self) -> float | None:
         """When there is a batch to take; None if no stream waits."""
         if not self._waiting:
             return None
-        _, since_s = next(iter(self._waiting.values()))
-        left_s = since_s + self._max_wait_s - self._now_s()
-        if left_s > 0 and len(self._jobs()) == self._max_batch:
+        if self._windows >= self._max_batch:
             return 0.0
-        return max(0.0, left_s)
+        _, since_s, _ = next(iter(self._waiting.values()))
+        return max(0.0, since_s + self._max_wait_s - self._now_s())
 
     def take(self) -> list[Job]:
         """The windows of a batch that is due: one a stream, then further ones of those that have
@@ -80,24 +89,21 @@ class Batcher:
         jobs = jobs[: self.sizes[bisect.bisect(self.sizes, len(jobs)) - 1]]
         for job in jobs:
             self.withdraw(job.stream)
-        now_s = self._now_s()
-        last = {job.stream.stream: job for job in jobs}
-        for name, job in last.items():
-            if job.stream.can_ask(job.until):
-                self._waiting[name] = job.stream, now_s
+        for stream, until in {job.stream: job.until for job in jobs}.items():  # its last one
+            self._offer_from(stream, until)
         return jobs
 
     def _jobs(self) -> list[Job]:
         """Up to ``max_batch`` windows, in turn."""
         first_ones = itertools.islice(self._waiting.values(), self._max_batch)
-        in_turn = [(stream, stream.asked) for stream, _ in first_ones]
+        in_turn = [(stream, stream.asked, windows) for stream, _, windows in first_ones]
         jobs: list[Job] = []
         while in_turn and len(jobs) < self._max_batch:
             room = self._max_batch - len(jobs)
             chosen, in_turn = in_turn[:room], in_turn[room:]
-            for stream, first in chosen:
+            for stream, first, windows in chosen:
                 until = min(self._plan.counts_until(first), stream.ready_until())
                 jobs.append(Job(stream, first, until, self._plan.stop(first)))
-                if stream.can_ask(until):
-                    in_turn.append((stream, until))
+                if windows > 1:
+                    in_turn.append((stream, until, windows - 1))
         return jobs

@@ -203,7 +203,7 @@ class Feeds:
                 feed.heard_s = now_s  # it may have waited for this
             if state == feed.told:
                 continue
-            feed.reachable = self._send(feed.identity, Ack(name, *state))
+            feed.reachable = self._send(feed.identity, Ack.known(name, *state))
             feed.told = state if feed.reachable else None
 
     def on_ended(self, notice: StreamNotice) -> None:

@@ -1,13 +1,14 @@
 """All messages, as frozen dataclasses; docs/PROTOCOL.md says what each field means.
 
 A message checks its fields when it is made, whether from values or from bytes, so a message
-that exists is a valid one. `hrpro.engine.protocol` turns messages into frames and back.
+that exists is a valid one. `Message.known` alone leaves that to whoever makes it.
+`hrpro.engine.protocol` turns messages into frames and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ Policy = Literal["wait", "drop_oldest", "drop_newest"]
 NoticeKind = Literal["opened", "gap", "idle", "resumed", "ended"]
 EventKind = Literal["start", "update", "end", "retract"]
 LAST_KINDS: tuple[EventKind, ...] = ("end", "retract")
+_FLOAT32 = np.dtype(np.float32)
 
 
 def _wire(check: wire.Check, default: Any = MISSING) -> Any:
@@ -37,11 +39,14 @@ class Message:
     _CHECKS: ClassVar[tuple[tuple[str, str, wire.Check], ...]]
 
     def __post_init__(self) -> None:
-        for name, where, check in self._checks():
-            given = getattr(self, name)
-            value = wire.checked(where, check, given)
-            if value is not given:
-                object.__setattr__(self, name, value)
+        wire.check_fields(vars(self), self._checks())
+
+    @classmethod
+    def known(cls, *values: Any) -> Self:
+        """Of all fields in their order, which are known to fit: nothing is checked."""
+        message = object.__new__(cls)
+        vars(message).update(zip(cls.__match_args__, values, strict=True))
+        return message
 
     @classmethod
     def _checks(cls) -> tuple[tuple[str, str, wire.Check], ...]:
@@ -88,14 +93,17 @@ class Chunk(Message):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        where = f"stream {self.stream!r}, snippet {self.first_index}"
-        if not isinstance(self.features, np.ndarray) or self.features.dtype != np.float32:
+        if not isinstance(self.features, np.ndarray) or self.features.dtype != _FLOAT32:
             came = getattr(self.features, "dtype", type(self.features).__name__)
-            raise ProtocolError(f"{where}: expected a float32 array, came {came}", "wrong_dtype")
+            raise self._unfit(f"a float32 array, came {came}", "wrong_dtype")
         if self.features.ndim != 2 or self.features.size == 0:
-            raise ProtocolError(f"{where}: expected shape (n, D), came {self.features.shape}")
+            raise self._unfit(f"shape (n, D), came {self.features.shape}")
         if self.first_index + len(self.features) > wire.MAX_INDEX:
-            raise ProtocolError(f"{where}: expected indices up to {wire.MAX_INDEX}")
+            raise self._unfit(f"indices up to {wire.MAX_INDEX}")
+
+    def _unfit(self, expected: str, code: str = "bad_message") -> ProtocolError:
+        where = f"stream {self.stream!r}, snippet {self.first_index}"
+        return ProtocolError(f"{where}: expected {expected}", code)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ socket and lets only those messages pass that belong there:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -134,6 +135,8 @@ _CONTROL: tuple[type[ControlRequest], ...] = (
 _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, DeployReply, Error)
 
 
+_SHAPE = wire.listing(wire.size)
+_LITTLE_ENDIAN = np.dtype("<f4")
 # What of a message are frames of their own.
 _IN_FRAMES = {"features", "publications"}
 # The fields in the header of each kind of message, and whether a peer has to give them.
@@ -150,13 +153,14 @@ def encode(message: Message, **given: object) -> list[bytes]:
 
     Fields that are ``given`` take the place of the message's own, and are not checked.
     """
-    header: dict[str, object] = {"v": VERSION, "type": message.TYPE}
-    header |= {name: getattr(message, name) for name, _ in _FIELDS[message.TYPE]}
-    header |= given
+    header: dict[str, object] = {"v": VERSION, "type": message.TYPE, **vars(message), **given}
     if isinstance(message, Chunk):
+        del header["features"]
         header |= {"dtype": "float32", "shape": message.features.shape}
         return [wire.pack_header(header), message.features.astype("<f4", copy=False).tobytes()]
-    topic = _topic(message)
+    if isinstance(message, Page):
+        del header["publications"]
+    topic = _topic(message) if isinstance(message, _EVENTS) else None
     frames = [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
     if isinstance(message, Page):
         frames += [encode(publication)[1] for publication in message.publications]
@@ -239,7 +243,12 @@ def decode_logged(header: bytes) -> Publication:
     return _decode([header], _PUBLICATIONS, MAX_REPLY_HEADER_BYTES)
 
 
-def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_bytes: int) -> M:
+@functools.cache
+def _by_type(allowed: tuple[type[M], ...]) -> dict[object, type[M]]:
+    return {kind.TYPE: kind for kind in allowed}
+
+
+def _decode(frames: Sequence[bytes], allowed: tuple[type[M], ...], longest_header_bytes: int) -> M:
     if not frames:
         raise ProtocolError("message: expected a header frame, came none")
     header = wire.unpack_header(frames[0], longest_header_bytes)
@@ -248,8 +257,7 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
         raise ProtocolError(
             f"version: expected {VERSION}, came {wire.shown(header.get('v'))}", "version"
         )
-    kinds: dict[object, type[M]] = {kind.TYPE: kind for kind in allowed}
-    name = header.get("type")
+    kinds, name = _by_type(allowed), header.get("type")
     if not isinstance(name, str) or name not in kinds:
         expected = ", ".join(kind.TYPE for kind in allowed)
         raise ProtocolError(f"type: expected one of {expected}, came {wire.shown(name)}")
@@ -261,30 +269,29 @@ def _decode(frames: Sequence[bytes], allowed: Iterable[type[M]], longest_header_
         raise ProtocolError(f"{name}: expected {frame_count} frames, came {len(frames)}")
     elif kind is Chunk:
         body["features"] = _features(header, frames[1])
-    values = {
-        field_name: _required(header, field_name, name)
-        for field_name, is_required in _FIELDS[name]
-        if field_name in header or is_required
-    }
-    return kind(**values, **body)
+    for field_name, is_required in _FIELDS[name]:
+        if field_name in header:
+            body[field_name] = header[field_name]
+        elif is_required:
+            raise _missing(field_name, name)
+    return kind(**body)
 
 
-def _required(header: dict[str, Any], field_name: str, message_name: str) -> Any:
-    if field_name not in header:
-        raise ProtocolError(f"{message_name}: expected a field {field_name!r}, came none")
-    return header[field_name]
+def _missing(field_name: str, message_name: str) -> ProtocolError:
+    return ProtocolError(f"{message_name}: expected a field {field_name!r}, came none")
 
 
 def _features(header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
     """The (n, D) features of a chunk's second frame, looked at only once its length fits."""
-    dtype = _required(header, "dtype", "chunk")
+    for each in ("dtype", "shape"):
+        if each not in header:
+            raise _missing(each, "chunk")
+    dtype = header["dtype"]
     if dtype != "float32":
         raise ProtocolError(
             f"chunk.dtype: expected 'float32', came {wire.shown(dtype)}", "wrong_dtype"
         )
-    shape = wire.checked(
-        "chunk.shape", wire.listing(wire.size), _required(header, "shape", "chunk")
-    )
+    shape = wire.checked("chunk.shape", _SHAPE, header["shape"])
     if len(shape) != 2:
         raise ProtocolError(f"chunk.shape: expected [n, D], came {wire.shown(shape)}")
     expected_bytes = shape[0] * shape[1] * 4
@@ -292,7 +299,7 @@ def _features(header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
         raise ProtocolError(
             f"chunk: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
         )
-    return np.frombuffer(frame, "<f4").astype(np.float32, copy=False).reshape(shape)
+    return np.ndarray(shape, _LITTLE_ENDIAN, frame).astype(np.float32, copy=False)
 
 
 def max_frame_bytes(max_chunk_snippets: int, feature_dim: int) -> int:

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -187,9 +187,9 @@ class Server:
             poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
             while not (self._stop_requested or self._drained() or self._drain_overdue()):
-                poller.poll(self._idle_ms())
+                ready = {source for source, _ in poller.poll(self._idle_ms())}
                 self.turn_began_s = time.monotonic()
-                self._turn()
+                self._turn(ready)
                 self.turn_began_s = None
         if self._drained():
             for order in self._deployer.asked:
@@ -268,14 +268,19 @@ class Server:
 
     # ---- one turn ------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_reader.recv(4096)
-        self._read(self._feed, self._on_feed)
-        self._read(
-            self._events, lambda frames: self._outbox.answer(frames[0]), SUBSCRIPTIONS_PER_TURN
-        )
-        self._read(self._control, self._on_control)
+    def _turn(self, ready: Collection[object]) -> None:
+        """Of the sockets, only those are read that are ``ready``: an attempt is not free."""
+        if self._wake_reader.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wake_reader.recv(4096)
+        if self._feed in ready:
+            self._read(self._feed, self._on_feed)
+        if self._events in ready:
+            self._read(
+                self._events, lambda frames: self._outbox.answer(frames[0]), SUBSCRIPTIONS_PER_TURN
+            )
+        if self._control in ready:
+            self._read(self._control, self._on_control)
         for outcome in self._deployer.outcomes():
             self._deploy(outcome)
         if self._drain_requested and not self._feeds.draining:

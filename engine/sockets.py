@@ -26,6 +26,8 @@ BYTES_TO_READ = 64 * 2**20
 FEWEST_TO_READ = 256
 # No message has more frames, with its envelope, than 3; one more is kept to see that it has.
 MAX_FRAMES = 4
+# Joined once: that takes longer than to send a frame.
+_NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
 def messages_to_read(max_frame_bytes: int) -> int:
@@ -84,22 +86,24 @@ def receive(source: zmq.Socket[bytes]) -> list[bytes] | None:
 
     None when no message waits.
     """
-    frames: list[bytes] = []
     try:
-        frames.append(source.recv(zmq.NOBLOCK))
+        frame = source.recv(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
-    while source.get(zmq.RCVMORE):
-        frame = source.recv(zmq.NOBLOCK)
+    frames = [frame.bytes]
+    while frame.more:
+        frame = source.recv(zmq.NOBLOCK, copy=False)
         if len(frames) < MAX_FRAMES:
-            frames.append(frame)
+            frames.append(frame.bytes)
     return frames
 
 
 def try_send(target: zmq.Socket[bytes], frames: list[bytes]) -> bool:
     """Whether the frames were handed over. A peer that is gone or does not read is no error."""
     try:
-        target.send_multipart(frames, zmq.NOBLOCK)
+        for frame in frames[:-1]:
+            target.send(frame, _NOBLOCK_MORE)
+        target.send(frames[-1], zmq.NOBLOCK)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
             raise

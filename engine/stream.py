@@ -217,15 +217,16 @@ class Stream:
             raise self._error(
                 "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
-        if not np.isfinite(features).all():
-            at = first_index + int(np.isfinite(features).all(axis=1).argmin())
+        is_finite = np.isfinite(features)
+        if np.count_nonzero(is_finite) < features.size:  # quicker than all()
+            at = first_index + int(is_finite.all(axis=1).argmin())
             raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
 
     def append(self, first_index: int, features: NDArray[np.float32]) -> None:
         """Take a checked chunk: what is there already, or was given up, is a duplicate, and what
         there is no room for is dropped."""
         stop, room = first_index + len(features), self.send_until
-        fitting = min(max(first_index, room), stop) - first_index
+        fitting = len(features) if stop <= room else max(first_index, room) - first_index
         if fitting:
             repeated = self._snippets.write(first_index, features[:fitting], room)
             self.duplicates += repeated
@@ -285,8 +286,9 @@ class Stream:
 
     def resume(self) -> bool:
         """Whether a stream whose silence is processed goes on now."""
-        behind = max(self.next_index, self.came_until)
-        if not self.idle or self._flush_at is not None or behind == self.processed:
+        if not self.idle or self._flush_at is not None:
+            return False
+        if max(self.next_index, self.came_until) == self.processed:
             return False
         self.idle = False
         return True
@@ -329,9 +331,12 @@ class Stream:
         features[here.stop :] = 0
         valid[here.stop :] = False
 
-    def can_ask(self, first: int) -> bool:
-        """Whether the window for snippet ``first`` can be computed."""
-        return first < self.ready_until() and (self._skip is None or first < self._skip[0])
+    def windows_from(self, first: int) -> int:
+        """How many windows can be computed, from the one for snippet ``first`` on."""
+        until = self.ready_until()
+        if self._skip is not None and self._skip[0] < until:
+            until = self._skip[0]
+        return 0 if until <= first else self._plan.windows(first, until)
 
     def pass_over(self) -> tuple[Rows, Rows] | None:
         """Scores P (n, C) and embedding (n, W) in the place of dropped snippets that are next, for

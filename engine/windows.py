@@ -39,6 +39,10 @@ class WindowPlan:
         """One past the last snippet that the window for snippet ``processed`` needs."""
         return (processed // self.hop + 1) * self.hop + self.lookahead
 
+    def windows(self, first: int, until: int) -> int:
+        """How many give the scores of the snippets ``first <= t < until``, of one at least."""
+        return (until - 1) // self.hop - first // self.hop + 1
+
     def counts_until(self, processed: int) -> int:
         """One past the last snippet whose scores that window gives."""
         return self.stop(processed) - self.lookahead

@@ -27,7 +27,7 @@ import math
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -109,6 +109,18 @@ def checked(where: str, check: Check, value: object) -> Any:
         raise ProtocolError(f"{where}: expected {unfit}, came {shown(value)}") from None
 
 
+def check_fields(values: dict[str, Any], checks: Iterable[tuple[str, str, Check]]) -> None:
+    """Bring values into their normal form, in place; of each its name, its place and its check.
+
+    Raises ProtocolError naming the place.
+    """
+    for name, where, check in checks:
+        try:
+            values[name] = check(values[name])
+        except _Unfit as unfit:
+            raise ProtocolError(f"{where}: expected {unfit}, came {shown(values[name])}") from None
+
+
 def shown(value: object) -> str:
     """A bounded text of any value, for messages: peers may send anything."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"
@@ -176,6 +188,8 @@ def matching(pattern: str) -> Check:
     compiled = re.compile(pattern)
 
     def check(value: object) -> str:
+        if type(value) is str and compiled.fullmatch(value):  # all but all that come
+            return value
         if not isinstance(value, str) or not compiled.fullmatch(value):
             raise _Unfit(f"a text that matches {pattern}")
         return str(value)
@@ -220,7 +234,7 @@ def listing(inner: Check) -> Check:
     def check(value: object) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > MAX_LIST:
             raise _Unfit(f"a list of at most {MAX_LIST} entries")
-        return tuple(inner(entry) for entry in value)
+        return tuple([inner(entry) for entry in value])  # quicker than a generator
 
     return check
 

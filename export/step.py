@@ -164,14 +164,21 @@ def _attend(
         query = F.linear(asking, weight[:W], bias[:W])
         key, value = F.linear(rows, weight[W:], bias[W:]).chunk(2, dim=-1)
         known = F.linear(memory, weight[W:], bias[W:]).chunk(2, dim=-1)
-    known_key, known_value = (by_heads(each, block.heads) for each in known)
+    known_key, known_value = (by_heads(each[0], block.heads) for each in known)  # (H, C, W / H)
     query, key, value = (by_heads(each, block.heads) for each in (query, key, value))
     query = query * query.shape[-1] ** -0.5
     scores = torch.cat([query @ keys.mT, query @ key.mT], dim=-1)  # (B, H, n, capacity + n)
     scores = scores + torch.where(seen, 0.0, -torch.inf)[:, None]
-    scores = torch.cat([scores, query @ known_key.mT], dim=-1).softmax(dim=-1)
+    scores = torch.cat([scores, _with_all(query, known_key.mT)], dim=-1).softmax(dim=-1)
     capacity, n = keys.shape[2], key.shape[2]
     mixed = scores[..., :capacity] @ values
     mixed = mixed + scores[..., capacity : capacity + n] @ value
-    mixed = mixed + scores[..., capacity + n :] @ known_value
+    mixed = mixed + _with_all(scores[..., capacity + n :], known_value)
     return block.after_attention(asking, mixed.transpose(1, 2).flatten(2)), key, value
+
+
+def _with_all(rows: Tensor, constant: Tensor) -> Tensor:
+    """(B, H, n, x) @ (H, x, y) -> (B, H, n, y): one product a head, in place of one a stream."""
+    B, _, n, _ = rows.shape
+    by_head = rows.transpose(0, 1).flatten(1, 2)  # (H, B n, x)
+    return (by_head @ constant).unflatten(1, (B, n)).transpose(0, 1)

@@ -21,16 +21,17 @@ PLAN = WindowPlan(window=4, hop=1, context=3, lookahead=0, wait=1)
 class Source:
     """What a batcher sees of a stream."""
 
-    def __init__(self, name: str, ready: int) -> None:
+    def __init__(self, name: str, ready: int, plan: WindowPlan = PLAN) -> None:
         self.stream = name
+        self.plan = plan
         self.asked = 0
         self.ready = ready
 
     def ready_until(self) -> int:
         return self.ready
 
-    def can_ask(self, first: int) -> bool:
-        return first < self.ready
+    def windows_from(self, first: int) -> int:
+        return self.plan.windows(first, self.ready) if first < self.ready else 0
 
 
 class Clock:
@@ -168,8 +169,9 @@ def test_waiting_changes_nothing_but_the_size_of_batches(
 
 
 def test_a_job_says_what_it_gives() -> None:
-    batcher = Batcher(WindowPlan(window=12, hop=4, context=6, lookahead=2, wait=1), max_batch=4)
-    source = Source("a", 10)
+    plan = WindowPlan(window=12, hop=4, context=6, lookahead=2, wait=1)
+    batcher = Batcher(plan, max_batch=4)
+    source = Source("a", 10, plan)
     source.asked = 3
     offer(batcher, source)
     assert batcher.take() == [

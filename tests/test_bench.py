@@ -13,12 +13,14 @@ import pytest
 from commands import PATIENCE_S, environment, hrpro, hrpro_json
 
 from hrpro.clients.bench_bundle import material
+from hrpro.clients.bench_cameras import ChunkHeader
 from hrpro.clients.bench_engine import Published, added_latency_ms
 from hrpro.clients.bench_engine_process import Calls
 from hrpro.clients.bench_feeder import Fed
 from hrpro.clients.bench_incremental import Machine, StepCost
 from hrpro.clients.bench_incremental import figures as incremental_figures
 from hrpro.clients.bench_memory import Growth, median_slope, resident_bytes
+from hrpro.engine import protocol
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.messages import FinalProposal, StreamNotice
 from hrpro.export.bundle import Bundle
@@ -56,6 +58,15 @@ def test_added_latency_is_without_the_time_of_inference() -> None:
     assert whole.tolist() == [2000.0, 750.0, 250.0]
 
 
+@pytest.mark.parametrize("first_index", [0, 127, 128, 255, 256, 65536, 2**32, 2**53 - 1])
+def test_the_header_of_a_cameras_chunk_is_the_protocols(first_index: int) -> None:
+    # A stream named like the field, whose name is what the index is found by.
+    for stream in ("cam0", "first_index"):
+        chunk = protocol.Chunk(stream, first_index, np.ones((1, 2048), dtype=np.float32))
+        header, _ = protocol.encode(chunk)
+        assert ChunkHeader(stream, 2048).of(first_index) == header
+
+
 @pytest.mark.parametrize(
     ("y", "slope"),
     [
@@ -80,6 +91,7 @@ def test_figures_of_the_table_of_steps_and_windows() -> None:
         return {
             "past": past, "batch": batch, "hop": hop, "step_ms_per_snippet": step_ms,
             "window_ms_per_snippet": window_ms, "gflop_per_s": 60.0, "plain_gflop_per_s": 80.0,
+            "chain_gflop_per_s": 75.0,
         }  # fmt: skip
 
     table = [row(32, 16, 1, 2, 70), row(64, 16, 1, 2.5, 150), row(64, 16, 8, 2, 20)]
@@ -89,18 +101,20 @@ def test_figures_of_the_table_of_steps_and_windows() -> None:
         "speedup_hop8": 10.0,
         "flatness": 1.5,
         "limit_share": 0.75,
+        "chain_share": 0.8,
     }
     assert incremental_figures(table[:2]) == {
         "speedup_hop1": 60.0,
         "speedup_hop8": None,
         "flatness": None,
         "limit_share": None,
+        "chain_share": None,
     }
 
 
 def test_what_a_step_would_take_for_products_and_for_what_it_reads() -> None:
     cost = StepCost(gflop=0.1, weights_bytes=300e6, caches_bytes=4e6)
-    bounds_ms = cost.bounds_ms(Machine(gflop_per_s=50, gb_per_s=10))
+    bounds_ms = cost.bounds_ms(Machine(gflop_per_s=50, gb_per_s=10, chain_gflop_per_s=40))
     assert bounds_ms == pytest.approx({"products": 2.0, "weights": 30.0, "caches": 0.4})
 
 
@@ -182,6 +196,7 @@ def test_steps_beside_windows() -> None:
         "speedup_hop8": pytest.approx(rows[64, 16, 8]["speedup"]),
         "flatness": None,
         "limit_share": None,
+        "chain_share": None,
         "rounds": 1,
     }
     # Two blocks: query, keys, values, output, feed-forward; and heads, the old keys and its own.

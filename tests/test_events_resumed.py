@@ -240,7 +240,7 @@ def test_an_engine_that_cannot_log_does_not_spin(log: EventLog) -> None:
         peer.say(hello())
 
         def took_it() -> bool:
-            server._turn()
+            server._turn({server._feed})
             return bool(server.counters.snippets_in)
 
         log._rows("PRAGMA query_only = 1")  # whatever it is that does not let it write
@@ -248,14 +248,14 @@ def test_an_engine_that_cannot_log_does_not_spin(log: EventLog) -> None:
         wait_for(took_it)
         until_s = time.monotonic() + 0.3  # an Ack waits for 0.1 s at most
         while time.monotonic() < until_s:
-            server._turn()
+            server._turn({server._feed})
         assert server.state == "waiting"
-        server._turn()
+        server._turn({server._feed})
         assert server._idle_ms() > 0
         log._rows("PRAGMA query_only = 0")
 
         def logged_it() -> bool:
-            server._turn()
+            server._turn({server._feed})
             return log.newest == 1 + 2 * 12  # opened, and of each snippet an event and a final
 
         wait_for(logged_it)

@@ -68,6 +68,13 @@ def test_encoding_gives_the_documented_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
+def test_a_message_of_known_values_is_the_same(name: str) -> None:
+    message = SAMPLES[name]
+    known = type(message).known(*vars(message).values())
+    assert same(known, message) and protocol.encode(known) == protocol.encode(message)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
 def test_the_documented_bytes_decode(name: str) -> None:
     assert same(decode(SAMPLES[name], frames_of(documented()[name])), SAMPLES[name])
 

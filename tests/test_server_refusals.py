@@ -272,7 +272,7 @@ def test_a_turn_ends_its_reading_after_some_refusals(monkeypatch: pytest.MonkeyP
         for turn in range(50):
             assert server.counters.messages_refused == turn
             assert server._feed.poll(PATIENCE_S * 1000)
-            server._turn()
+            server._turn({server._feed})
         assert server.counters.messages_refused == 50
 
 
