@@ -301,7 +301,7 @@ def main() -> None:
     """Until stdin is closed."""
     address, features, frames_per_s, snippet_frames = sys.argv[1:]
     clock = SnippetClock(float(frames_per_s), int(snippet_frames))
-    cameras = _Cameras(address, np.load(features), clock)
+    cameras = _Cameras(address, np.load(features, allow_pickle=False), clock)
     for line in sys.stdin:
         live = cameras.run(*json.loads(line))
         print(json.dumps(asdict(live)), flush=True)  # noqa: T201 - read by the other process

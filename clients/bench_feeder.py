@@ -266,7 +266,7 @@ def main() -> None:
     """Until stdin is closed."""
     address, features, frames_per_s, snippet_frames = sys.argv[1:]
     clock = SnippetClock(float(frames_per_s), int(snippet_frames))
-    feeder = _Feeder(address, np.load(features), clock)
+    feeder = _Feeder(address, np.load(features, allow_pickle=False), clock)
     for line in sys.stdin:
         fed = feeder.run(Feed(**json.loads(line)))
         print(json.dumps(asdict(fed)), flush=True)  # noqa: T201 - read by the other process
