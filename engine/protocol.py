@@ -50,6 +50,7 @@ from hrpro.engine.messages import (
 )
 from hrpro.engine.wire import (
     ERROR_CODES,
+    LATER_CODES,
     RECOVERABLE_CODES,
     VERSION,
     HrproError,
@@ -60,6 +61,7 @@ from hrpro.engine.wire import (
 
 __all__ = [
     "ERROR_CODES",
+    "LATER_CODES",
     "MAX_ERROR_CHARACTERS",
     "MAX_REQUEST_HEADER_BYTES",
     "RECOVERABLE_CODES",
