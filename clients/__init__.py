@@ -6,6 +6,7 @@ Needs numpy, pyzmq and msgpack alone.
 from hrpro.clients.control import request_drain, request_status
 from hrpro.clients.feeder import FeatureFeeder
 from hrpro.clients.subscriber import EventSubscriber, ReplayError
+from hrpro.engine.client_key import ClientKey, KeyFileError, read_client_key
 from hrpro.engine.protocol import (
     ActionEvent,
     Ended,
@@ -21,11 +22,13 @@ from hrpro.engine.timebase import SnippetClock
 
 __all__ = [
     "ActionEvent",
+    "ClientKey",
     "Ended",
     "EventSubscriber",
     "FeatureFeeder",
     "FinalProposal",
     "HrproError",
+    "KeyFileError",
     "NoReplyError",
     "ProtocolError",
     "ReplayError",
@@ -33,6 +36,7 @@ __all__ = [
     "StreamError",
     "StreamNotice",
     "Welcome",
+    "read_client_key",
     "request_drain",
     "request_status",
 ]

@@ -66,7 +66,9 @@ def work_as_told(feeder: Callable[[str, NDArray[np.float32], SnippetClock], Work
     its clock."""
     address, features, frames_per_s, snippet_frames = sys.argv[1:]
     work = feeder(
-        address, np.load(features), SnippetClock(float(frames_per_s), int(snippet_frames))
+        address,
+        np.load(features, allow_pickle=False),
+        SnippetClock(float(frames_per_s), int(snippet_frames)),
     )
     for line in sys.stdin:
         print(json.dumps(work(json.loads(line))), flush=True)  # noqa: T201 - for the other process

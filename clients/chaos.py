@@ -86,7 +86,7 @@ def run_chaos(
     Raises EngineFailedError where the engine does not start, or what is left does not come.
     """
     names = tuple(f"cam{n}" for n in range(plan.streams))
-    features = np.load(recording)
+    features = np.load(recording, allow_pickle=False)
     expected = expected_of(bundle, config, features, names, plan.snippets)
     progress(f"{len(expected)} publications of {plan.streams} streams are expected")
     with contextlib.ExitStack() as stack:

@@ -129,7 +129,7 @@ def _feed(feeding: Feeding, stream: str, features: NDArray[np.float32]) -> None:
 
 def feed(feeding: Feeding) -> None:
     """Until all streams have ended."""
-    recording = np.load(feeding.recording)
+    recording = np.load(feeding.recording, allow_pickle=False)
     with ThreadPoolExecutor(len(feeding.streams)) as pool:
         for fed in [
             pool.submit(_feed, feeding, name, features_of(recording, name, feeding.snippets))

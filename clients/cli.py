@@ -24,6 +24,7 @@ from hrpro.clients import (
     cli_data,
     cli_deploy,
     cli_events,
+    cli_keys,
     cli_plot,
     cli_status,
     cli_stream_eval,
@@ -33,6 +34,7 @@ from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
     JsonFlag,
+    KeyFile,
     address_errors,
     console,
     progress,
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from hrpro.clients.subscriber import EventSubscriber
     from hrpro.engine.config import EngineConfig
     from hrpro.engine.pipeline import Pipeline
-    from hrpro.engine.serve import Addresses
+    from hrpro.engine.serve import Addresses, Doors
     from hrpro.export.bundle import Bundle
 
 app = typer.Typer(
@@ -61,6 +63,7 @@ app.add_typer(feed_app, name="feed")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
+app.add_typer(cli_keys.keys_app, name="keys")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
 
 app.command()(cli_training.train)
@@ -96,6 +99,17 @@ def serve(
     config: ConfigFile = None,
     set_: Assignments = None,
     trusted_key: cli_bundle.TrustedKey = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="Folder of keys (hrpro keys new): let nobody in without one."),
+    ] = None,
+    trusted_network: Annotated[
+        bool,
+        typer.Option(
+            "--trusted-network",
+            help="Serve without keys where others can reach it: they may do everything.",
+        ),
+    ] = False,
     follow: Annotated[
         Path | None, typer.Option(help="Deploy bundles that appear in this folder.")
     ] = None,
@@ -116,11 +130,13 @@ def serve(
     """Run the engine until SIGTERM. With a log, its streams go on when it is started again; without
     one they end, and what is left of them is published."""
     sides = {"feed": feed, "events": events, "control": control}
+    from hrpro.engine import serve as engine
+
+    doors = engine.Doors(keys, trusted_network)
     if check:
         read_bundle = partial(cli_bundle.read_checked, bundle, trusted_key)
-        _check(read_bundle, sides, metrics, config, set_ or [], as_json)
+        _check(read_bundle, sides, doors, metrics, config, set_ or [], as_json)
         return
-    from hrpro.engine import serve as engine
     from hrpro.engine.metrics import Metrics
     from hrpro.engine.metrics_http import metrics_server
 
@@ -144,7 +160,7 @@ def serve(
             for line in _ready_lines(bound, url, folder, pipeline, as_json):
                 say(line)
 
-        engine.serve(bundle, read, addresses, ready, follow, measured, folder)
+        engine.serve(bundle, read, addresses, ready, follow, measured, folder, doors)
 
 
 def _given(side: str, address: str | None) -> str:
@@ -156,6 +172,7 @@ def _given(side: str, address: str | None) -> str:
 def _check(
     read: Callable[[], Bundle],
     sides: Mapping[str, str | None],
+    doors: Doors,
     metrics: str | None,
     config: Path | None,
     assignments: Sequence[str],
@@ -163,7 +180,7 @@ def _check(
 ) -> None:
     from hrpro.clients import serve_check
 
-    problems, figures = serve_check.check(read, sides, metrics, config, assignments)
+    problems, figures = serve_check.check(read, sides, doors, metrics, config, assignments)
     if as_json:
         print(serve_check.as_json(problems, figures))
     else:
@@ -222,6 +239,7 @@ def feed_features(
     policy: Annotated[
         Policy, typer.Option(help="What becomes of snippets that the engine has no room for.")
     ] = "wait",
+    key: KeyFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Feed recorded features as live streams, named after their files, and end them."""
@@ -244,6 +262,7 @@ def feed_features(
             timeout_s=timeout,
             policy=policy,
             progress=advance,
+            key=key,
         )
     if as_json:
         streams = {name: said.next_index for name, said in ended.items()}
@@ -272,6 +291,7 @@ def watch(
     until_idle: Annotated[
         float | None, typer.Option(help="Leave when nothing came for so many seconds.")
     ] = None,
+    key: KeyFile = None,
 ) -> None:
     """Watch actions as they start, grow and end: a live table, or JSON lines."""
     from hrpro.clients.subscriber import EventSubscriber
@@ -282,7 +302,7 @@ def watch(
     with (
         contextlib.suppress(KeyboardInterrupt),
         address_errors(from_),
-        EventSubscriber(from_, stream=stream, label=label, since=since) as subscriber,
+        EventSubscriber(from_, stream=stream, label=label, since=since, key=key) as subscriber,
     ):
         _wait_for_engine(subscriber, from_)
         if jsonl is None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hrpro.clients.cli_shared import JsonFlag, address_errors, say
+from hrpro.clients.cli_shared import JsonFlag, KeyFile, address_errors, say
 from hrpro.engine.wire import HrproError
 
 
@@ -28,6 +28,7 @@ def deploy(
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the engine to load the bundle.", min=0)
     ] = 60.0,
+    key: KeyFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Let a running engine go on with another bundle, without an interruption."""
@@ -37,9 +38,9 @@ def deploy(
         raise HrproError("deploy: expected a bundle, with or without --canary, or --rollback alone")
     with address_errors(to):
         if bundle is None:
-            reply = request_roll_back(to, timeout)
+            reply = request_roll_back(to, timeout, key)
         else:
-            reply = request_deploy(to, bundle.absolute(), canary or [], timeout)
+            reply = request_deploy(to, bundle.absolute(), canary or [], timeout, key)
     if as_json:
         print(json.dumps(asdict(reply)))
         return

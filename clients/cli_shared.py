@@ -24,6 +24,15 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one setting, such as group.name=1."),
 ]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key",
+        envvar="HRPRO_KEY",
+        help="File with the key for an engine that has keys (hrpro keys new).",
+        dir_okay=False,
+    ),
+]
 DataFolder = Annotated[Path, typer.Option("--data", help="Data folder in the release's layout.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hrpro.clients.cli_shared import JsonFlag, address_errors, console, say
+from hrpro.clients.cli_shared import JsonFlag, KeyFile, address_errors, console, say
 from hrpro.engine.wire import HrproError, NoReplyError
 
 Control = Annotated[str, typer.Argument(help="Control address of the engine.")]
@@ -23,6 +23,7 @@ def status(
         float, typer.Option(help="Seconds from one look to the next.", min=0.1)
     ] = 1.0,
     timeout: Patience = 5.0,
+    key: KeyFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """A running engine and its streams: a live table until Ctrl-C."""
@@ -31,23 +32,25 @@ def status(
 
     with address_errors(control):
         if as_json:
-            print(json.dumps(request_status(control, timeout)))
+            print(json.dumps(request_status(control, timeout, key)))
         elif once:
-            console().print(status_table(request_status(control, timeout)))
+            console().print(status_table(request_status(control, timeout, key)))
         else:
             # Leave as on Ctrl-C, so that the terminal is restored.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             with contextlib.suppress(KeyboardInterrupt):
-                show_status(control, console(), interval, timeout)
+                show_status(control, console(), interval, timeout, key)
 
 
-def streams(control: Control, timeout: Patience = 5.0, as_json: JsonFlag = False) -> None:
+def streams(
+    control: Control, timeout: Patience = 5.0, key: KeyFile = None, as_json: JsonFlag = False
+) -> None:
     """The streams of a running engine, a line each."""
     from hrpro.clients.control import request_status
     from hrpro.clients.status_table import stream_lines
 
     with address_errors(control):
-        entries = request_status(control, timeout)["streams"]
+        entries = request_status(control, timeout, key)["streams"]
     if as_json:
         print(json.dumps({"streams": entries}))
         return
@@ -60,6 +63,7 @@ def drain(
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait until everything is published.", min=0)
     ] = 60.0,
+    key: KeyFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Let a running engine end all streams, publish what is left, and leave."""
@@ -67,11 +71,11 @@ def drain(
 
     with address_errors(control):
         # An engine that is not there is found out now, not after the whole time.
-        count = len(request_status(control)["streams"])
+        count = len(request_status(control, key=key)["streams"])
         try:
-            request_drain(control, timeout)
+            request_drain(control, timeout, key)
         except NoReplyError:
-            left = len(request_status(control)["streams"])
+            left = len(request_status(control, key=key)["streams"])
             raise HrproError(
                 f"engine at {control}: expected it to be drained within {timeout:g} s, {left} of "
                 f"{count} streams are left; it goes on with that"

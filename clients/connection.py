@@ -9,8 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import zmq
+
+from hrpro.engine.client_key import ClientKey, read_client_key
+
+Key = Path | ClientKey | None
 
 KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5
@@ -42,11 +47,19 @@ class Deadline:
 class Connection:
     """One connected socket with a context of its own, so that closing it leaves nothing behind.
 
-    It reconnects by itself for as long as it is open. Not for use from several threads.
+    With a key it talks to the engine of that key alone, encrypted. Raises KeyFileError for a file
+    that is none. It reconnects by itself for as long as it is open, unless the engine refuses its
+    key. Not for use from several threads.
     """
 
-    def __init__(self, kind: int, address: str, options: Mapping[int, int | bytes]) -> None:
+    def __init__(
+        self, kind: int, address: str, options: Mapping[int, int | bytes], key: Key = None
+    ) -> None:
+        if isinstance(key, Path):
+            key = read_client_key(key)
         self.address = address
+        self.doubt = "" if key is None else "; does it know this key?"
+        """What to add where the engine is silent: it does not answer who has no key of its."""
         self._context = zmq.Context()
         self.socket = self._context.socket(kind)
         common: dict[int, int | bytes] = {
@@ -59,6 +72,12 @@ class Connection:
             zmq.RECONNECT_IVL_MAX: RECONNECT_LONGEST_MS,
             zmq.LINGER: LINGER_MS,
         }
+        if key is not None:
+            common |= {
+                zmq.CURVE_PUBLICKEY: key.public,
+                zmq.CURVE_SECRETKEY: key.secret,
+                zmq.CURVE_SERVERKEY: key.engine,
+            }
         try:
             for option, value in {**common, **options}.items():
                 self.socket.set(option, value)

@@ -27,9 +27,10 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import Connection, Deadline
+from hrpro.clients.connection import Connection, Deadline, Key
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
+    LATER_CODES,
     RECOVERABLE_CODES,
     Ack,
     Chunk,
@@ -86,6 +87,8 @@ class FeatureFeeder:
     oldest are dropped, counted in `dropped`, and the engine is told. Such a feeder reads and sends
     while one of its methods runs, so call `send` as snippets come.
 
+    `key` is the key of a producer, or its file, for an engine that has keys.
+
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
     """
@@ -102,6 +105,7 @@ class FeatureFeeder:
         history_snippets: int | None = None,
         timeout_s: float | None = 30.0,
         retry_s: float = 2.0,
+        key: Key = None,
     ) -> None:
         clock = clock or SnippetClock()
         self._hello = Hello(
@@ -138,6 +142,7 @@ class FeatureFeeder:
         self._refused: StreamError | None = None
         # The same name after a reconnection: the stream stays ours without a new Hello.
         self._routing_id = f"feeder:{secrets.token_hex(16)}".encode()
+        self._key = key
         self._silences = 0  # that were broken, and no answer came
         self._connection = self._new_connection(address)
 
@@ -150,6 +155,7 @@ class FeatureFeeder:
                 zmq.SNDHWM: _OWN_HIGH_WATER_MESSAGES,
                 zmq.MAXMSGSIZE: protocol.MAX_REPLY_HEADER_BYTES,
             },
+            self._key,
         )
 
     def __enter__(self) -> Self:
@@ -314,7 +320,7 @@ class FeatureFeeder:
                 raise NoReplyError(
                     f"stream {self.stream!r} at {self._connection.address}: expected {what} within"
                     f" {timeout_s} s of the last progress, none came; snippets {self._acked} to"
-                    f" {self.next_index} are not acknowledged"
+                    f" {self.next_index} are not acknowledged{self._connection.doubt}"
                 )
             if retry.passed():
                 self._break_silence()
@@ -463,6 +469,8 @@ class FeatureFeeder:
         self._talk = _Talk.ENDED
 
     def _on_error(self, error: Error) -> None:
+        if error.code in LATER_CODES:
+            return  # the Hello is repeated after `retry_s` of silence
         if error.code not in RECOVERABLE_CODES:
             self._refuse(error.code, error.message, error.next_index)
         if self._talk is not _Talk.HELLO_SENT:  # else it speaks of what came before the Hello

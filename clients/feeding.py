@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.clients.connection import Key
 from hrpro.clients.feeder import FeatureFeeder
 from hrpro.engine.protocol import Ended, HrproError, NoReplyError, Policy
 from hrpro.engine.timebase import SnippetClock
@@ -92,6 +93,7 @@ def feed_sources(
     timeout_s: float = 60.0,
     policy: Policy = "wait",
     progress: Callable[[int], None] | None = None,
+    key: Key = None,
 ) -> dict[str, Ended]:
     """Feed recordings side by side, each as a stream of its own, and end them.
 
@@ -114,6 +116,7 @@ def feed_sources(
                     clock,
                     policy=policy,
                     timeout_s=timeout_s,
+                    key=key,
                 )
                 feeders[source.stream] = stack.enter_context(feeder)
                 _warn_of_resumption(feeder)

@@ -15,7 +15,7 @@ from hrpro.clients.cli_shared import say
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.footprint import derived
 from hrpro.engine.metrics_http import parse_address
-from hrpro.engine.serve import load_engine_config, new_deployment
+from hrpro.engine.serve import Doors, load_engine_config, new_deployment
 from hrpro.engine.settings import load_settings
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle
@@ -29,6 +29,7 @@ _TCP = re.compile(r"tcp://(\*|[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.%]+\]):(\*|[0-9]{1,5
 def check(
     read: Callable[[], Bundle],
     addresses: Mapping[str, str | None],
+    doors: Doors,
     metrics: str | None,
     config_file: Path | None,
     assignments: Sequence[str],
@@ -38,6 +39,10 @@ def check(
     ``addresses`` are those of the sides, None where none was given.
     """
     problems = address_problems(addresses)
+    well_formed = {side: at for side, at in addresses.items() if at is not None and _is_address(at)}
+    problem = doors.problem(well_formed)
+    problems += [] if problem is None else [problem]
+    _tried(doors.keyring, problems)
     if metrics is not None:
         _tried(lambda: parse_address(metrics), problems)
     bundle = _tried(read, problems)

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hrpro.clients.connection import Key
 from hrpro.clients.control import request_status
 from hrpro.engine.protocol import NoReplyError
 
@@ -21,7 +22,9 @@ Positions = dict[tuple[str, str, int], int]
 _REFUSED = "refused_"
 
 
-def show_status(control: str, console: Console, interval_s: float, timeout_s: float) -> None:
+def show_status(
+    control: str, console: Console, interval_s: float, timeout_s: float, key: Key = None
+) -> None:
     """Ask again and again, until interrupted; an engine that does not answer may come back."""
     reply: Entry | None = None
     rates = Rates()
@@ -29,7 +32,7 @@ def show_status(control: str, console: Console, interval_s: float, timeout_s: fl
     with Live(Text(f"asking {control}"), console=console, auto_refresh=False) as live:
         while True:
             try:
-                reply = request_status(control, timeout_s)
+                reply = request_status(control, timeout_s, key)
             except NoReplyError:
                 live.update(_silent(control, time.monotonic() - answered_s, reply), refresh=True)
             else:

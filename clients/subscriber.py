@@ -22,7 +22,7 @@ from typing import Self
 
 import zmq
 
-from hrpro.clients.connection import Connection, Deadline
+from hrpro.clients.connection import Connection, Deadline, Key
 from hrpro.engine import protocol, wire
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -78,6 +78,10 @@ class EventSubscriber:
     With an engine that keeps none, `last_number` stays None, what is published while the line is
     down is missed, and `gaps` and `repeats` count the publications that were missed and those that
     came again or late, by their sequence numbers.
+
+    `key` is the key of a subscriber or operator, or its file, for an engine that has keys; what it
+    may not see does not come. Name the stream where it may see but one: otherwise the log is asked
+    about each number that was another's.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class EventSubscriber:
         final_only: bool = False,
         kinds: Collection[str] = KINDS,
         since: int | None = None,
+        key: Key = None,
     ) -> None:
         self._kinds = {FinalProposal.TYPE} if final_only else set(kinds)
         if not self._kinds or not self._kinds <= set(KINDS):
@@ -101,6 +106,7 @@ class EventSubscriber:
         self.is_snapshot = False
         self.instance: str | None = None
         self._address = address
+        self._key = key
         self._ready = False
         self._number = self._since  # everything up to it has come
         self._snapshot: deque[Publication] = deque()
@@ -125,6 +131,7 @@ class EventSubscriber:
                 zmq.RECONNECT_IVL: first_ms,
                 zmq.RECONNECT_IVL_MAX: RECONNECT_LONGEST_MS,
             },
+            self._key,
         )
         for kind in KINDS:
             stream = () if self._stream is None else (self._stream,)
@@ -172,7 +179,7 @@ class EventSubscriber:
             elif deadline.passed():
                 raise NoReplyError(
                     f"events at {self._address}: expected the engine's confirmation"
-                    f" within {timeout_s} s, none came"
+                    f" within {timeout_s} s, none came{self._connection.doubt}"
                 )
 
     def receive(self, timeout_s: float | None = None) -> Publication | None:

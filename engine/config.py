@@ -129,6 +129,25 @@ class LogConfig(Settings):
     )
 
 
+class LimitsConfig(Settings):
+    """What one key may do, or, where there are no keys, one address."""
+
+    streams_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="streams open at the same time, idle ones not counted (default: half of "
+        "max_streams, or no limit where there are no keys)",
+    )
+    hellos_per_s: float = Field(
+        200.0,
+        gt=0,
+        description="Hellos of feeders; as many as in 10 s, or twice max_streams, may come at once",
+    )
+    control_requests_per_s: float = Field(
+        20.0, gt=0, description="requests on control; as many as in 10 s may come at once"
+    )
+
+
 class EngineConfig(Settings):
     """The engine as a process."""
 
@@ -170,6 +189,7 @@ class EngineConfig(Settings):
     )
     max_chunk_snippets: int = Field(64, ge=1, description="snippets in one message")
     max_streams: int = Field(256, ge=1, description="streams open at the same time")
+    limits: LimitsConfig = LimitsConfig()
     drain_s: float = Field(
         30.0,
         gt=0,

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hrpro.engine.access import Peer
 from hrpro.engine.messages import (
     MAX_ERROR_CHARACTERS,
     Ack,
@@ -56,7 +57,7 @@ _ACK_WAIT_S = 0.1
 State = tuple[int, int, int | None, int, int | None]
 
 # In the place of the connection that feeds a stream of an earlier run of the engine.
-_NOBODY = b""
+_NOBODY = Peer(b"")
 
 
 @dataclass
@@ -78,13 +79,15 @@ class Counters:
     snippets_dropped_newest: int = 0
     deploys: int = 0
     deploys_refused: int = 0
+    connections_refused: int = 0
+    subscriptions_refused: int = 0
 
 
 @dataclass
 class Feed:
     """The connection that feeds a live stream."""
 
-    identity: bytes
+    identity: Peer
     heard_s: float  # when its last message for the stream came, or something was processed
     told: State | None = None
     reachable: bool = True
@@ -102,7 +105,7 @@ class Feeds:
         self,
         pipeline: Pipeline,
         counters: Counters,
-        send: Callable[[bytes, Message], bool],
+        send: Callable[[Peer, Message], bool],
         now_s: Callable[[], float] = time.monotonic,
         arrivals: Arrivals | None = None,
         ended_before: Callable[[str], Ended | None] | None = None,
@@ -117,14 +120,14 @@ class Feeds:
         self._now_s = now_s
         self._arrivals = arrivals or Arrivals(now_s)
         self._gap_wait_s, self._idle_s = pipeline.gap_wait_s, pipeline.idle_s
-        self._waiting: dict[str, tuple[bytes, Hello]] = {}  # until another session has ended
+        self._waiting: dict[str, tuple[Peer, Hello]] = {}  # until another session has ended
         self._ended: dict[str, Ended] = {}
         self._touched: set[str] = set()  # streams whose feeders may have to be told something
         self._untold: dict[str, float] = {}  # streams that a chunk came for, by when, oldest first
         self._holes: dict[str, tuple[int, float]] = {}  # what is missing first, since when
         self._look_at_s = now_s()
 
-    def handle(self, identity: bytes, message: Hello | Chunk | Gap | End) -> None:
+    def handle(self, identity: Peer, message: Hello | Chunk | Gap | End) -> None:
         """Does what a peer asks for, or tells it why not."""
         try:
             match message:
@@ -139,6 +142,16 @@ class Feeds:
         except (ProtocolError, StreamError) as error:
             self._counters.chunks_refused += isinstance(message, Chunk)
             self._send(identity, error_message(error, message.stream))
+
+    def streams_of(self, account: str) -> set[str]:
+        """The streams that peers of this account feed, or wait to open; idle ones give way."""
+        streams = self._pipeline.streams
+        fed = {
+            name
+            for name, feed in self.live.items()
+            if feed.identity.account == account and not streams[name].idle
+        }
+        return fed | {name for name, (peer, _) in self._waiting.items() if peer.account == account}
 
     def drain(self) -> None:
         """Ends all streams and refuses everything new from here on."""
@@ -217,7 +230,7 @@ class Feeds:
         if feed is not None:
             self._send(feed.identity, ended)
 
-    def _on_hello(self, identity: bytes, hello: Hello) -> None:
+    def _on_hello(self, identity: Peer, hello: Hello) -> None:
         self._refuse_when_draining(hello.stream)
         self._check_fits(hello)
         live = self._pipeline.streams.get(hello.stream)
@@ -310,7 +323,7 @@ class Feeds:
             needed_from=stream.needed_from,
         )
 
-    def _on_chunk(self, identity: bytes, chunk: Chunk) -> None:
+    def _on_chunk(self, identity: Peer, chunk: Chunk) -> None:
         self._refuse_when_draining(chunk.stream)
         stream, feed = self._fed_by(identity, chunk)
         if stream.ended:
@@ -353,7 +366,7 @@ class Feeds:
         else:
             self._counters.snippets_dropped_newest += snippets
 
-    def _on_gap(self, identity: bytes, gap: Gap) -> None:
+    def _on_gap(self, identity: Peer, gap: Gap) -> None:
         self._refuse_when_draining(gap.stream)
         stream, feed = self._fed_by(identity, gap)
         if gap.first_index > stream.next_index:
@@ -389,7 +402,7 @@ class Feeds:
         self._arrivals.came(stream.stream, stream.next_index, stream.processed)
         return True
 
-    def _on_end(self, identity: bytes, end: End) -> None:
+    def _on_end(self, identity: Peer, end: End) -> None:
         ended = self._ended.get(end.stream)
         if ended is None and end.stream not in self._pipeline.streams:
             ended = self._ended_before(end.stream)
@@ -412,7 +425,7 @@ class Feeds:
         self._pipeline.end(stream.stream, stream.next_index)
         self._arrivals.ended(stream.stream, stream.next_index)
 
-    def _fed_by(self, identity: bytes, message: Chunk | Gap | End) -> tuple[Stream, Feed]:
+    def _fed_by(self, identity: Peer, message: Chunk | Gap | End) -> tuple[Stream, Feed]:
         """The live stream of a message and its connection, which must be the sender's."""
         name = message.stream
         if name not in self.live:

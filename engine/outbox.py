@@ -27,6 +27,7 @@ from hrpro.engine.recovery import SavedStream
 
 _log = logging.getLogger(__name__)
 
+Sees = Callable[[str], bool]
 Save = Callable[[Sequence[Publication]], list[SavedStream]]
 
 MARK_INTERVAL_S = 1.0
@@ -120,31 +121,38 @@ class Outbox:
         )
         return max(0.0, due_s - self._now_s())
 
-    def answer(self, subscription: bytes) -> None:
-        """Answers a subscription that asks for something; others ZeroMQ has seen to."""
+    def send_on(self, events: zmq.Socket[bytes]) -> None:
+        """The socket was bound anew: this one is in its place."""
+        self._events = events
+
+    def answer(self, subscription: bytes, sees: Sees | None = None) -> None:
+        """Answers a subscription that asks for something; others ZeroMQ has seen to.
+
+        Of the log, with what ``sees`` says of a stream, if not everything.
+        """
         if found := _WELCOME.fullmatch(subscription):
             self._send(Subscribed(found[1].decode(), self.instance, self._newest))
             return
         try:
             if found := _REPLAY.fullmatch(subscription):
-                self._replay(found[1].decode(), int(found[2]), _stream(found[3]))
+                self._replay(found[1].decode(), int(found[2]), _stream(found[3]), sees)
             elif found := _OPEN.fullmatch(subscription):
-                self._snapshot(found[1].decode(), _stream(found[2]))
+                self._snapshot(found[1].decode(), _stream(found[2]), sees)
         except LogError as error:
             self._peer_log.say(logging.ERROR, "log_unread", str(error))
 
-    def _replay(self, token: str, since: int, stream: str | None) -> None:
+    def _replay(self, token: str, since: int, stream: str | None, sees: Sees | None) -> None:
         log = self._log
         if log is not None:
             found, following = log.read(since, stream)
             page = Page(token, since, stream, following, log.oldest, log.newest, ())
-            self._send(page, [each.header for each in found])
+            self._send(page, _seen((each.header for each in found), sees))
 
-    def _snapshot(self, token: str, stream: str | None) -> None:
+    def _snapshot(self, token: str, stream: str | None, sees: Sees | None) -> None:
         log = self._log
         if log is not None:
             page = Page(token, None, stream, log.newest, log.oldest, log.newest, ())
-            self._send(page, log.open_actions(stream))
+            self._send(page, _seen(log.open_actions(stream), sees))
 
     @property
     def _newest(self) -> int | None:
@@ -153,6 +161,12 @@ class Outbox:
     def _send(self, message: Message, headers: Iterable[bytes] = ()) -> None:
         """A message, and publications behind it as they were sent before."""
         sockets.try_send(self._events, [*protocol.encode(message), *headers])
+
+
+def _seen(headers: Iterable[bytes], sees: Sees | None) -> Iterable[bytes]:
+    if sees is None:
+        return headers
+    return [each for each in headers if sees(protocol.decode_logged(each).stream)]
 
 
 def _stream(text: bytes) -> str | None:

@@ -38,7 +38,7 @@ class Pipeline:
         self.deployments = Deployments(deployment)
         self.wake: Callable[[], None] = lambda: None
         self._served = deployment  # the one that had the last batch
-        self._max_streams = config.max_streams
+        self.max_streams = config.max_streams
         self._sessions: dict[str, int] = {}
         self._announcements: list[Publication] = []
         self._closing: dict[str, Stream] = {}  # to be flushed when they are processed
@@ -107,10 +107,10 @@ class Pipeline:
         """A new session of a stream, or the live one. Raises StreamError if there is no room."""
         if stream in self.streams:
             return self.streams[stream]
-        if len(self.streams) >= self._max_streams:
+        if len(self.streams) >= self.max_streams:
             raise StreamError(
                 "too_many_streams",
-                f"stream {stream!r}: {self._max_streams} streams are open, "
+                f"stream {stream!r}: {self.max_streams} streams are open, "
                 "which is the most that engine.max_streams allows",
             )
         session = self._sessions.pop(stream, 0) + 1

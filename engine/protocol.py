@@ -51,6 +51,7 @@ from hrpro.engine.messages import (
 )
 from hrpro.engine.wire import (
     ERROR_CODES,
+    LATER_CODES,
     RECOVERABLE_CODES,
     VERSION,
     HrproError,
@@ -61,6 +62,7 @@ from hrpro.engine.wire import (
 
 __all__ = [
     "ERROR_CODES",
+    "LATER_CODES",
     "MAX_ERROR_CHARACTERS",
     "MAX_REQUEST_HEADER_BYTES",
     "RECOVERABLE_CODES",

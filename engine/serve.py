@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,12 @@ from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import Deployment, check_agreement, relied_on
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.incremental import runs_by_steps
+from hrpro.engine.keys import Keyring
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.server import Server
 from hrpro.engine.settings import SettingsError, load_settings
+from hrpro.engine.sockets import is_local
 from hrpro.engine.windows import plan_windows
 from hrpro.export.bundle import Bundle, check_fixed_settings
 from hrpro.export.golden import check_golden
@@ -40,6 +42,36 @@ class Addresses:
     feed: str
     events: str
     control: str
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Who is let in: owners of a key in the folder ``keys``, or everybody where there is none.
+
+    Without keys, an address that others than this machine can reach is served only if their
+    network is trusted.
+    """
+
+    keys: Path | None = None
+    trusted_network: bool = False
+
+    def problem(self, addresses: Mapping[str, str]) -> str | None:
+        """What is wrong with addresses, by side, that must not be bound like this, if any."""
+        reached = [
+            f"--{side} {address}" for side, address in addresses.items() if not is_local(address)
+        ]
+        if not reached or self.keys is not None or self.trusted_network:
+            return None
+        return (
+            f"{', '.join(reached)}: others than this machine can reach it, and there are no keys; "
+            "make some with hrpro keys new NAME --role producer --streams 'cam*' --keys KEYS, and "
+            "serve with --keys KEYS; or say with --trusted-network that whoever can reach it may "
+            "feed, watch, deploy and drain"
+        )
+
+    def keyring(self) -> Keyring | None:
+        """The keys, if any. Raises KeyFileError."""
+        return None if self.keys is None else Keyring(self.keys)
 
 
 def load_engine_config(
@@ -98,6 +130,7 @@ def serve(
     follow: Path | None = None,
     metrics: Metrics | None = None,
     state: Path | None = None,
+    doors: Doors = Doors(),
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until a drain that is asked for is complete.
 
@@ -107,10 +140,15 @@ def serve(
     ``read`` gives the bundle in a folder and the settings for it; bundles that are deployed later
     are read by it, too, and those that appear in ``follow`` are deployed. ``ready`` is called with
     the bound addresses once snippets can come. ``metrics`` measures from here on. ``state`` is the
-    folder of the event log; without one, what is published is not kept. Raises DrainError for a
+    folder of the event log; without one, what is published is not kept. Raises SettingsError for
+    addresses that ``doors`` leave open, before anything is bound, KeyFileError, DrainError for a
     drain that is not complete in time, and LogError where the log cannot be opened.
     """
     metrics = metrics or Metrics()
+    problem = doors.problem(vars(addresses))
+    if problem is not None:
+        raise SettingsError(problem)
+    keyring = doors.keyring()
     bundle, config = read(folder)
 
     def load(other: Path) -> Deployment:
@@ -137,6 +175,8 @@ def serve(
                 metrics,
                 config.drain_s,
                 log,
+                keyring,
+                config.limits,
             )
         )
         leave = server.drain if log is None else server.stop

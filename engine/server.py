@@ -28,9 +28,12 @@ from typing import TYPE_CHECKING, Literal, Self
 import zmq
 
 from hrpro.engine import protocol, sockets
+from hrpro.engine.access import Access, Change, Misuse, Peer
+from hrpro.engine.config import LimitsConfig
 from hrpro.engine.deployer import Deployer, Order, Outcome
 from hrpro.engine.deployment import DeployError
 from hrpro.engine.feeds import Counters, Feeds, error_message
+from hrpro.engine.keys import Keyring
 from hrpro.engine.logs import PeerLog, fact
 from hrpro.engine.metrics import DEPLOY_REFUSED, Metrics
 from hrpro.engine.outbox import Outbox
@@ -48,10 +51,12 @@ from hrpro.engine.protocol import (
     RollBackRequest,
     StatusReply,
     StatusRequest,
+    StreamError,
     StreamNotice,
 )
 from hrpro.engine.recovery import restore, save
 from hrpro.engine.status import all_counters, stream_statuses
+from hrpro.engine.zap import Doorkeeper
 
 if TYPE_CHECKING:
     from hrpro.engine.event_log import EventLog
@@ -78,9 +83,9 @@ class Server:
             server.run()
 
     A port `*` or 0 takes a free one; `feed_address`, `events_address` and `control_address` name
-    what was bound. `stop` and `drain` may be called from any thread and from a signal handler, and
-    `metrics` reads from others; everything else only from the thread that runs. Raises
-    zmq.ZMQError when an address cannot be bound.
+    what was bound. With a keyring, nobody without a key is let in. `stop` and `drain` may be called
+    from any thread and from a signal handler, and `metrics` reads from others; everything else only
+    from the thread that runs. Raises zmq.ZMQError when an address cannot be bound.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class Server:
         metrics: Metrics | None = None,
         drain_s: float = math.inf,
         log: EventLog | None = None,
+        keyring: Keyring | None = None,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self.counters = Counters()
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
@@ -102,6 +109,8 @@ class Server:
         self._deployer = deployer
         self._metrics = metrics or Metrics()
         self._peer_log = PeerLog(_log)
+        self._keyring = keyring
+        self._access = Access(keyring, limits or LimitsConfig(), pipeline.max_streams)
         self._drain_envelopes: list[list[bytes]] = []
         self._drain_requested = False
         self._stop_requested = False
@@ -132,11 +141,17 @@ class Server:
         with contextlib.ExitStack() as opened:
             context = zmq.Context()
             opened.callback(context.term)
-            self._feed = opened.enter_context(sockets.bind_router(context, feed, feed_bytes))
-            self._events = opened.enter_context(
-                sockets.bind_publisher(context, events, small_bytes)
+            self._doorkeeper = None if self._keyring is None else Doorkeeper(context, self._keyring)
+            if self._doorkeeper is not None:
+                opened.enter_context(self._doorkeeper.socket)
+            guard = None if self._doorkeeper is None else self._doorkeeper.guard
+            self._bind_events = lambda at: sockets.bind_publisher(context, at, small_bytes, guard)
+            self._feed = opened.enter_context(sockets.bind_router(context, feed, feed_bytes, guard))
+            self._events = self._bind_events(events)
+            opened.callback(self._close_events)
+            self._control = opened.enter_context(
+                sockets.bind_router(context, control, small_bytes, guard)
             )
-            self._control = opened.enter_context(sockets.bind_router(context, control, small_bytes))
             self._wake_reader, self._wake_writer = socket.socketpair()
             for end in (self._wake_reader, self._wake_writer):
                 opened.enter_context(end).setblocking(False)
@@ -144,6 +159,11 @@ class Server:
         self.feed_address = self._feed.get_string(zmq.LAST_ENDPOINT)
         self.events_address = self._events.get_string(zmq.LAST_ENDPOINT)
         self.control_address = self._control.get_string(zmq.LAST_ENDPOINT)
+        self._poller = zmq.Poller()
+        for source in (self._feed, self._events, self._control, self._wake_reader):
+            self._poller.register(source, zmq.POLLIN)
+        if self._doorkeeper is not None:
+            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
         self._deployer.start(self._wake)
         self._opened.callback(self._deployer.close)
 
@@ -182,12 +202,9 @@ class Server:
         """
         bundle_id = self._pipeline.bundle_id
         _log.info("serving: bundle %s", bundle_id, extra=fact("serving", bundle_id=bundle_id))
-        poller = zmq.Poller()
-        for source in (self._feed, self._events, self._control, self._wake_reader):
-            poller.register(source, zmq.POLLIN)
         with self._woken_by_signals():
             while not (self._stop_requested or self._drained() or self._drain_overdue()):
-                ready = {source for source, _ in poller.poll(self._idle_ms())}
+                ready = {source for source, _ in self._poller.poll(self._idle_ms())}
                 self.turn_began_s = time.monotonic()
                 self._turn(ready)
                 self.turn_began_s = None
@@ -209,6 +226,8 @@ class Server:
         due_s.append(self._outbox.due_in_s())
         if self._outbox.waits_for is None and (step_s := self._pipeline.due_in_s()) is not None:
             due_s.append(step_s)
+        if self._keyring is not None:
+            due_s.append(self._keyring.due_in_s())
         if self._drain_until_s < math.inf:
             due_s.append(max(0.0, self._drain_until_s - time.monotonic()))
         return math.ceil(min(due_s) * 1000)
@@ -273,12 +292,14 @@ class Server:
         if self._wake_reader.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 self._wake_reader.recv(4096)
+        if self._keyring is not None and self._keyring.look():
+            self._reopen_events()
+        if self._doorkeeper is not None:
+            self._let_in(self._doorkeeper)
         if self._feed in ready:
             self._read(self._feed, self._on_feed)
         if self._events in ready:
-            self._read(
-                self._events, lambda frames: self._outbox.answer(frames[0]), SUBSCRIPTIONS_PER_TURN
-            )
+            self._read(self._events, self._on_subscription, SUBSCRIPTIONS_PER_TURN)
         if self._control in ready:
             self._read(self._control, self._on_control)
         for outcome in self._deployer.outcomes():
@@ -298,17 +319,17 @@ class Server:
     def _read(
         self,
         source: zmq.Socket[bytes],
-        handle: Callable[[list[bytes]], None],
+        handle: Callable[[zmq.Frame, list[bytes]], None],
         at_most: int = MESSAGES_PER_TURN,
     ) -> None:
         """So many messages, fewer where some are refused."""
         refusing_s = 0.0
         for _ in range(at_most):
             refusals, began_s = self._refusals, time.monotonic()
-            frames = sockets.receive(source)
-            if frames is None:
+            received = None if source.closed else sockets.receive(source)
+            if received is None:
                 return
-            handle(frames)
+            handle(*received)
             if self._refusals > refusals:
                 refusing_s += time.monotonic() - began_s
                 if refusing_s > REFUSING_S:
@@ -360,25 +381,38 @@ class Server:
 
     # ---- the three sockets ---------------------------------------------------------------------
 
-    def _on_feed(self, frames: list[bytes]) -> None:
-        identity, *body = frames
+    def _on_feed(self, first: zmq.Frame, frames: list[bytes]) -> None:
+        peer = self._access.peer(first)
+        stream = None
         try:
-            message = protocol.decode_feed(body)
-        except ProtocolError as error:
-            self.counters.messages_refused += 1
-            self._send_to_feeder(identity, error_message(error))
+            self._access.check_known(peer)
+            message = protocol.decode_feed(frames[1:])
+            stream = message.stream
+            self._access.check_feed(peer, message, self._feeds.streams_of)
+        except (ProtocolError, StreamError) as error:
+            self.counters.messages_refused += isinstance(error, ProtocolError)
+            self._send_to_feeder(peer, error_message(error, stream))
             return
-        self._feeds.handle(identity, message)
+        self._feeds.handle(peer, message)
 
-    def _on_control(self, frames: list[bytes]) -> None:
+    def _on_subscription(self, first: zmq.Frame, frames: list[bytes]) -> None:
+        change = None if self._keyring is None else self._subscribe(first)
+        if change is None:
+            self._outbox.answer(frames[0])
+        elif not change.refused:
+            self._outbox.answer(frames[0], change.sees)
+
+    def _on_control(self, first: zmq.Frame, frames: list[bytes]) -> None:
         # A REQ socket puts an empty frame before its message; its reply needs the same.
         split = 2 if frames[1:2] == [b""] else 1
         envelope, body = frames[:split], frames[split:]
+        peer = self._access.peer(first)
         try:
+            self._access.check_control(peer)
             request = protocol.decode_control(body)
-        except ProtocolError as error:
-            self.counters.messages_refused += 1
-            self._send(self._control, envelope, error_message(error))
+        except (ProtocolError, StreamError) as error:
+            self.counters.messages_refused += isinstance(error, ProtocolError)
+            self._send(self._control, envelope, error_message(error), peer)
             return
         match request:
             case StatusRequest():
@@ -390,6 +424,51 @@ class Server:
                 self._order(request, tuple(envelope))
             case RollBackRequest():
                 self._roll_back(tuple(envelope))
+
+    # ---- keys ----------------------------------------------------------------------------------
+
+    def _let_in(self, doorkeeper: Doorkeeper) -> None:
+        for refused in doorkeeper.answer(MESSAGES_PER_TURN):
+            self.counters.connections_refused += 1
+            self._peer_log.say(logging.WARNING, "connection_refused", f"refused, {refused}")
+
+    def _subscribe(self, first: zmq.Frame) -> Change:
+        """Does what a message on events asks for, as far as its key goes."""
+        try:
+            change = self._access.subscription(first)
+        except Misuse as misuse:
+            # libzmq gives what is read behind such a message to the wrong connection (4.3.5, in
+            # manual mode): another key's subscription to the one that sent it.
+            _log.error("%s: sent what is no subscription; refused from now on", misuse)
+            self._reopen_events()
+            return Change(str(misuse), first.bytes, refused=True)
+        for topic in change.add:
+            self._events.set(zmq.SUBSCRIBE, topic)
+        for topic in change.remove:
+            self._events.set(zmq.UNSUBSCRIBE, topic)
+        if change.refused:
+            self.counters.subscriptions_refused += 1
+            self._refusals += 1
+            self._peer_log.say(
+                logging.WARNING,
+                "subscription_refused",
+                f"subscription to {change.topic[:200]!r} refused: {change.peer}",
+                peer=change.peer,
+            )
+        return change
+
+    def _close_events(self) -> None:
+        self._events.close()  # the one that is open by then
+
+    def _reopen_events(self) -> None:
+        """Ends all subscriptions; whoever has a key connects and subscribes again by itself.
+
+        ZeroMQ cannot cut one connection off, nor end a subscription without a message from it.
+        """
+        self._poller.unregister(self._events)
+        self._events = sockets.bind_again(self._events, self._bind_events)
+        self._poller.register(self._events, zmq.POLLIN)
+        self._outbox.send_on(self._events)
 
     # ---- bundles -------------------------------------------------------------------------------
 
@@ -452,10 +531,16 @@ class Server:
 
     # ---- sending -------------------------------------------------------------------------------
 
-    def _send_to_feeder(self, identity: bytes, message: Message) -> bool:
-        return self._send(self._feed, [identity], message)
+    def _send_to_feeder(self, peer: Peer, message: Message) -> bool:
+        return self._send(self._feed, [peer.routing_id], message, peer)
 
-    def _send(self, target: zmq.Socket[bytes], envelope: list[bytes], message: Message) -> bool:
+    def _send(
+        self,
+        target: zmq.Socket[bytes],
+        envelope: list[bytes],
+        message: Message,
+        peer: Peer | None = None,
+    ) -> bool:
         if isinstance(message, Error) and message.code != DEPLOY_REFUSED:
             self.refused[message.code] += 1
             self._refusals += 1
@@ -464,9 +549,10 @@ class Server:
             self._peer_log.say(
                 logging.INFO if recoverable else logging.WARNING,
                 "refused_recoverable" if recoverable else "refused",
-                f"refused, {message.code}: {message.message}",
+                f"refused, {message.code}: {message.message}{'' if peer is None else f' ({peer})'}",
                 stream=message.stream,
                 code=message.code,
+                peer=None if peer is None else str(peer),
             )
         return sockets.try_send(target, envelope + protocol.encode(message))
 

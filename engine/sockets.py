@@ -11,6 +11,14 @@ heartbeats, the receive limit is never so low that a feeder reaches it within a 
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
 import zmq
 
 # A silent connection is probed after 10 s and dropped after 10 + 3 * 5 s.
@@ -28,6 +36,34 @@ FEWEST_TO_READ = 256
 MAX_FRAMES = 4
 # Joined once: that takes longer than to send a frame.
 _NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
+# What a closed socket leaves may keep its address for a moment.
+REBIND_S = 5.0
+
+Guard: TypeAlias = Callable[[zmq.Socket[bytes]], None]  # makes a socket ask for keys
+
+_TCP_HOST = re.compile(r"tcp://(?:[^;/]*;)?(\[[^\]]*\]|[^:;/]*):[^:;/]*")
+
+
+def is_local(address: str) -> bool:
+    """Whether nobody but programs of this machine can reach what is bound there.
+
+    A name other than `localhost` may be any interface's, and an abstract ipc address (`ipc://@`)
+    has no file whose permissions could keep other users out.
+    """
+    if address.startswith("ipc://"):
+        return not address.startswith("ipc://@")
+    if address.startswith("inproc://"):
+        return True
+    found = _TCP_HOST.fullmatch(address)
+    if found is None or ";" in address:
+        return False
+    host = found[1].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def messages_to_read(max_frame_bytes: int) -> int:
@@ -40,30 +76,61 @@ def messages_to_read(max_frame_bytes: int) -> int:
 
 
 def bind_router(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, max_frame_bytes: int
+    context: zmq.Context[zmq.Socket[bytes]],
+    address: str,
+    max_frame_bytes: int,
+    guard: Guard | None = None,
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER that reports unroutable peers and lets a peer reconnect under its name."""
     router = context.socket(zmq.ROUTER)
     router.set(zmq.ROUTER_MANDATORY, 1)
     router.set(zmq.ROUTER_HANDOVER, 1)
-    return _bind(router, address, max_frame_bytes, REPLIES_TO_SEND)
+    return _bind(router, address, max_frame_bytes, REPLIES_TO_SEND, guard)
 
 
 def bind_publisher(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, max_frame_bytes: int
+    context: zmq.Context[zmq.Socket[bytes]],
+    address: str,
+    max_frame_bytes: int,
+    guard: Guard | None = None,
 ) -> zmq.Socket[bytes]:
     """A bound XPUB that reads every subscription and drops for a subscriber that is too slow.
 
     XPUB_NODROP stays off: one subscriber that does not read must not hold up the engine. It
-    finds the gap in the sequence numbers.
+    finds the gap in the sequence numbers. With a guard a subscription has no effect but what is
+    set with SUBSCRIBE and UNSUBSCRIBE, which belong to the connection whose message was read last.
     """
     publisher = context.socket(zmq.XPUB)
     publisher.set(zmq.XPUB_VERBOSE, 1)
-    return _bind(publisher, address, max_frame_bytes, EVENTS_TO_SEND)
+    if guard is not None:
+        publisher.set(zmq.XPUB_MANUAL, 1)
+    return _bind(publisher, address, max_frame_bytes, EVENTS_TO_SEND, guard)
+
+
+def bind_again(
+    old: zmq.Socket[bytes], new: Callable[[str], zmq.Socket[bytes]]
+) -> zmq.Socket[bytes]:
+    """Closes a bound socket, with all its connections, and gives what `new` binds in its place."""
+    address = old.get_string(zmq.LAST_ENDPOINT)
+    with contextlib.suppress(zmq.ZMQError):
+        old.unbind(address)
+    old.close(linger=0)
+    until_s = time.monotonic() + REBIND_S
+    while True:
+        try:
+            return new(address)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE or time.monotonic() > until_s:
+                raise
+        time.sleep(0.01)
 
 
 def _bind(
-    bound: zmq.Socket[bytes], address: str, max_frame_bytes: int, messages_to_send: int
+    bound: zmq.Socket[bytes],
+    address: str,
+    max_frame_bytes: int,
+    messages_to_send: int,
+    guard: Guard | None,
 ) -> zmq.Socket[bytes]:
     bound.set(zmq.MAXMSGSIZE, max_frame_bytes)
     bound.set(zmq.SNDHWM, messages_to_send)
@@ -73,29 +140,47 @@ def _bind(
     bound.set(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
     bound.set(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
     bound.set(zmq.LINGER, LINGER_MS)
+    if guard is not None:
+        guard(bound)
     try:
-        bound.bind(address)
+        with _own_files_alone(address):
+            bound.bind(address)
     except zmq.ZMQError:
         bound.close(linger=0)
         raise
     return bound
 
 
-def receive(source: zmq.Socket[bytes]) -> list[bytes] | None:
+@contextlib.contextmanager
+def _own_files_alone(address: str) -> Iterator[None]:
+    """The file of an ipc socket gets the mode 0600, without a moment in which it has another."""
+    if not address.startswith("ipc://"):
+        yield
+        return
+    # For ipc://* it also makes a folder of its own, which it has to enter.
+    before = os.umask(0o077 if address == "ipc://*" else 0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def receive(source: zmq.Socket[bytes]) -> tuple[zmq.Frame, list[bytes]] | None:
     """The frames of the next message, of which there may be many: at most MAX_FRAMES are kept.
 
-    None when no message waits.
+    The first stands before them once more, with what ZeroMQ knows of its sender. None when no
+    message waits.
     """
     try:
-        frame = source.recv(zmq.NOBLOCK, copy=False)
+        first = source.recv(zmq.NOBLOCK, copy=False, track=False)
     except zmq.Again:
         return None
-    frames = [frame.bytes]
+    frame, frames = first, [first.bytes]
     while frame.more:
-        frame = source.recv(zmq.NOBLOCK, copy=False)
+        frame = source.recv(zmq.NOBLOCK, copy=False, track=False)
         if len(frames) < MAX_FRAMES:
             frames.append(frame.bytes)
-    return frames
+    return first, frames
 
 
 def try_send(target: zmq.Socket[bytes], frames: list[bytes]) -> bool:

@@ -4,6 +4,7 @@
     +-- ProtocolError           (here) bytes or a field break the protocol (also a ValueError)
     +-- StreamError             (here) the engine refuses what a stream's feeder asked for
     +-- NoReplyError            (here) the peer did not answer in time (also a TimeoutError)
+    +-- KeyFileError            engine.client_key        a key file or a folder of keys
     +-- SettingsError           engine.settings          a setting or its file (also a ValueError)
     +-- DataError               training.data            a data set (also a ValueError)
     +-- TrainingError           training.instance_stage  training cannot go on
@@ -59,8 +60,12 @@ ERROR_CODES: Mapping[str, str] = {
     "unknown_stream": "no Hello came for this stream, or it has ended",
     "not_owner": "a later Hello has given the stream to another connection",
     "draining": "the engine is finishing and takes nothing new",
+    "not_permitted": "the key is not one for this",
+    "too_fast": "more Hellos or requests came than the limits allow; try again after a while",
     "deploy_refused": "the bundle cannot work here, or there is none to go back to",
 }
+# What is refused now and may be tried again after a while.
+LATER_CODES = frozenset({"too_fast"})
 # Those that only say that feeder and engine have lost sight of each other.
 RECOVERABLE_CODES = frozenset({"unknown_stream", "out_of_order", "no_credit"})
 

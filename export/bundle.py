@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -230,11 +232,38 @@ def _check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None
         )
     for name, expected in manifest.files.items():
         try:
+            _check_stays(folder, folder / name)
             found = sha256(folder / name)
         except OSError as error:
             raise BundleError(f"{folder / name}: cannot be read: {error}") from None
         if found != expected:
             raise BundleError(f"{folder / name}: expected SHA-256 {expected}, got {found}")
+
+
+def _check_stays(folder: Path, path: Path) -> None:
+    """Nothing of a bundle is read that is not in its folder, and has no hash.
+
+    ONNX calls the file of a tensor that is kept elsewhere its `location`; exported graphs have all
+    they need inside, and that word nowhere.
+    """
+    if not path.resolve(strict=True).is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{path}: expected a file of the bundle, got a link that leaves its folder"
+        )
+    if path.suffix == ".onnx":
+        with path.open("rb") as file, _mapped(file) as content:
+            if content.find(b"location") >= 0:
+                raise BundleError(f"{path}: expected a graph without tensors in other files")
+
+
+@contextmanager
+def _mapped(file: BinaryIO) -> Iterator[mmap.mmap | bytes]:
+    """The content of a file; an empty one cannot be mapped."""
+    if os.fstat(file.fileno()).st_size == 0:
+        yield b""
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
 
 
 def sha256(path: Path) -> str:

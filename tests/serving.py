@@ -20,10 +20,12 @@ import zmq
 from numpy.typing import NDArray
 
 from hrpro.engine import protocol
-from hrpro.engine.config import EngineConfig
+from hrpro.engine.client_key import ClientKey
+from hrpro.engine.config import EngineConfig, LimitsConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import DeployError, Deployment
 from hrpro.engine.event_log import EventLog
+from hrpro.engine.keys import Keyring
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
@@ -153,9 +155,14 @@ def new_server(
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
     log: EventLog | None = None,
+    keyring: Keyring | None = None,
+    limits: LimitsConfig | None = None,
 ) -> Server:
     """A server to which no bundle can be deployed."""
-    return Server(pipeline, feed, events, control, Deployer(no_bundle), metrics, log=log)
+    deployer = Deployer(no_bundle)
+    return Server(
+        pipeline, feed, events, control, deployer, metrics, log=log, keyring=keyring, limits=limits
+    )
 
 
 def no_bundle(folder: Path) -> Deployment:
@@ -170,9 +177,12 @@ def serving(
     control: str = ANY_PORT,
     metrics: Metrics | None = None,
     log: EventLog | None = None,
+    keyring: Keyring | None = None,
+    limits: LimitsConfig | None = None,
 ) -> Iterator[Server]:
     """A server that runs in a thread until the block is left."""
-    with new_server(pipeline or TinyPipeline(), feed, events, control, metrics, log) as server:
+    pipeline = pipeline or TinyPipeline()
+    with new_server(pipeline, feed, events, control, metrics, log, keyring, limits) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
@@ -187,11 +197,20 @@ class RawPeer:
     """A bare DEALER, free to say anything."""
 
     def __init__(
-        self, address: str, routing_id: bytes | None = None, messages_to_send: int = 1000
+        self,
+        address: str,
+        routing_id: bytes | None = None,
+        messages_to_send: int = 1000,
+        key: ClientKey | None = None,
+        kind: int = zmq.DEALER,
     ) -> None:
         self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
+        self.socket = self._context.socket(kind)
         self.socket.set(zmq.SNDHWM, messages_to_send)
+        if key is not None:
+            self.socket.set(zmq.CURVE_PUBLICKEY, key.public)
+            self.socket.set(zmq.CURVE_SECRETKEY, key.secret)
+            self.socket.set(zmq.CURVE_SERVERKEY, key.engine)
         if routing_id is not None:
             self.socket.set(zmq.ROUTING_ID, routing_id)
         self.socket.connect(address)

@@ -126,12 +126,19 @@ def test_json_lines_of_an_engine(bundle: Bundle, tmp_path: Path) -> None:
         {"level": "info", "event": "serving", "bundle_id": bundle_id},
         {"level": "info", "event": "stream_opened", "stream": "cam1", "session": 1},
         {"level": "info", "event": "stream_ended", "stream": "cam1", "session": 1},
-        {"level": "warning", "event": "refused", "stream": "cam2", "code": "wrong_dimension"},
+        {
+            "level": "warning",
+            "event": "refused",
+            "stream": "cam2",
+            "code": "wrong_dimension",
+            "peer": "address 127.0.0.1",
+        },
         {
             "level": "info",
             "event": "refused_recoverable",
             "stream": "cam3",
             "code": "unknown_stream",
+            "peer": "address 127.0.0.1",
         },
         {"level": "warning", "event": "deploy_refused", "code": "deploy_refused"},
         {"level": "info", "event": "deployed", "bundle_id": bundle_id, "changed_streams": 0},
@@ -143,7 +150,7 @@ def test_json_lines_of_an_engine(bundle: Bundle, tmp_path: Path) -> None:
         f"stream 'cam1': ended session 1 at snippet 20, {ended.proposals} proposals, "
         f"{ended.events} events",
         f"refused, wrong_dimension: stream 'cam2': expected feature dimension {DIM}, "
-        f"came {DIM + 1}",
+        f"came {DIM + 1} (address 127.0.0.1)",
     ]
 
 

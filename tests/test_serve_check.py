@@ -154,6 +154,7 @@ def test_all_that_is_wrong_is_listed(bundle: Bundle, tmp_path: Path) -> None:
     expected = [
         "--feed: expected tcp://HOST:PORT, ",
         "--control: expected its own address, got that of --events",
+        "--events tcp://*:7771, --control tcp://*:7771: others than this machine can reach it",
         "--metrics: expected HOST:PORT",
         f"{broken / 'snippet.onnx'}: expected SHA-256 ",
         "--set threads: expected path=value",

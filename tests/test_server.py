@@ -256,6 +256,8 @@ def test_status() -> None:
                 "snippets_dropped_newest": 0,
                 "deploys": 0,
                 "deploys_refused": 0,
+                "connections_refused": 0,
+                "subscriptions_refused": 0,
             },
             "waits_for": None,
         }
