@@ -17,12 +17,13 @@ _SLOW_S = 0.02  # that each read is late by, on a slow line
 class Link:
     """Listens on a free port of loopback, and hands on to another one what comes, both ways.
 
-    `address` is where peers connect to. A line to an engine that is not there is closed at once.
+    `address` is where peers connect to, `target` where a new line leads; one to an engine that is
+    not there is closed at once.
     """
 
     def __init__(self, target: str) -> None:
-        host, port = target.removeprefix("tcp://").rsplit(":", 1)
-        self._target = host, int(port)
+        self.target = target
+        self.accepted = 0  # lines that were made
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self._random = random.Random(0)  # noqa: S311 - of faults, not of secrets
@@ -31,7 +32,8 @@ class Link:
         self._lock = threading.Lock()
         self._slow_until_s = self._held_until_s = 0.0  # monotonic
         self._cuts = False
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def __enter__(self) -> Self:
         return self
@@ -42,8 +44,12 @@ class Link:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
         self._listener.close()
         self.cut()
+        for thread in self._threads:
+            thread.join()
 
     def cut(self) -> None:
         """Close all lines, wherever their messages are."""
@@ -75,15 +81,18 @@ class Link:
                 near, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            self.accepted += 1
+            host, port = self.target.removeprefix("tcp://").rsplit(":", 1)
             try:
-                far = socket.create_connection(self._target)
+                far = socket.create_connection((host, int(port)))
             except OSError:
                 _close(near)
                 continue
             with self._lock:
                 self._lines |= {near, far}
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._hand_on, args=(source, sink), daemon=True).start()
+            for ends in ((near, far), (far, near)):
+                self._threads.append(threading.Thread(target=self._hand_on, args=ends, daemon=True))
+                self._threads[-1].start()
 
     def _hand_on(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):

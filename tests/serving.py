@@ -8,7 +8,6 @@ that feature is above 0.
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -259,67 +258,6 @@ def hear_until(peer: RawPeer, last: Message) -> list[Message]:
     while heard[-1] != last:
         heard.append(peer.hear())
     return heard
-
-
-class CuttableRoad:
-    """A TCP relay in front of a server, whose connections can be cut and which can be moved."""
-
-    def __init__(self, address: str) -> None:
-        self.target_port = int(address.rsplit(":", 1)[1])
-        self.accepted = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._lock = threading.Lock()
-        self._ends: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def __enter__(self) -> CuttableRoad:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._threads[0].join(PATIENCE_S)
-        self.cut()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
-        for end in self._ends:
-            end.close()
-
-    def cut(self) -> None:
-        """Resets all connections that stand now."""
-        with self._lock:
-            for end in self._ends:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                self.accepted += 1
-                try:
-                    far = socket.create_connection(("127.0.0.1", self.target_port))
-                except ConnectionRefusedError:
-                    near.close()
-                    continue
-                with self._lock:
-                    self._ends += [near, far]
-                    for pair in ((near, far), (far, near)):
-                        thread = threading.Thread(target=self._carry, args=pair)
-                        self._threads.append(thread)
-                        thread.start()
-
-    @staticmethod
-    def _carry(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
 
 
 def open_files() -> list[str]:

@@ -19,7 +19,6 @@ from logged import action, logged_in, notice, numbers
 from serving import (
     ANY_PORT,
     PATIENCE_S,
-    CuttableRoad,
     RawPeer,
     TinyPipeline,
     chunk,
@@ -31,6 +30,7 @@ from serving import (
 )
 
 from hrpro.clients import EventSubscriber, FeatureFeeder, ReplayError, StreamNotice, subscriber
+from hrpro.clients.chaos_link import Link
 from hrpro.engine import protocol, sockets
 from hrpro.engine.config import LogConfig
 from hrpro.engine.event_log import EventLog
@@ -220,7 +220,7 @@ def test_after_another_log_has_come_all_of_it_is_given(tmp_path: Path, log: Even
 def test_a_line_that_is_cut_costs_nothing(log: EventLog) -> None:
     with (
         serving(log=log) as server,
-        CuttableRoad(server.events_address) as road,
+        Link(server.events_address) as road,
         subscribed(road.address) as by,
         subscribed(road.address, stream="b") as of_b,
     ):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from serving import (
     PATIENCE_S,
-    CuttableRoad,
     RawPeer,
     TinyPipeline,
     chunk,
@@ -22,6 +21,7 @@ from serving import (
 )
 
 from hrpro.clients import EventSubscriber, FeatureFeeder
+from hrpro.clients.chaos_link import Link
 from hrpro.engine.config import WindowConfig
 from hrpro.engine.feeds import Counters, Feeds
 from hrpro.engine.protocol import Ack, End, Ended, Error, Gap, Message, StreamNotice, Welcome
@@ -411,14 +411,14 @@ def test_a_drain_does_not_wait_for_what_is_missing() -> None:
 def test_a_restarted_engine_gets_the_gaps_too() -> None:
     first, second = TinyPipeline(), TinyPipeline()
     with serving(first) as server:
-        road = CuttableRoad(server.feed_address)
+        road = Link(server.feed_address)
         feeder = FeatureFeeder(road.address, "cam", 2, retry_s=0.2)
         feeder.send(rows(0, 4))
         feeder.skip(2)
         feeder.send(rows(6, 8))
         feeder.flush()
     with road, feeder, serving(second) as server:
-        road.target_port = int(server.feed_address.rsplit(":", 1)[1])
+        road.target = server.feed_address
         road.cut()
         feeder.send(rows(8, 10))
         assert feeder.end().next_index == 10

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from serving import (
     PATIENCE_S,
-    CuttableRoad,
     RawPeer,
     TinyPipeline,
     hello,
@@ -216,7 +215,7 @@ def test_an_engine_that_answers_and_stands_still_runs_into_the_timeout() -> None
 
 
 def test_an_engine_that_is_not_there() -> None:
-    with CuttableRoad("tcp://127.0.0.1:1") as nowhere:
+    with Link("tcp://127.0.0.1:1") as nowhere:
         feeder = feeder_to(nowhere.address, timeout_s=0.2)
         with pytest.raises(NoReplyError, match=r"expected a Welcome within 0\.2 s of the last"):
             feeder.connect()
@@ -255,7 +254,7 @@ def test_a_connection_that_is_cut_again_and_again_loses_nothing() -> None:
     pipeline = TinyPipeline()
     with (
         serving(pipeline) as server,
-        CuttableRoad(server.feed_address) as road,
+        Link(server.feed_address) as road,
         feeder_to(road.address) as feeder,
     ):
         for first in range(0, 200, 10):
@@ -288,7 +287,7 @@ def test_a_connection_that_is_cut_while_the_end_is_awaited() -> None:
     pipeline = TinyPipeline()
     with (
         serving(pipeline) as server,
-        CuttableRoad(server.feed_address) as road,
+        Link(server.feed_address) as road,
         feeder_to(road.address) as feeder,
     ):
         feeder.send(rows(0, 6))
