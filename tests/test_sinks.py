@@ -26,7 +26,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from serving import serving
 from triton_server import free_port
 
-from hrpro.clients import sink_mqtt, sinks
+from hrpro.clients import FeatureFeeder, sink_mqtt, sinks
 from hrpro.clients.watching import to_json
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.messages import Publication
@@ -462,10 +462,16 @@ def test_a_broker_that_goes_away_misses_nothing(log: EventLog, tmp_path: Path) -
         assert said.startswith(f"hrpro: MQTT broker at 127.0.0.1:{port}: does not answer; trying")
         with broker(tmp_path, port), listening(port) as listener:
             soon(lambda: listener.numbers() == [1, 2, 3, 4, 5])
-            soon(lambda: position.exists() and '"number": 5' in position.read_text())
+        with FeatureFeeder(server.feed_address, "cam", 2, timeout_s=PATIENCE_S) as feeder:
+            feeder.end()  # two notices
+        with broker(tmp_path, port), listening(port) as listener:
+            soon(lambda: '"number": 7' in position.read_text())
+            soon(lambda: 7 in listener.numbers())
             process.terminate()
             assert process.wait(PATIENCE_S) == 0
             soon(lambda: listener.said() == ["online", "offline"])
+        said = process.stderr.read()
+        assert said.count("there again") == 2 and said.count("trying again") == 1
 
 
 def test_mqtt_users_and_passwords(log: EventLog, tmp_path: Path) -> None:
