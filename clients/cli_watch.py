@@ -88,6 +88,7 @@ def watch(
         contextlib.suppress(KeyboardInterrupt),
         address_errors(from_),
         EventSubscriber(from_, stream, label, since=since, key=key, instance=begin.instance) as by,
+        contextlib.closing(kept) if kept else contextlib.nullcontext(),
         _sink(jsonl, webhook, mqtt, exec_, resume, retry_s) as sink,
     ):
         _wait_for_engine(by, from_)

@@ -35,6 +35,7 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 ATTEMPT_S = 10.0  # for the answer to one POST
 _RETRIED = (408, 429)  # of the 4xx; and all 5xx
+_POSITION_BYTES = 80
 _BLOCK_BYTES = 65536
 _LINE_BEGINS = b'{"type": "'
 
@@ -78,28 +79,29 @@ class Position:
 
 
 class PositionFile:
-    """Keeps a position, also when the machine loses its power. Raises HrproError where the file has
-    something else, or no folder."""
+    """Keeps a position, open until `close`. Raises HrproError for a file that has something else.
+
+    What is kept has always the same length and is written in place, at once, into one block of the
+    disk: a kill leaves the old or the new position, and so does a loss of power, which may leave an
+    older one.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.position = Position()
-        if not path.parent.is_dir():
-            raise HrproError(f"{path}: expected a folder that exists")
-        if path.exists():
-            self.position = _position(path, path.read_bytes())
+        text = path.read_bytes() if path.exists() else b""
+        self.position = _position(path, text) if text else Position()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def save(self, position: Position) -> None:
         """Replace what is kept; nothing where the engine does not number."""
         if position.number is None or position == self.position:
             return
-        made = self._path.with_name(self._path.name + ".new")
-        with made.open("w", encoding="utf-8") as file:
-            json.dump({"instance": position.instance, "number": position.number}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(self._path)
+        text = json.dumps({"instance": position.instance, "number": position.number})
+        os.pwrite(self._file, text.ljust(_POSITION_BYTES - 1).encode() + b"\n", 0)
         self.position = position
+
+    def close(self) -> None:
+        """Nothing more is saved."""
+        os.close(self._file)
 
 
 def _position(path: Path, text: bytes) -> Position:

@@ -132,6 +132,18 @@ def test_the_last_line_is_found_in_a_long_file(tmp_path: Path) -> None:
     assert file.read_text() == f"{line}\n{long}\n"
 
 
+def test_a_position_is_replaced_at_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    for number in (0, 2**53, 7):
+        kept = sinks.PositionFile(file)
+        kept.save(sinks.Position("0" * 16, number))
+        kept.close()
+        again = sinks.PositionFile(file)
+        again.close()
+        assert again.position == sinks.Position("0" * 16, number)
+        assert file.stat().st_size == 80
+
+
 # ---- HTTP --------------------------------------------------------------------------------------
 
 
@@ -325,7 +337,7 @@ def test_an_engine_without_a_log_is_told(tmp_path: Path) -> None:
         options = ("watch", "--from", server.events_address, "--until-idle", 0.1)
         said = hrpro(*options, "--exec", "true", "--resume", position).stderr
     assert "the engine keeps no log" in said
-    assert not position.exists()
+    assert position.read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -345,7 +357,7 @@ def test_one_sink_a_watch(options: list[str], expected: str) -> None:
 def test_a_position_that_cannot_be_kept_is_refused_at_the_start(tmp_path: Path) -> None:
     position = tmp_path / "nowhere" / "position"
     said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--exec", "true", "--resume", position)
-    assert said == f"{position}: expected a folder that exists"
+    assert said == f"[Errno 2] No such file or directory: '{position}'"
 
 
 @pytest.mark.parametrize(
