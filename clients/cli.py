@@ -29,6 +29,7 @@ from hrpro.clients import (
     cli_status,
     cli_stream_eval,
     cli_training,
+    cli_watch,
 )
 from hrpro.clients.cli_shared import (
     Assignments,
@@ -46,7 +47,6 @@ from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
-    from hrpro.clients.subscriber import EventSubscriber
     from hrpro.engine.config import EngineConfig
     from hrpro.engine.pipeline import Pipeline
     from hrpro.engine.serve import Addresses, Doors
@@ -77,6 +77,7 @@ app.command()(cli_events.events)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
+app.command()(cli_watch.watch)
 app.command("stream-eval")(cli_stream_eval.stream_eval)
 app.command("config")(cli_training.show_config)
 
@@ -270,59 +271,6 @@ def feed_features(
         return
     for name, said in ended.items():
         say(f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events")
-
-
-@app.command()
-def watch(
-    from_: Annotated[str, typer.Option("--from", help="Events address of the engine.")],
-    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
-    label: Annotated[str | None, typer.Option(help="Only this class.")] = None,
-    jsonl: Annotated[
-        Path | None, typer.Option(help="Write JSON lines to this file (- for stdout).")
-    ] = None,
-    since: Annotated[
-        int | None,
-        typer.Option(
-            help="All publications with larger numbers, then the live ones (0: all there are). "
-            "Default: from now on, and first the actions that are open.",
-            min=0,
-        ),
-    ] = None,
-    until_idle: Annotated[
-        float | None, typer.Option(help="Leave when nothing came for so many seconds.")
-    ] = None,
-    key: KeyFile = None,
-) -> None:
-    """Watch actions as they start, grow and end: a live table, or JSON lines."""
-    from hrpro.clients.subscriber import EventSubscriber
-    from hrpro.clients.watching import show_table, write_json_lines
-
-    # Leave as on Ctrl-C, so that the file is closed and the terminal restored.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        address_errors(from_),
-        EventSubscriber(from_, stream=stream, label=label, since=since, key=key) as subscriber,
-    ):
-        _wait_for_engine(subscriber, from_)
-        if jsonl is None:
-            show_table(subscriber, console(), until_idle)
-        elif str(jsonl) == "-":
-            write_json_lines(subscriber, sys.stdout, until_idle)
-        else:
-            with jsonl.open("a", encoding="utf-8") as file:
-                write_json_lines(subscriber, file, until_idle)
-
-
-def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
-    """Say on stderr when the subscription is in force, or that nobody is there yet."""
-    from hrpro.clients import NoReplyError
-
-    try:
-        subscriber.wait_connected()
-        print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
-    except NoReplyError:
-        print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -73,7 +73,7 @@ class EventSubscriber:
     open then; `is_snapshot` says whether the last publication that was given is one of them.
     `missed` counts the numbers that were asked for and are no longer in the log, which is logged as
     a warning; of one stream, fewer may be its own. A log of another instance is given from its
-    beginning.
+    beginning; `instance` says, to begin with, in which one `since` counts.
 
     With an engine that keeps none, `last_number` stays None, what is published while the line is
     down is missed, and `gaps` and `repeats` count the publications that were missed and those that
@@ -93,6 +93,7 @@ class EventSubscriber:
         kinds: Collection[str] = KINDS,
         since: int | None = None,
         key: Key = None,
+        instance: str | None = None,
     ) -> None:
         self._kinds = {FinalProposal.TYPE} if final_only else set(kinds)
         if not self._kinds or not self._kinds <= set(KINDS):
@@ -104,7 +105,7 @@ class EventSubscriber:
         self.repeats = 0
         self.missed = 0
         self.is_snapshot = False
-        self.instance: str | None = None
+        self.instance = instance
         self._address = address
         self._key = key
         self._ready = False

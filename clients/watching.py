@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import IO
 
 from rich.console import Console
 from rich.live import Live
@@ -30,31 +29,25 @@ def publications(
     last_s = time.monotonic()
     while True:
         publication = subscriber.receive(timeout_s=_POLL_S)
-        if publication is not None:
-            last_s = time.monotonic()
-        elif until_idle_s is not None and time.monotonic() - last_s >= until_idle_s:
+        if (
+            publication is None
+            and until_idle_s is not None
+            and time.monotonic() - last_s >= until_idle_s
+        ):
             return
         yield publication
-
-
-def to_json(publication: Publication, is_snapshot: bool = False) -> str:
-    """A publication as one line of JSON; ``type`` says which it is, and ``snapshot`` is there and
-    true for an action that was open before."""
-    line = {"type": publication.TYPE, **asdict(publication)}
-    return json.dumps(line | ({"snapshot": True} if is_snapshot else {}), ensure_ascii=False)
-
-
-def write_json_lines(
-    subscriber: EventSubscriber, file: IO[str], until_idle_s: float | None = None
-) -> int:
-    """Write what comes, one line each; returns how many."""
-    count = 0
-    for publication in publications(subscriber, until_idle_s):
         if publication is not None:
-            file.write(to_json(publication, subscriber.is_snapshot) + "\n")
-            file.flush()
-            count += 1
-    return count
+            last_s = time.monotonic()  # what is done with it is no idle time
+
+
+def to_json(
+    publication: Publication, is_snapshot: bool = False, instance: str | None = None
+) -> str:
+    """A publication as one line of JSON; ``type`` says which it is, ``instance`` in whose log its
+    number counts, and ``snapshot`` is there and true for an action that was open before."""
+    line = {"type": publication.TYPE, **asdict(publication)}
+    line |= {"instance": instance} if instance else {}
+    return json.dumps(line | ({"snapshot": True} if is_snapshot else {}), ensure_ascii=False)
 
 
 def show_table(

@@ -204,6 +204,7 @@ def read_json_lines(file: Path) -> list[Publication]:
     # The last line may be on its way.
     whole_lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     lines = [json.loads(line) for line in whole_lines]
+    assert all(len(line.pop("instance")) == 16 for line in lines)
     return [MESSAGES[line.pop("type")](**line) for line in lines]
 
 

@@ -1,0 +1,512 @@
+"""The sinks of `hrpro watch`: each is handed everything in order, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import PATIENCE_S, hrpro, refusal, running, wait_for
+from logged import action, notice
+from paho.mqtt import client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from serving import serving
+from triton_server import free_port
+
+from hrpro.clients import FeatureFeeder, sink_mqtt, sinks
+from hrpro.clients.watching import to_json
+from hrpro.engine.event_log import EventLog
+from hrpro.engine.messages import Publication
+from hrpro.engine.server import Server
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[EventLog]:
+    with EventLog(tmp_path / "state") as opened:
+        yield opened
+
+
+def several(count: int) -> list[Publication]:
+    """Of two streams in turn."""
+    return [notice("ab"[number % 2]) for number in range(count)]
+
+
+def watch(server: Server, *options: object) -> str:
+    """All that there is, or that is left; what the watcher has said on stderr."""
+    said = hrpro(
+        "watch", "--from", server.events_address, "--until-idle", 0.3, "--since", 0, *options
+    )
+    return said.stderr
+
+
+@contextlib.contextmanager
+def watching(server: Server, *options: object) -> Iterator[subprocess.Popen[str]]:
+    with running("watch", "--from", server.events_address, "--since", 0, *options) as process:
+        yield process
+
+
+def soon(happened: Callable[[], bool]) -> None:
+    """Waits for what other processes do."""
+
+    def happened_by_now() -> bool:
+        time.sleep(0.02)
+        return happened()
+
+    wait_for(happened_by_now)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    assert process.wait(PATIENCE_S) == -9
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers(deliveries: list[dict[str, Any]]) -> list[int]:
+    return [each["number"] for each in deliveries]
+
+
+# ---- JSON lines --------------------------------------------------------------------------------
+
+
+def test_json_lines_go_on_without_a_repeat(log: EventLog, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    log.commit(several(200))
+    with serving(log=log) as server, watching(server, "--jsonl", file) as process:
+        soon(lambda: file.exists() and file.stat().st_size > 0)
+        kill(process)
+    with file.open("a") as torn:
+        torn.write('{"type": "stream", "stre')
+    log.commit(several(10))
+    with serving(log=log) as server:
+        watch(server, "--jsonl", file)
+    lines = read_lines(file)
+    assert numbers(lines) == list(range(1, 211))
+    assert {line["instance"] for line in lines} == {log.instance}
+
+
+def test_json_lines_go_on_in_another_log_from_its_beginning(log: EventLog, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    log.commit(several(2))
+    with serving(log=log) as server:
+        watch(server, "--jsonl", file)
+    with EventLog(tmp_path / "other") as other:
+        other.commit(several(4))
+        with serving(log=other) as server:
+            watch(server, "--jsonl", file)
+    assert numbers(read_lines(file)) == [1, 2, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["a diary", "a diary\n", '{"type": "stream"}\n', "[1]\n"])
+def test_a_file_of_something_else_is_left_as_it_is(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "diary"
+    file.write_text(text)
+    said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--jsonl", file)
+    assert said == f"{file}: expected what hrpro watch writes, came something else"
+    said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--exec", "true", "--resume", file)
+    assert said == f"{file}: expected what hrpro watch writes, came something else"
+    assert file.read_text() == text
+
+
+def test_the_last_line_is_found_in_a_long_file(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    line = to_json(notice("a"), instance="0" * 16)
+    long = json.dumps({**json.loads(line), "number": 8, "more": "x" * 200_000})
+    file.write_text(f"{line}\n{long}\n" + line[:70_000])
+    assert sinks.end_of_lines(file) == sinks.Position("0" * 16, 8)
+    assert file.read_text() == f"{line}\n{long}\n"
+
+
+def test_a_position_is_replaced_at_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    for number in (0, 2**53, 7):
+        kept = sinks.PositionFile(file)
+        kept.save(sinks.Position("0" * 16, number))
+        kept.close()
+        again = sinks.PositionFile(file)
+        again.close()
+        assert again.position == sinks.Position("0" * 16, number)
+        assert file.stat().st_size == 80
+
+
+# ---- HTTP --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Receiver:
+    """An HTTP server that answers as `answer` says: a status, or None for none."""
+
+    answer: Callable[[dict[str, Any]], int | None]
+    got: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextlib.contextmanager
+def receiving(answer: Callable[[dict[str, Any]], int | None]) -> Iterator[Receiver]:
+    receiver = Receiver(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            receiver.headers.append({**self.headers, "path": self.path})
+            receiver.got.append(body)
+            status = receiver.answer(body)
+            if status is not None:
+                with contextlib.suppress(OSError):  # whoever asked was killed
+                    self.send_response(status)
+                    self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        receiver.url = f"http://127.0.0.1:{server.server_port}/hook?of=us"
+        try:
+            yield receiver
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_webhook_goes_on_after_a_kill(log: EventLog, tmp_path: Path) -> None:
+    position, go_on = tmp_path / "position", threading.Event()
+
+    def answer(body: dict[str, Any]) -> int:
+        if body["number"] == 11 and not go_on.is_set():
+            assert go_on.wait(PATIENCE_S)
+        return 204
+
+    log.commit(several(20))
+    with serving(log=log) as server, receiving(answer) as receiver:
+        options = ("--webhook", receiver.url, "--resume", position)
+        with watching(server, *options) as process:
+            soon(lambda: len(receiver.got) == 11)
+            kill(process)
+        assert json.loads(position.read_text()) == {"instance": log.instance, "number": 10}
+        go_on.set()
+        watch(server, *options)
+        assert numbers(receiver.got) == [*range(1, 12), *range(11, 21)]
+        assert receiver.got[10] == receiver.got[11]  # all of it, so that it is known as a repeat
+        assert receiver.got[0] == json.loads(to_json(notice("a"), instance=log.instance)) | {
+            "number": 1,
+            "previous": 0,
+        }
+        assert watch(server, *options).count("\n") == 1  # there is nothing more
+        assert len(receiver.got) == 21
+    assert json.loads(position.read_text())["number"] == 20
+    assert {each["path"] for each in receiver.headers} == {"/hook?of=us"}
+    assert {each["Content-Type"] for each in receiver.headers} == {"application/json"}
+
+
+def test_what_is_refused_is_in_the_dead_letters(log: EventLog, tmp_path: Path) -> None:
+    log.commit(several(4))
+    refusing = receiving(lambda body: 404 if body["number"] == 2 else 200)
+    with serving(log=log) as server, refusing as receiver:
+        said = watch(server, "--webhook", receiver.url, "--resume", tmp_path / "position")
+    assert numbers(receiver.got) == [1, 2, 3, 4]
+    dead = tmp_path / "position.dead.jsonl"
+    assert f"hrpro: webhook: answered 404; given up, see {dead}" in said
+    assert read_lines(dead) == [
+        {"reason": "answered 404", "attempts": 1, "publication": receiver.got[1]}
+    ]
+
+
+def test_a_webhook_is_tried_again_and_not_overtaken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(sinks, "LONGEST_PAUSE_S", 0.1)
+    statuses = iter([500, 408, 429, None, 503, 200, 200])
+    with receiving(lambda _: next(statuses)) as receiver:
+        sink = sinks.Webhook(
+            receiver.url.replace("//", "//me:a%40b@"), tmp_path / "dead", retry_s=PATIENCE_S
+        )
+        began_s = time.monotonic()
+        sink.deliver(notice("a"), '{"number": 1}')
+        assert time.monotonic() - began_s >= 0.02 + 0.04 + 0.08 + 0.1 + 0.1
+        sink.deliver(notice("a"), '{"number": 2}')
+    assert numbers(receiver.got) == [1] * 6 + [2]
+    assert not (tmp_path / "dead").exists()
+    basic = "Basic " + b64encode(b"me:a@b").decode()
+    assert {each["Authorization"] for each in receiver.headers} == {basic}
+
+
+@pytest.mark.parametrize(
+    ("retry_s", "status", "attempts"), [(0, 503, 1), (0.05, 503, 2), (PATIENCE_S, 302, 1)]
+)
+def test_after_so_long_it_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_s: float, status: int, attempts: int
+) -> None:
+    monkeypatch.setattr(sinks, "FIRST_PAUSE_S", 0.04)
+    with receiving(lambda _: status) as receiver:
+        sinks.Webhook(receiver.url, tmp_path / "dead", retry_s).deliver(notice("a"), "{}")
+    (letter,) = read_lines(tmp_path / "dead")
+    assert letter["reason"] == f"answered {status}"
+    assert letter["attempts"] == len(receiver.got) <= attempts
+
+
+def test_a_receiver_that_is_not_there(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    sinks.Webhook(url, tmp_path / "dead", 0).deliver(notice("a"), "{}")
+    (letter,) = read_lines(tmp_path / "dead")
+    assert "refused" in letter["reason"]
+
+
+# ---- a command ---------------------------------------------------------------------------------
+
+# Kills its watcher, once, when it has done its work.
+_COMMAND = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+line = sys.stdin.read()
+with (folder / "done").open("a") as file:
+    file.write(line)
+number = json.loads(line)["number"]
+if number == 3 and not (folder / "killed").exists():
+    (folder / "killed").touch()
+    os.kill(os.getppid(), 9)
+sys.exit(7 if number == 5 else 0)
+"""
+
+
+def test_a_command_goes_on_after_a_kill(log: EventLog, tmp_path: Path) -> None:
+    log.commit(several(6))
+    command = shlex.join([sys.executable, "-c", _COMMAND, str(tmp_path)])
+    options = ("--exec", command, "--resume", tmp_path / "position")
+    with serving(log=log) as server:
+        with watching(server, *options) as process:
+            assert process.wait(PATIENCE_S) == -9
+        said = watch(server, *options)
+    assert numbers(read_lines(tmp_path / "done")) == [1, 2, 3, 3, 4, 5, 6]
+    assert f"hrpro: {sys.executable}: exit code 7 for number 5 of stream a\n" in said
+    assert "hrpro: 1 of 4 runs of the command failed\n" in said
+
+
+def test_there_is_no_shell(log: EventLog, tmp_path: Path) -> None:
+    log.commit(several(1))
+    shown = tmp_path / "shown"
+    command = shlex.join(
+        [sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"]
+    )
+    with serving(log=log) as server:
+        watch(server, "--exec", f"{command} {shown} $HOME", "--resume", tmp_path / "position")
+    assert shown.read_text() == "$HOME"
+
+
+# ---- what begins, and what cannot --------------------------------------------------------------
+
+
+def test_open_actions_come_first_and_do_not_move_the_position(
+    log: EventLog, tmp_path: Path
+) -> None:
+    log.commit([action("start", 0), action("start", 1), action("end", 0), notice("b")])
+    position = tmp_path / "position"
+    with serving(log=log) as server, receiving(lambda _: 200) as receiver:
+        options = ("watch", "--from", server.events_address, "--until-idle", 0.3)
+        sink = ("--webhook", receiver.url, "--resume", position)
+        hrpro(*options, *sink)
+        assert [(each["number"], each["snapshot"]) for each in receiver.got] == [(2, True)]
+        assert json.loads(position.read_text()) == {"instance": log.instance, "number": 4}
+    log.commit(several(1))
+    with serving(log=log) as server, receiving(lambda _: 200) as receiver:
+        watch(server, "--webhook", receiver.url, "--resume", position)
+    assert numbers(receiver.got) == [5]
+
+
+def test_an_engine_without_a_log_is_told(tmp_path: Path) -> None:
+    position = tmp_path / "position"
+    with serving() as server:
+        options = ("watch", "--from", server.events_address, "--until-idle", 0.1)
+        said = hrpro(*options, "--exec", "true", "--resume", position).stderr
+    assert "the engine keeps no log" in said
+    assert position.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--webhook", "http://h", "--exec", "true"], "start one watch for each"),
+        (["--jsonl", "x", "--exec", "true"], "expected one of --jsonl, --exec"),
+        (["--exec", "true"], "expected --resume FILE"),
+        (["--resume", "x"], "expected it with --webhook, --mqtt or --exec"),
+    ],
+)
+def test_one_sink_a_watch(options: list[str], expected: str) -> None:
+    said = hrpro("watch", "--from", "tcp://127.0.0.1:1", *options, status=2).stderr
+    assert expected in said
+
+
+def test_a_position_that_cannot_be_kept_is_refused_at_the_start(tmp_path: Path) -> None:
+    position = tmp_path / "nowhere" / "position"
+    said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--exec", "true", "--resume", position)
+    assert said == f"[Errno 2] No such file or directory: '{position}'"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--webhook", "ftp://host/x", "--webhook: expected an address such as http://HOST:PORT"),
+        ("--webhook", "http://me:secret@host:99999", "--webhook: expected an address such as"),
+        ("--mqtt", "host:1883", "--mqtt: expected an address such as mqtt://HOST:PORT"),
+        ("--exec", "no-such-command", "--exec: expected a command that can be run"),
+        ("--exec", "'", "--exec: No closing quotation"),
+    ],
+)
+def test_a_sink_that_cannot_be_used_is_refused(
+    option: str, value: str, expected: str, tmp_path: Path
+) -> None:
+    options = (option, value, "--resume", tmp_path / "position")
+    said = refusal("watch", "--from", "tcp://127.0.0.1:1", *options)
+    assert said.startswith(expected)
+    assert "secret" not in said
+
+
+# ---- MQTT, with a real broker ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def broker(folder: Path, port: int, users: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    if found is None:
+        pytest.skip("no MQTT broker was run: there is no mosquitto; apt-get install mosquitto")
+    config = folder / "mosquitto.conf"
+    access = f"password_file {users}" if users else "allow_anonymous true"
+    config.write_text(f"listener {port} 127.0.0.1\nuser root\n{access}\n")
+    with subprocess.Popen([found, "-c", str(config)], stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+@dataclass
+class Listener:
+    """What a broker sends to who subscribes to all topics: (topic, payload, retained)."""
+
+    got: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def numbers(self) -> list[int]:
+        found = [payload for _, payload, _ in self.got if payload.startswith("{")]
+        return [json.loads(payload)["number"] for payload in found]
+
+    def said(self) -> list[str]:
+        return [payload for topic, payload, _ in self.got if topic == "home/tal/availability"]
+
+
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[Listener]:
+    listener, subscribed = Listener(), threading.Event()
+    client = mqtt.Client(CallbackAPIVersion.VERSION2)
+    client.on_connect = lambda *_: client.subscribe("#", qos=1)
+    client.on_subscribe = lambda *_: subscribed.set()
+    client.on_message = lambda _client, _data, message: listener.got.append(
+        (message.topic, message.payload.decode(), message.retain)
+    )
+    client.reconnect_delay_set(1, 1)
+    client.connect_async("127.0.0.1", port)
+    client.loop_start()
+    try:
+        assert subscribed.wait(PATIENCE_S)
+        yield listener
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+def test_mqtt_topics_payload_and_availability(log: EventLog, tmp_path: Path) -> None:
+    port, position = free_port(), tmp_path / "position"
+    url = f"mqtt://127.0.0.1:{port}/home/tal"
+    log.commit([notice("cam", "opened"), action("start"), action("end", revision=1)])
+    with broker(tmp_path, port), serving(log=log) as server, listening(port) as listener:
+        with watching(server, "--mqtt", url, "--resume", position) as process:
+            soon(lambda: position.exists() and '"number": 3' in position.read_text())
+            soon(lambda: len(listener.got) == 4)
+            assert [topic for topic, _, _ in listener.got] == [
+                "home/tal/availability",
+                "home/tal/cam/stream",
+                "home/tal/cam/event/high",
+                "home/tal/cam/event/high",
+            ]
+            assert listener.said() == ["online"]
+            event = json.loads(listener.got[-1][1])
+            assert (event["type"], event["kind"], event["label"]) == ("event", "end", "high")
+            assert (event["number"], event["instance"]) == (3, log.instance)
+            kill(process)
+        soon(lambda: listener.said() == ["online", "offline"])  # its will
+        with listening(port) as late:
+            soon(lambda: len(late.got) == 3)
+            assert {(topic, payload[:1], kept) for topic, payload, kept in late.got} == {
+                ("home/tal/availability", "o", True),
+                ("home/tal/cam/stream", "{", True),
+                ("home/tal/cam/event/high", "{", True),
+            }
+            assert sorted(late.numbers()) == [1, 3]
+        watch(server, "--mqtt", url, "--resume", position)
+        soon(lambda: listener.said() == ["online", "offline"] * 2)
+        assert listener.numbers() == [1, 2, 3]
+
+
+def test_a_broker_that_goes_away_misses_nothing(log: EventLog, tmp_path: Path) -> None:
+    port, position = free_port(), tmp_path / "position"
+    log.commit(several(5))
+    options = ("--mqtt", f"mqtt://127.0.0.1:{port}/home/tal", "--resume", position)
+    with serving(log=log) as server, watching(server, *options) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith(f"hrpro: MQTT broker at 127.0.0.1:{port}: does not answer; trying")
+        with broker(tmp_path, port), listening(port) as listener:
+            soon(lambda: listener.numbers() == [1, 2, 3, 4, 5])
+        with FeatureFeeder(server.feed_address, "cam", 2, timeout_s=PATIENCE_S) as feeder:
+            feeder.end()  # two notices
+        with broker(tmp_path, port), listening(port) as listener:
+            soon(lambda: '"number": 7' in position.read_text())
+            soon(lambda: 7 in listener.numbers())
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0
+            soon(lambda: listener.said() == ["online", "offline"])
+        said = process.stderr.read()
+        assert said.count("there again") == 2 and said.count("trying again") == 1
+
+
+def test_mqtt_users_and_passwords(log: EventLog, tmp_path: Path) -> None:
+    port, users = free_port(), tmp_path / "users"
+    log.commit(several(2))
+    with broker(tmp_path, port), listening(port):  # there is one
+        pass
+    subprocess.run(["mosquitto_passwd", "-b", "-c", users, "me", "p@ss"], check=True)
+    with broker(tmp_path, port, str(users)), serving(log=log) as server:
+        soon(lambda: _answers(port))
+        options = ("--resume", tmp_path / "position")
+        watch(server, "--mqtt", f"mqtt://me:p%40ss@127.0.0.1:{port}", *options)
+        for url in (f"mqtt://me:wrong@127.0.0.1:{port}", f"mqtt://127.0.0.1:{port}"):
+            said = refusal("watch", "--from", server.events_address, "--mqtt", url, *options)
+            assert said == f"MQTT broker at 127.0.0.1:{port}: Not authorized"
+    assert json.loads((tmp_path / "position").read_text())["number"] == 2
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def test_wildcards_in_a_label_are_no_topics() -> None:
+    assert sink_mqtt._level("a+b#c d") == "a_b_c d"
