@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import MESSAGES, PATIENCE_S, engine, hrpro, published_in_process
+from commands import MESSAGES, PATIENCE_S, engine, hrpro, hrpro_json, published_in_process
 from driving import assert_same
 from tiny_model import DIM, tiny_recording
 
@@ -115,6 +115,10 @@ def test_it_feeds_a_file_and_hears_what_came_of_it(bundle: Bundle, tmp_path: Pat
             ended = json.loads(process.communicate(timeout=PATIENCE_S)[0])
         assert (ended["type"], ended["next_index"]) == ("ended", len(RECORDING))
         feed(served.feed, "b")
+        counters = hrpro_json("status", served.control)["counters"]
+        sent = {name: counters[name] for name in ("snippets_in", "snippets_duplicate")}
+        assert sent == {"snippets_in": 2 * len(RECORDING), "snippets_duplicate": 0}
+        assert counters["chunks_refused"] == 0  # it has kept to its credit
         found = live.until_ended("b")
         assert_complete(found)
         assert_same(unnumbered(of_stream(found, "a")), expected)

@@ -4,7 +4,8 @@ import { createReadStream, readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { feed, subscribe } from './hrpro.mjs';
 
-const USAGE = `node cli.mjs feed ADDRESS STREAM FILE.f32 DIM [--frames-per-s 25] [--snippet-frames 16]
+const USAGE = `node cli.mjs feed ADDRESS STREAM FILE.f32 DIM
+    [--frames-per-s 25] [--snippet-frames 16]
 node cli.mjs subscribe ADDRESS [--stream STREAM] [--since NUMBER]
   FILE.f32: little-endian float32, DIM for each snippet; - is stdin
   --key FILE: the client's key, where the engine has keys`;
@@ -37,7 +38,8 @@ async function main() {
   const keys = values.key && JSON.parse(readFileSync(values.key, 'utf-8'));
   if (command === 'feed' && positionals.length === 5) {
     const clock = { framesPerS: number('frames-per-s'), snippetFrames: number('snippet-frames') };
-    print(await feed(address, stream, Number(dim), snippets(file, Number(dim)), { ...clock, keys }));
+    const source = snippets(file, Number(dim));
+    print(await feed(address, stream, Number(dim), source, { ...clock, keys }));
   } else if (command === 'subscribe' && positionals.length === 2) {
     const options = { stream: values.stream, since: number('since'), keys };
     for await (const message of subscribe(address, options)) print(message);

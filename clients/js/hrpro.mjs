@@ -7,8 +7,6 @@ import { decode, encode } from '@msgpack/msgpack';
 import { randomBytes } from 'node:crypto';
 import { Dealer, Subscriber } from 'zeromq';
 
-const VERSION = 1;
-const LONGEST_FRAME_BYTES = 4 << 20;
 const TICK_MS = 250; // how often a quiet line is looked at
 const REPEAT_MS = 2000; // without an answer, until a question is asked again
 const DEAD_MS = 5000; // without a mark, until the events line is made anew
@@ -30,28 +28,26 @@ function socketOptions(keys) {
   const curve = keys && {
     curveServerKey: keys.engine, curvePublicKey: keys.public, curveSecretKey: keys.secret,
   };
-  return { linger: 0, receiveTimeout: TICK_MS, maxMessageSize: LONGEST_FRAME_BYTES, ...curve };
+  return { linger: 0, receiveTimeout: TICK_MS, maxMessageSize: 4 << 20, ...curve };
 }
 
 const newToken = () => randomBytes(8).toString('hex');
 
-const CLOCK = ['window_snippets', 'context_snippets', 'lookahead_snippets'];
+// Of each type the integers that must be there, and of all those that may be nil or left out.
 const INTEGERS = {
-  welcome: ['next_index', 'send_until', 'max_chunk_snippets', ...CLOCK],
-  ack: ['next_index', 'send_until'], ended: ['next_index'], error: [],
-  subscribed: [], mark: [], page: ['next', 'oldest', 'newest'],
+  welcome: ['next_index', 'send_until', 'max_chunk_snippets'], ack: ['next_index', 'send_until'],
+  ended: ['next_index'], error: [], subscribed: [], mark: [], page: ['next', 'oldest', 'newest'],
   event: ['session', 'sequence'], final: ['session', 'sequence'], stream: ['session', 'sequence'],
 };
 const OPTIONAL_INTEGERS = ['needed_from', 'missing_until', 'number', 'previous'];
 
-/** A header, whose integers that matter here are there. */
 function readHeader(frame) {
   const most = { maxStrLength: frame.length, maxArrayLength: frame.length, maxMapLength: 1000 };
   const header = decode(frame, most);
-  const isIndex = (name) => Number.isInteger(header[name]) && header[name] >= 0;
-  const isFine = header?.v === VERSION && Object.hasOwn(INTEGERS, header.type) &&
-    INTEGERS[header.type].every(isIndex) &&
-    OPTIONAL_INTEGERS.every((name) => (header[name] ?? null) === null || isIndex(name));
+  const isIndex = (value) => Number.isInteger(value) && value >= 0;
+  const isFine = header?.v === 1 && Object.hasOwn(INTEGERS, header.type) &&
+    INTEGERS[header.type].every((name) => isIndex(header[name])) &&
+    OPTIONAL_INTEGERS.every((name) => isIndex(header[name] ?? 0));
   if (!isFine) throw new Error(`expected a message of the protocol, got ${JSON.stringify(header)}`);
   return header;
 }
@@ -67,57 +63,51 @@ async function receive(socket) {
 }
 
 /**
- * Feed one stream until its source ends, over lost connections and restarts of the engine.
+ * Feed one stream until its source ends, over lost connections and restarts of the engine. It waits
+ * for an engine as long as there is none.
  *
  * @param {string} address of the engine's feed socket
  * @param {string} stream
  * @param {number} featureDim D
- * @param {AsyncIterable<Float32Array> | Iterable<Float32Array>} source chunks of any size: n * D
- *     values, the snippets one after the other; the next one is asked for when all were sent
+ * @param {AsyncIterator<Float32Array>} source chunks of any size: n * D values, the snippets one
+ *     after the other; the next one is asked for when all were sent
  * @param {object} [options]
  * @param {number} [options.framesPerS] frames of the video a second, as the engine has it
  * @param {number} [options.snippetFrames] frames of a snippet, as the engine has it
- * @param {number} [options.firstIndex] index of the source's first snippet
- * @param {number} [options.patienceS] without progress of the engine, until this gives up
+ * @param {number} [options.firstIndex] snippet index of the source's first snippet
  * @param {Keys} [options.keys]
  * @returns {Promise<object>} the Ended; its `next_index` is smaller than what was sent if the
  *     engine has ended the stream by itself
  * @throws {EngineError} if the engine refuses for good
- * @throws {Error} if the engine makes no progress for `patienceS`
  */
 export async function feed(address, stream, featureDim, source, options = {}) {
-  const { framesPerS = 25, snippetFrames = 16, firstIndex = 0, patienceS = 60, keys } = options;
+  const { framesPerS = 25, snippetFrames = 16, firstIndex = 0, keys } = options;
   const routingId = newToken();
-  const chunks = source[Symbol.asyncIterator]?.() ?? source[Symbol.iterator]();
   const kept = []; // one Buffer for each snippet, from keptFrom on
   let keptFrom = firstIndex;
   let socket = null;
-  let [nextIndex, sendUntil, sent] = [0, 0, firstIndex]; // the engine's, its credit, and ours
-  let [maxChunk, history, neededFrom] = [1, null, null];
-  let [isWelcome, isSourceOver, isEndSent, resentAt] = [false, false, false, null];
-  let [heardMs, movedMs] = [Date.now(), Date.now()];
+  let [nextIndex, sendUntil, sent, maxChunk] = [0, 0, 0, 1]; // the engine's, its credit, and ours
+  let [isWelcome, isSourceOver, isEndSent] = [false, false, false];
+  let [resentAt, heardMs] = [null, 0];
 
   const top = () => keptFrom + kept.length;
   const isWaiting = () => !isWelcome || isEndSent || nextIndex < top();
   const say = (type, fields, ...frames) =>
-    socket.send([encode({ v: VERSION, type, stream, ...fields }), ...frames]);
-
-  async function hello() {
-    [isWelcome, isEndSent, heardMs] = [false, false, Date.now()];
-    await say('hello', {
-      feature_dim: featureDim, frames_per_s: framesPerS, snippet_frames: snippetFrames,
-      first_index: keptFrom,
-    });
-  }
-
+    socket.send([encode({ v: 1, type, stream, ...fields }), ...frames]);
   const sayEnd = () => say('end', { next_index: nextIndex });
+
+  function sayHello() {
+    [isWelcome, isEndSent] = [false, false];
+    const clock = { frames_per_s: framesPerS, snippet_frames: snippetFrames };
+    return say('hello', { feature_dim: featureDim, ...clock, first_index: keptFrom });
+  }
 
   async function connect() {
     socket?.close();
     socket = new Dealer({ ...socketOptions(keys), routingId });
     socket.connect(address);
     heardMs = Date.now();
-    await (isEndSent ? sayEnd() : hello());
+    await (isEndSent ? sayEnd() : sayHello());
   }
 
   async function sendRows(first, until) {
@@ -129,7 +119,6 @@ export async function feed(address, stream, featureDim, source, options = {}) {
   }
 
   async function sendWhatMay() {
-    if (!isWelcome) return;
     const until = Math.min(sendUntil, top());
     await sendRows(sent, until);
     sent = Math.max(sent, until);
@@ -140,36 +129,26 @@ export async function feed(address, stream, featureDim, source, options = {}) {
   }
 
   function keep(values) {
-    if (values.length % featureDim) throw new Error(`expected n * ${featureDim} values`);
-    const bytes = Buffer.from(Float32Array.from(values).buffer); // all platforms of Node: little
+    if (values.length % featureDim) {
+      throw new Error(`expected n * ${featureDim} values, got ${values.length}`);
+    }
+    const bytes = Buffer.from(Float32Array.from(values).buffer); // Node runs on little-endian alone
     const size = featureDim * 4;
     for (let at = 0; at < bytes.length; at += size) kept.push(bytes.subarray(at, at + size));
-    forget();
-  }
-
-  function forget() {
-    const until = Math.min(nextIndex, neededFrom ?? nextIndex - history, top());
-    if (until > keptFrom) {
-      kept.splice(0, until - keptFrom);
-      keptFrom = until;
-    }
   }
 
   function follow(header) {
-    if (header.next_index > nextIndex || header.send_until > sendUntil) movedMs = Date.now();
     [nextIndex, sendUntil] = [header.next_index, header.send_until];
-    neededFrom = header.needed_from ?? null;
-    forget();
+    // What lies before our first snippet we never had, whatever the engine may need.
+    const needed = Math.max(keptFrom, Math.min(nextIndex, header.needed_from ?? nextIndex, top()));
+    kept.splice(0, needed - keptFrom);
+    keptFrom = needed;
   }
 
   async function hear(header) {
-    heardMs = Date.now();
     if (header.type === 'welcome') {
-      const { window_snippets: window, context_snippets: context } = header;
-      const credit = Math.max(header.send_until - header.next_index, 0);
-      history ??= credit + window + context + header.lookahead_snippets;
+      if (header.next_index < keptFrom) throw new Error(`snippet ${header.next_index} is gone`);
       [isWelcome, isEndSent, resentAt, maxChunk] = [true, false, null, header.max_chunk_snippets];
-      if (header.next_index < keptFrom) throw new Error(`snippet ${header.next_index} is forgotten`);
       follow(header);
       sent = nextIndex;
     } else if (header.type === 'ack' && isWelcome) {
@@ -177,46 +156,36 @@ export async function feed(address, stream, featureDim, source, options = {}) {
       sent = Math.max(sent, nextIndex);
       if (header.missing_until > nextIndex && resentAt !== nextIndex) {
         resentAt = nextIndex;
-        await sendRows(Math.max(nextIndex, keptFrom), Math.min(header.missing_until, sent));
+        await sendRows(nextIndex, Math.min(header.missing_until, sent));
       }
-    } else if (header.type === 'error') {
-      if (['out_of_order', 'unknown_stream', 'no_credit'].includes(header.code)) {
-        if (isWelcome) await hello(); // otherwise it speaks of what was before our Hello
-      } else if (header.code !== 'too_fast') { // after that, the silence is waited for
-        throw new EngineError(header);
-      }
+    } else if (['out_of_order', 'unknown_stream', 'no_credit'].includes(header.code)) {
+      if (isWelcome) await sayHello(); // otherwise it speaks of what was before our Hello
+    } else if (header.type === 'error' && header.code !== 'too_fast') {
+      throw new EngineError(header); // after too_fast, Hello comes again when nothing else does
     }
-  }
-
-  async function look() {
-    const nowMs = Date.now();
-    if (!isWaiting()) [heardMs, movedMs] = [nowMs, nowMs];
-    if (nowMs - movedMs > patienceS * 1000) {
-      throw new Error(`stream ${stream}: no progress for ${patienceS} s at snippet ${nextIndex}`);
-    }
-    if (nowMs - heardMs > REPEAT_MS) await connect();
   }
 
   try {
     await connect();
-    let [message, chunk, header] = [null, null, null]; // what is on its way, from the engine and the source
+    let [message, chunk] = [null, null]; // what is on its way, from the engine and the source
     for (;;) {
-      await sendWhatMay();
+      if (isWelcome) await sendWhatMay();
       const isHungry = isWelcome && !isSourceOver && sent >= top();
       message ??= receive(socket).then((frames) => ({ frames }));
-      if (isHungry) chunk ??= Promise.resolve(chunks.next()).then((result) => ({ result }));
+      if (isHungry) chunk ??= source.next().then((result) => ({ result }));
       const { frames, result } = await Promise.race(isHungry ? [message, chunk] : [message]);
+      if (frames || !isWaiting()) heardMs = Date.now();
       if (result) {
         chunk = null;
-        if (!isWaiting()) [heardMs, movedMs] = [Date.now(), Date.now()];
-        if (result.done) isSourceOver = true;
-        else keep(result.value);
+        isSourceOver = result.done;
+        if (!result.done) keep(result.value);
         continue;
       }
       message = null;
-      if (frames === null) await look();
-      else if ((header = readHeader(frames[0])).type === 'ended') return header;
-      else await hear(header);
+      const header = frames && readHeader(frames[0]);
+      if (header?.type === 'ended') return header;
+      if (header) await hear(header);
+      else if (Date.now() - heardMs > REPEAT_MS) await connect();
     }
   } finally {
     socket?.close();
@@ -224,47 +193,42 @@ export async function feed(address, stream, featureDim, source, options = {}) {
 }
 
 /**
- * What an engine publishes, each as its header's map: once, and in order, over lost connections,
- * losses and, where the engine keeps a log, restarts of it.
+ * What an engine publishes, each as its header's map: once, and in order, over lost connections
+ * and, where the engine keeps a log, losses and restarts of it.
  *
  * @param {string} address of the engine's events socket
  * @param {object} [options]
  * @param {string} [options.stream] one stream; all of them without it
- * @param {number} [options.since] first what has larger numbers in the log; without it, what is live
+ * @param {number} [options.since] first what the log has behind this number; else what is live
  * @param {(message: string) => void} [options.onLost] told what cannot be had any more
  * @param {Keys} [options.keys]
  * @yields {object} an `event`, `final` or `stream`
  */
 export async function* subscribe(address, options = {}) {
   const { stream = null, since = null, onLost = console.warn, keys } = options;
-  const topics = ['event/', 'final/', 'stream/'].map((topic) => topic + (stream ? `${stream}/` : ''));
+  const part = stream ? `${stream}/` : '';
   let [socket, instance, last] = [null, null, since]; // last: the number up to which all is given
   let [welcome, replay] = [null, null]; // the topics of the questions that are not answered yet
   let [heardMs, askedMs, isQuiet] = [0, 0, true];
-  const sequences = new Map(); // the newest of each session, where there are no numbers
 
   function connect() {
     socket?.close();
     socket = new Subscriber(socketOptions(keys));
     socket.connect(address);
-    socket.subscribe(...topics, 'mark/');
-    [welcome, replay] = [`welcome/${newToken()}/`, null];
-    socket.subscribe(welcome);
-    heardMs = Date.now();
+    [welcome, replay, heardMs] = [`welcome/${newToken()}/`, null, Date.now()];
+    socket.subscribe(`event/${part}`, `final/${part}`, `stream/${part}`, 'mark/', welcome);
   }
 
   function ask() {
     if (replay) socket.unsubscribe(replay);
-    replay = `replay/${newToken()}/${last}/${stream ?? '*'}/`;
+    [replay, askedMs] = [`replay/${newToken()}/${last}/${stream ?? '*'}/`, Date.now()];
     socket.subscribe(replay);
-    askedMs = Date.now();
   }
 
-  /** Another log, or another run of an engine without one, counts from the beginning. */
+  /** An echo or a mark: another log, or run of an engine without one, counts from 1 again. */
   function checkInstance(header) {
     if (instance !== null && header.instance !== instance) {
       onLost(`instance ${instance} is gone, here is ${header.instance}`);
-      sequences.clear();
       last = last === null ? null : 0;
     }
     instance = header.instance;
@@ -273,7 +237,7 @@ export async function* subscribe(address, options = {}) {
   function hearEcho(header) {
     checkInstance(header);
     welcome = null;
-    if (header.number == null) last = null; // no log: nothing to ask
+    if (header.number == null) last = null; // there is no log to ask
     else if (last === null) last = header.number;
     else ask();
   }
@@ -289,26 +253,17 @@ export async function* subscribe(address, options = {}) {
   }
 
   function* hearLive(header) {
-    if (header.number == null) {
-      const session = `${header.stream}/${header.session}`;
-      const lost = header.sequence - 1 - (sequences.get(session) ?? header.sequence - 1);
-      if (lost > 0) onLost(`stream ${session}: ${lost} messages are lost`);
-      sequences.set(session, header.sequence);
-      if (header.kind === 'ended') sequences.delete(session);
-      yield header;
-    } else if (header.number > last) {
-      isQuiet = false;
-      const before = stream ? header.previous : header.number - 1;
-      if (before > last) return ask();
-      last = header.number;
-      yield header;
-    }
+    if (header.number == null) return yield header;
+    isQuiet = false;
+    if (header.number <= last) return;
+    if ((stream ? header.previous : header.number - 1) > last) return ask();
+    last = header.number;
+    yield header;
   }
 
   function hearMark(mark) {
-    if (welcome || replay) return;
     checkInstance(mark);
-    if (mark.number > last && last !== null && (isQuiet || !stream)) ask();
+    if (last !== null && mark.number > last && (isQuiet || !stream)) ask();
     isQuiet = true;
   }
 
@@ -322,12 +277,13 @@ export async function* subscribe(address, options = {}) {
         else if (replay && nowMs - askedMs > REPEAT_MS) ask();
         continue;
       }
-      const [topic, header, frames] = [`${received[0]}`, readHeader(received[1]), received.slice(2)];
-      if (!welcome || topic === welcome) heardMs = nowMs;
-      if (header.type === 'subscribed') hearEcho(header);
+      const [topic, header] = [`${received[0]}`, readHeader(received[1])];
+      if (!welcome || topic === welcome) heardMs = nowMs; // an echo that was lost is asked for anew
+      if (topic === replay) yield* hearPage(header, received.slice(2));
+      else if (header.type === 'subscribed') hearEcho(header);
+      else if (welcome || replay || header.type === 'page') continue; // a page will have it
       else if (header.type === 'mark') hearMark(header);
-      else if (header.type === 'page') { if (topic === replay) yield* hearPage(header, frames); }
-      else if (!welcome && !replay) yield* hearLive(header); // else a page will have it
+      else yield* hearLive(header);
     }
   } finally {
     socket?.close();
