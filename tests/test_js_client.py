@@ -10,8 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
+import zmq
 from commands import MESSAGES, PATIENCE_S, engine, hrpro, hrpro_json, published_in_process
 from driving import assert_same
 from tiny_model import DIM, tiny_recording
@@ -192,6 +195,62 @@ def test_with_keys(bundle: Bundle, tmp_path: Path) -> None:
         assert feed(served.feed, "door", *producer, status=1).startswith("not_permitted: ")
         feed(served.feed, "cam1", *producer)
         assert_complete(seen.until_ended("cam1"))
+
+
+class ScriptedEngine:
+    """Hears what a feeder sends, and answers what the test says."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._peer = b""
+        self.address = f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    def hears(self) -> tuple[str, int, int]:
+        """Type, first (or next) index and number of snippets of the next message."""
+        assert self._socket.poll(PATIENCE_S * 1000)
+        self._peer, header, *features = self._socket.recv_multipart()
+        fields = msgpack.unpackb(header)
+        snippets = fields.get("shape", [0])[0]
+        assert sum(map(len, features)) == snippets * DIM * 4
+        return fields["type"], fields.get("first_index", fields.get("next_index")), snippets
+
+    def says(self, kind: str, next_index: int | None, **fields: Any) -> None:
+        header = {"v": 1, "type": kind, "stream": "cam", "next_index": next_index, **fields}
+        self._socket.send_multipart([self._peer, msgpack.packb(header)])
+
+    def welcomes(self, next_index: int, send_until: int) -> None:
+        self.says("welcome", next_index, send_until=send_until, max_chunk_snippets=4, needed_from=0)
+
+
+def test_it_sends_again_what_is_missing_and_what_is_not_answered(tmp_path: Path) -> None:
+    recording = tmp_path / "cam.f32"
+    recording.write_bytes(RECORDING[:10].tobytes())
+    lost = {"code": "unknown_stream", "message": "?"}
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        scripted = ScriptedEngine(socket)
+        with client("feed", scripted.address, "cam", recording, DIM) as process:
+            assert scripted.hears() == ("hello", 0, 0)
+            scripted.says("error", None, **lost)  # of something older
+            scripted.welcomes(0, send_until=6)
+            assert [scripted.hears() for _ in range(2)] == [("chunk", 0, 4), ("chunk", 4, 2)]
+            for _ in range(2):  # said twice, it is sent once
+                scripted.says("ack", 2, send_until=6, missing_until=4, needed_from=0)
+            assert scripted.hears() == ("chunk", 2, 2)
+            scripted.says("ack", 6, send_until=9, needed_from=1)
+            assert scripted.hears() == ("chunk", 6, 3)
+            # Another engine, from a log: it needs what is acknowledged long since.
+            scripted.says("error", None, **lost)
+            assert scripted.hears() == ("hello", 1, 0)
+            scripted.welcomes(1, send_until=10)
+            assert [scripted.hears() for _ in range(3)] == [
+                ("chunk", 1, 4), ("chunk", 5, 4), ("chunk", 9, 1),
+            ]  # fmt: skip
+            assert scripted.hears() == ("hello", 1, 0)  # nothing was heard for a while
+            scripted.welcomes(10, send_until=10)
+            assert [scripted.hears() for _ in range(2)] == [("end", 10, 0)] * 2  # the first is lost
+            scripted.says("ended", 10, proposals=0, events=0)
+            assert process.wait(PATIENCE_S) == 0
 
 
 def test_a_refusal_is_one_line(bundle: Bundle) -> None:
