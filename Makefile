@@ -2,6 +2,7 @@
 # make demo     train, export and stream the example recordings
 # make test     the tests, against the installed wheel
 # make check    ruff, mypy and the tests
+# make js       what the client in JavaScript needs, by npm (Node 18 or newer)
 # make triton-server   a Triton server for the tests that need one (55 MB, Linux on 64-bit x86)
 # make format   let ruff write the code's form
 # make clean    remove all that make has made
@@ -14,12 +15,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n auto --dist loadfile
 
 # Folders stand beside files, so that a file that goes is noticed too.
-SOURCES := $(shell find clients engine export training -not -name '*.pyc' -not -name __pycache__)
+SOURCES := $(shell find clients engine export training -path clients/js -prune -o \
+    -not -name '*.pyc' -not -name __pycache__ -print)
 
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check lint typecheck triton-server format clean
+.PHONY: setup demo test check lint typecheck js triton-server format clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -43,6 +45,10 @@ typecheck: setup
 	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" hrpro
 
+# Prebuilt, from the lock file; nothing is compiled and no install script runs (clients/js/.npmrc).
+js:
+	cd clients/js && npm ci --no-audit --no-fund
+
 # Beside the environment's packages: it asks for an older numpy, for what is not used here.
 triton-server: $(DEPENDENCIES)
 	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-server -c constraints.txt nvidia-pytriton
@@ -52,7 +58,7 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build hrpro-demo *.egg-info .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build hrpro-demo clients/js/node_modules *.egg-info .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEPENDENCIES): pyproject.toml constraints.txt
