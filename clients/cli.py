@@ -26,6 +26,7 @@ from hrpro.clients import (
     cli_events,
     cli_keys,
     cli_plot,
+    cli_record,
     cli_status,
     cli_stream_eval,
     cli_training,
@@ -40,6 +41,7 @@ from hrpro.clients.cli_shared import (
     console,
     progress,
     say,
+    speed_factor,
 )
 from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
 from hrpro.engine.protocol import Policy
@@ -74,6 +76,8 @@ app.command()(cli_chaos.chaos)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)
+app.command()(cli_record.record)
+app.command()(cli_record.replay)
 app.command()(cli_status.status)
 app.command()(cli_status.streams)
 app.command()(cli_status.drain)
@@ -250,7 +254,7 @@ def feed_features(
         clock = SnippetClock(frames_per_s, snippet_frames)
     except ValueError as error:
         raise HrproError(str(error)) from None
-    factor = _speed(speed)
+    factor = speed_factor(speed)
     sources = read_sources(paths)
     total = sum(len(source.features) for source in sources)
     with address_errors(to), progress(total, "snippets") as advance:
@@ -286,24 +290,9 @@ def demo(
     """Train on the example recordings, export, stream the held-out ones, show what comes."""
     from hrpro.clients.demo import run_demo
 
-    figures = run_demo(out, _speed(speed), console())
+    figures = run_demo(out, speed_factor(speed), console())
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _speed(text: str) -> float | None:
-    """A factor above 0, or None for as fast as it goes."""
-    if text == "max":
-        return None
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = 0.0
-    if not 0 < factor < float("inf"):
-        raise typer.BadParameter(
-            f"expected a number above 0 or max, got {text!r}", param_hint="--speed"
-        )
-    return factor
 
 
 def main() -> None:

@@ -68,3 +68,18 @@ def progress(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def speed_factor(text: str) -> float | None:
+    """A factor above 0, or None for as fast as it goes (max)."""
+    if text == "max":
+        return None
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise typer.BadParameter(
+            f"expected a number above 0 or max, got {text!r}", param_hint="--speed"
+        )
+    return factor

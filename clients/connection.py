@@ -45,7 +45,8 @@ class Deadline:
 
 
 class Connection:
-    """One connected socket with a context of its own, so that closing it leaves nothing behind.
+    """One connected socket with a context of its own, so that closing it leaves nothing behind;
+    or with one that is shared with others, and closed by who made it.
 
     With a key it talks to the engine of that key alone, encrypted. Raises KeyFileError for a file
     that is none. It reconnects by itself for as long as it is open, unless the engine refuses its
@@ -53,15 +54,21 @@ class Connection:
     """
 
     def __init__(
-        self, kind: int, address: str, options: Mapping[int, int | bytes], key: Key = None
+        self,
+        kind: int,
+        address: str,
+        options: Mapping[int, int | bytes],
+        key: Key = None,
+        shared: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         if isinstance(key, Path):
             key = read_client_key(key)
         self.address = address
         self.doubt = "" if key is None else "; does it know this key?"
         """What to add where the engine is silent: it does not answer who has no key of its."""
-        self._context = zmq.Context()
-        self.socket = self._context.socket(kind)
+        context = shared or zmq.Context()
+        self._own_context = None if shared else context
+        self.socket = context.socket(kind)
         common: dict[int, int | bytes] = {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
@@ -89,7 +96,8 @@ class Connection:
     def close(self, linger_ms: int | None = None) -> None:
         """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
         self.socket.close(linger_ms)
-        self._context.term()
+        if self._own_context is not None:
+            self._own_context.term()
 
     def receive(self) -> list[bytes] | None:
         """The frames of the next message that has come, or None."""

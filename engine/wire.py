@@ -15,6 +15,7 @@
     +-- LogError                engine.event_reader      the event log cannot be used
     +-- DeployError             engine.deployment        a bundle that cannot take over
     +-- ReplayError             clients.subscriber       the engine cannot send events again
+    +-- RecordingError          clients.recording        no recording (also a ValueError)
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 
