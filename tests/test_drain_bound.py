@@ -62,7 +62,7 @@ serve.new_deployment = lambda *_: SimpleNamespace(backend=None)
 serve.Pipeline = lambda _: pipeline
 cli.app = lambda: serve.serve(
     None,
-    lambda _: (None, SimpleNamespace(drain_s=0.2)),
+    lambda _: (None, SimpleNamespace(drain_s=0.2, limits=None)),
     serve.Addresses(ANY_PORT, ANY_PORT, ANY_PORT),
     lambda bound, _: print(bound.feed, bound.control, flush=True),
 )

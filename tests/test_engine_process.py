@@ -155,7 +155,7 @@ serve.new_deployment = lambda *_: SimpleNamespace(backend=None)
 serve.Pipeline = lambda _: TinyPipeline()
 serve.serve(
     None,
-    lambda _: (None, SimpleNamespace(drain_s=30.0)),
+    lambda _: (None, SimpleNamespace(drain_s=30.0, limits=None)),
     serve.Addresses(ANY_PORT, ANY_PORT, ANY_PORT),
     lambda bound, _: print(bound.feed, bound.control, flush=True),
 )

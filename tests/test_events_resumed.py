@@ -250,8 +250,12 @@ def test_an_engine_that_cannot_log_does_not_spin(log: EventLog) -> None:
         while time.monotonic() < until_s:
             server._turn({server._feed})
         assert server.state == "waiting"
-        server._turn({server._feed})
-        assert server._idle_ms() > 0
+
+        def may_wait() -> bool:  # not at the very moment when something is due
+            server._turn({server._feed})
+            return server._idle_ms() > 0
+
+        assert any(may_wait() for _ in range(10))
         log._rows("PRAGMA query_only = 0")
 
         def logged_it() -> bool:
