@@ -170,8 +170,9 @@ def test_people_see_warnings_unless_they_want_more(
         peer.ask(hello(dim=DIM))
         peer.ask([b"\xc1"])
     assert len(served.said) == len(beginnings)
-    for line, beginning in zip(served.said, beginnings, strict=True):
-        assert line.startswith(f"hrpro: {beginning}")
+    # Welcome is sent before "opened" is said: what is refused then may come first.
+    for beginning in beginnings:
+        assert sum(line.startswith(f"hrpro: {beginning}") for line in served.said) == 1
 
 
 def test_a_flood_makes_some_lines_and_a_count(bundle: Bundle) -> None:
