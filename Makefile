@@ -11,9 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# By file, on all cores: what a file shares is made once. In the order of their names, for that with
-# the longest test is the first one.
-PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
+# By file, on all cores: what a file shares is made once.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 # Folders stand beside files, so that a file that goes is noticed too.
 SOURCES := $(shell find clients engine export training -path clients/js -prune -o \
