@@ -25,6 +25,7 @@ from hrpro.clients import (
     cli_deploy,
     cli_events,
     cli_keys,
+    cli_label,
     cli_plot,
     cli_record,
     cli_status,
@@ -73,6 +74,7 @@ app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
+app.command()(cli_label.label)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)
