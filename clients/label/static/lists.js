@@ -8,7 +8,7 @@ function swatch(number) {
   return element("span", { className: "swatch", style: { color: classColour(number) }, ariaHidden: "true" });
 }
 
-/** `mark(number)` is called for a class that is chosen, `remove(label)` for one to be taken away. */
+/** `mark(number, moment)` is called for a class that is chosen, `remove(label)` for one to be taken away. */
 export function showClasses(classes, points, mark, remove) {
   const counts = new Map(classes.map((label) => [label, 0]));
   for (const { label } of points) counts.set(label, (counts.get(label) ?? 0) + 1);
@@ -22,7 +22,7 @@ export function showClasses(classes, points, mark, remove) {
       element("span", { className: "name" }, label),
       element("span", { className: "count", ariaLabel: `${count} points` }, String(count)),
     );
-    button.addEventListener("click", () => mark(number));
+    button.addEventListener("click", (event) => mark(number, event.timeStamp));
     const row = element("li", {}, button);
     if (!count) {
       const name = `Remove the class ${label}`;

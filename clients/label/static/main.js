@@ -50,7 +50,7 @@ function changing(change) {
   else announce("The last point is not saved; nothing else is taken until it is.");
 }
 
-const mark = (index) => markAt(classes[index], player.frame);
+const mark = (index, moment) => markAt(classes[index], player.frameAt(moment));
 
 function markAt(label, frame) {
   if (label === undefined) announce("There is no class of this number.");
@@ -112,10 +112,14 @@ function choose(point) {
   announce(`${point.label} at ${clock(point.seconds)}`);
 }
 
-/** From the chosen point, else from the frame shown. */
+/** From the frame shown; among the points of one frame, from the chosen one. */
 function chooseNext(direction) {
-  const from = points.selected ? points.list.indexOf(points.selected) + direction : -1;
-  choose(points.selected ? points.list[from] : points.next(player.seconds, direction));
+  const chosen = points.selected;
+  const isHere = chosen && player.at(chosen.seconds) === player.frame;
+  const next = isHere
+    ? points.list[points.list.indexOf(chosen) + direction]
+    : points.next(player.seconds, direction);
+  choose(next);
 }
 
 // ---- classes ----
@@ -242,8 +246,8 @@ function showPreparing(text, share) {
 // ---- keys and buttons ----
 
 const table = keyTable({
-  play: (_, isRepeated) => isRepeated || player.toggle(),
-  mark: (index, isRepeated) => isRepeated || mark(index),
+  play: (_, event) => event.repeat || player.toggle(),
+  mark: (index, event) => event.repeat || mark(index, event.timeStamp),
   byName: () => field.focus(),
   reclass: (index) => classes[index] && changePoint({ label: classes[index] }, `now ${classes[index]}`),
   stepBack: () => player.step(-1),
