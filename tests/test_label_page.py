@@ -191,12 +191,13 @@ def test_a_key_while_it_plays_stores_the_frame_on_the_screen(
     pressed = page.evaluate("() => window.pressed.filter(([key]) => key === '2')")
     assert [label for label, _, _ in labelled.rows] == ["jump"] * 3
     for (_, _, point), (_, number, late_ms) in zip(labelled.rows, pressed, strict=True):
-        stored_ms = float(point) * 40
-        assert point in map(frame_text, range(len(STAMPS)))
-        # A canvas is given what the next refresh of the screen will show, and on a busy machine a
-        # page hears of a key late.
-        assert (stored_ms - STAMPS[number]) / speed <= FRAME_MS
-        assert (STAMPS[number] - stored_ms) / speed <= FRAME_MS + REFRESH_MS + late_ms
+        stored = [frame_text(n) for n in range(len(STAMPS))].index(point)
+        # Within a frame, of 40 ms or longer. A canvas is given what the next refresh of the screen
+        # will show, and on a busy machine a page hears of a key late.
+        ahead_ms = (STAMPS[stored] - STAMPS[number]) / speed
+        assert abs(stored - number) <= 1 or (
+            -(FRAME_MS + REFRESH_MS + late_ms) <= ahead_ms <= FRAME_MS
+        )
     assert [number >= least for (_, number, _), least in zip(pressed, (20, 100, 200), strict=True)]
 
 
@@ -337,7 +338,8 @@ def test_a_kill_loses_nothing_that_was_saved_and_the_page_takes_no_more(
     own.process.kill()
     own.process.wait(PATIENCE_S)
     press(page, "ArrowRight", "1")
-    expect(page.locator("#saved")).to_have_text("not saved: hrpro label does not answer")
+    expect(page.locator("#saved")).to_have_text("not saved")
+    expect(page.get_by_role("alert")).to_have_text(re.compile("hrpro label does not answer"))
     press(page, "ArrowRight", "1")
     expect(page.locator("#points button")).to_have_count(3)
     assert [label for label, _, _ in own.rows] == ["wave", "jump"]

@@ -10,14 +10,15 @@ import { Points } from "./points.js";
 import { Timeline } from "./timeline.js";
 
 const ASK_MS = 300; // how far a video is made ready
-const SAID = {
-  saved: "saved",
-  saving: "saving",
-  unreachable: "not saved: hrpro label does not answer",
-  refused: "not saved",
-};
+const UNREACHABLE = "hrpro label does not answer";
 
 const session = await api.session();
+const SAID = {
+  saved: `saved in ${session.points_file}`,
+  saving: "saving",
+  unreachable: "not saved",
+  refused: "not saved",
+};
 let classes = session.classes;
 let number = 0; // of the video
 let opening = 0; // counts, so that one that was left again is given up
@@ -130,7 +131,7 @@ async function setClasses(labels) {
     problem = "";
     return true;
   } catch (error) {
-    problem = error instanceof api.Refusal ? error.message : SAID.unreachable;
+    problem = error instanceof api.Refusal ? error.message : UNREACHABLE;
     return false;
   } finally {
     showPointsAndState();
@@ -216,9 +217,10 @@ function showPointsAndState() {
   showClasses(classes, points.list, mark, (label) => setClasses(classes.filter((each) => each !== label)));
   showPoints(points.list, points.selected, numberOf, choose);
   const isBad = ["unreachable", "refused"].includes(points.state);
-  setText(byId("saved"), `${SAID[points.state]}${isBad ? "" : ` in ${session.points_file}`}`);
+  setText(byId("saved"), SAID[points.state]);
   byId("saved").dataset.level = isBad ? "bad" : "quiet";
-  const wrong = points.problem || problem;
+  const isAway = points.state === "unreachable";
+  const wrong = isAway ? `${UNREACHABLE}: the last change is not saved` : points.problem || problem;
   byId("problem").hidden = !wrong;
   setText(byId("problem-text"), wrong);
   byId("reload").hidden = points.state !== "refused";
