@@ -371,7 +371,7 @@ def test_a_second_page_does_not_undo_what_the_first_has_saved(
     press(other, "ArrowRight", "2")
     expect(other.locator("#problem-text")).to_have_text(re.compile("has been changed by another"))
     other.locator("#reload").click()
-    saved(other)
+    expect(other.get_by_role("button", name="0:00.000 wave")).to_be_visible()  # the first one's
     press(other, "2")
     saved(other)
     other.close()
