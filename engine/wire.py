@@ -17,6 +17,7 @@
     +-- ReplayError             clients.subscriber       the engine cannot send events again
     +-- RecordingError          clients.recording        no recording (also a ValueError)
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
+    +-- ExtractorError          clients.cameras.manifest no feature extractor (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 
 `ProtocolError` and `StreamError` carry a `code`, one of `ERROR_CODES`: what is sent to the peer

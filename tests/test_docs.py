@@ -153,7 +153,7 @@ def test_the_metrics_of_the_reference_are_those_of_an_engine(site: Path, bundle:
     told = set(re.findall(r"\bhrpro_\w+", reference(site, "metrics").split("make docs")[1]))
     with (
         engine(bundle.folder, "--metrics", "127.0.0.1:0") as served,
-        urllib.request.urlopen(f"{served.metrics}/metrics", timeout=10) as answer,
+        urllib.request.urlopen(served.metrics, timeout=10) as answer,
     ):
         families = [*text_string_to_metric_families(answer.read().decode())]
     ending = {"counter": "_total", "info": "_info"}
