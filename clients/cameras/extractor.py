@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.clients.cameras.efficientnet import NAME, cached_efficientnet
 from hrpro.clients.cameras.manifest import ExtractorError, ExtractorManifest, read_manifest
 from hrpro.clients.cameras.network import NetworkSession, Provider, centre_crop
 from hrpro.engine.timebase import SnippetClock
@@ -34,7 +35,7 @@ __all__ = [
 
 
 # Folders of the built-in extractors, which are made when they are asked for.
-BUILT_IN: dict[str, Callable[[], Path]] = {}
+BUILT_IN: dict[str, Callable[[], Path]] = {NAME: cached_efficientnet}
 
 
 class Extractor:

@@ -94,12 +94,12 @@ class NetworkSession:
 
     def _images(self, frames: NDArray[np.uint8]) -> NDArray[Any]:
         """Colours (n, T, H, W, 3) or flow (n, T, H, W, 2) of frames (n, F, H, W, 3)."""
-        if self._network.input == "frames":
+        if self._network.flow is None:
             return frames if self._network.channels == "rgb" else frames[..., ::-1]
         from hrpro.clients.cameras.flow import optical_flow
 
-        limit_px = self._network.flow_limit_px
-        return np.stack([optical_flow(each) for each in frames]).clip(-limit_px, limit_px)
+        method, limit_px = self._network.flow.method, self._network.flow.limit_px
+        return np.stack([optical_flow(each, method) for each in frames]).clip(-limit_px, limit_px)
 
     def _all_rows(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """What the network makes (m, features) of rows (m, T, H, W, C), some at a time."""
