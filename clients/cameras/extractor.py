@@ -41,7 +41,10 @@ BUILT_IN: dict[str, Callable[[], Path]] = {NAME: cached_efficientnet}
 class Extractor:
     """Networks that are loaded; any thread may call. See the module."""
 
-    def __init__(self, manifest: ExtractorManifest, networks: Sequence[NetworkSession]) -> None:
+    def __init__(
+        self, folder: Path, manifest: ExtractorManifest, networks: Sequence[NetworkSession]
+    ) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.clock: SnippetClock = manifest.clock
         self.feature_dim = manifest.feature_dim
@@ -111,7 +114,7 @@ def load_extractor(
         NetworkSession(folder, network, manifest, provider, threads)
         for network in manifest.networks
     ]
-    return Extractor(manifest, networks)
+    return Extractor(folder, manifest, networks)
 
 
 def _folder(path_or_name: str | Path) -> Path:

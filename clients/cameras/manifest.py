@@ -149,6 +149,8 @@ class ExtractorManifest(Settings):
     def _fits_together(self) -> ExtractorManifest:
         if self.short_side is not None and self.short_side < max(self.height, self.width):
             raise ValueError("short_side: expected at least height and width")
+        if self.frame_offsets[-1] < 0:
+            raise ValueError("networks: expected one that looks at a frame of the snippet itself")
         for network in self.networks:
             if network.file not in self.files:
                 raise ValueError(f"files: expected the SHA-256 of {network.file}, came none")
@@ -182,6 +184,12 @@ class ExtractorManifest(Settings):
     def frame_offsets(self) -> tuple[int, ...]:
         """All frames of a snippet that any network looks at."""
         return tuple(sorted({offset for network in self.networks for offset in network.frames}))
+
+    @property
+    def identity(self) -> str:
+        """A hash over all of it, the files' hashes among that: what gives the same features."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> ExtractorManifest:
