@@ -20,6 +20,7 @@ from hrpro.clients import (
     cli_bench,
     cli_bundle,
     cli_bundle_triton,
+    cli_camera,
     cli_chaos,
     cli_data,
     cli_deploy,
@@ -277,6 +278,9 @@ def feed_features(
         return
     for name, said in ended.items():
         say(f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events")
+
+
+feed_app.command("camera")(cli_camera.feed_camera)
 
 
 @app.command()
