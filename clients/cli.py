@@ -27,6 +27,7 @@ from hrpro.clients import (
     cli_events,
     cli_features,
     cli_keys,
+    cli_label,
     cli_plot,
     cli_record,
     cli_status,
@@ -76,6 +77,7 @@ app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
+app.command()(cli_label.label)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)

@@ -41,8 +41,13 @@ def points_file(folder: Path, config: DataConfig) -> Path:
 def read_points(folder: Path, config: DataConfig) -> dict[str, list[Point]]:
     """The rows of the file of point labels by recording, whatever their class and frame."""
     path = points_file(folder, config)
+    return parse_points(read_text(path, "one point label a line"), path)
+
+
+def parse_points(text: str, path: Path) -> dict[str, list[Point]]:
+    """The rows of such a file's text by recording. Raises DataError, which names ``path``."""
     points: dict[str, list[Point]] = defaultdict(list)
-    rows = csv.DictReader(io.StringIO(read_text(path, "one point label a line")))
+    rows = csv.DictReader(io.StringIO(text))
     try:
         missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
         if missing:
