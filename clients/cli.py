@@ -21,6 +21,7 @@ from hrpro.clients import (
     cli_bundle,
     cli_bundle_triton,
     cli_chaos,
+    cli_dashboard,
     cli_data,
     cli_deploy,
     cli_events,
@@ -73,6 +74,7 @@ app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
+app.command()(cli_dashboard.dashboard)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)
