@@ -258,8 +258,9 @@ class Board:
 
     def _begin_session(self, row: _Row, stream: str, session: int, head: int) -> None:
         """A session whose indices do not go on where the last one was has a timeline of its own."""
+        is_other = row.session < 0 or head < row.head
         row.session, row.state, row.before = session, "live", row.head
-        if head < row.head:
+        if is_other:
             self._begin_course(row)
         row.head, row.moved_s = head, time.time()
         row.revision = self._next_revision()

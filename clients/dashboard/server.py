@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from hrpro.clients.connection import Key
 from hrpro.clients.dashboard.app import create_app
@@ -38,8 +39,21 @@ def serve(sources: Sources, http: str, token: str | None, ready: Callable[[str],
     door = Door(host, token)
     board, thumbnails = Board(), Thumbnails(sources.cameras)
     watch = EngineWatch(board, sources.events, sources.control, sources.key)
+    app = create_app(board, door, thumbnails)
+    with (
+        contextlib.closing(_listening(host, port)) as listener,
+        watch.running(),
+        thumbnails.running(),
+    ):
+        name = f"[{host}]" if ":" in host else host
+        ready(f"http://{name}:{listener.getsockname()[1]}/")
+        new_server(app).run(sockets=[listener])
+
+
+def new_server(app: ASGIApp) -> uvicorn.Server:
+    """It says nothing but warnings, and does not wait for pages that stay."""
     config = uvicorn.Config(
-        create_app(board, door, thumbnails),
+        app,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -49,14 +63,7 @@ def serve(sources: Sources, http: str, token: str | None, ready: Callable[[str],
         ws_max_size=_LONGEST_MESSAGE_BYTES,
         timeout_graceful_shutdown=_GOODBYE_S,
     )
-    with (
-        contextlib.closing(_listening(host, port)) as listener,
-        watch.running(),
-        thumbnails.running(),
-    ):
-        name = f"[{host}]" if ":" in host else host
-        ready(f"http://{name}:{listener.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
 
 
 def _listening(host: str, port: int) -> socket.socket:

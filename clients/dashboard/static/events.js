@@ -2,7 +2,7 @@
 
 import { classColour } from "./colours.js";
 import { byId, element, setChildren, setText } from "./dom.js";
-import { score, stateOf, streamTime, timeOfDay } from "./format.js";
+import { byName, score, stateOf, streamTime, timeOfDay } from "./format.js";
 import { isOpen } from "./model.js";
 import { thumbnail } from "./now.js";
 
@@ -28,8 +28,9 @@ export class Events {
   }
 
   draw() {
-    this.#offer("stream", [...new Set([...this.#model.events.values()].map((each) => each.stream))]);
-    this.#offer("label", [...this.#model.labels.keys()]);
+    const streams = new Set([...this.#model.events.values()].map((each) => each.stream));
+    this.#offer("stream", "all streams", [...streams]);
+    this.#offer("label", "all actions", [...this.#model.labels.keys()]);
     const wanted = this.#wanted();
     const found = [...this.#model.events.values()].filter(wanted).sort((a, b) => b.n - a.n);
     const shown = found.slice(0, MOST);
@@ -45,14 +46,14 @@ export class Events {
   }
 
   /** The choices of a filter; what is chosen stays. */
-  #offer(name, choices) {
+  #offer(name, all, choices) {
     const select = this.#form.elements[name];
-    choices.sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
+    choices.sort(byName);
     if (select.dataset.choices === choices.join("\n") && select.options.length) return;
     select.dataset.choices = choices.join("\n");
     const chosen = select.value;
-    const all = element("option", { value: "" }, "all");
-    select.replaceChildren(all, ...choices.map((each) => element("option", { value: each }, each)));
+    const options = [["", all], ...choices.map((each) => [each, each])];
+    select.replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
     if (choices.includes(chosen)) select.value = chosen;
   }
 
@@ -66,6 +67,7 @@ export class Events {
       if (label.value && event.label !== label.value) return false;
       if (leastScore && !(event.score >= leastScore)) return false;
       if (!isKind(event)) return false;
+      if (!words.length) return true;
       const said = `${event.stream} ${event.label ?? ""} ${stateOf(event)}`.toLowerCase();
       return words.every((word) => said.includes(word));
     };

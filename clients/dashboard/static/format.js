@@ -30,6 +30,11 @@ export function count(n) {
   return `${(n / 1_000_000).toFixed(2)} M`;
 }
 
+const collator = new Intl.Collator(undefined, { numeric: true });
+
+/** cam2 comes before cam10. */
+export const byName = (a, b) => collator.compare(a, b);
+
 export const score = (value) => value.toFixed(2);
 
 /** What is said of an event's state. */

@@ -12,7 +12,9 @@ import { Rows } from "./rows.js";
 
 const THEMES = ["auto", "light", "dark"];
 
-const model = new Model();
+// Also for whoever asks the page from outside, as the tests do.
+export const model = new Model();
+
 const announcer = new Announcer();
 const health = new Health(model);
 const rows = new Rows(model, wake);

@@ -15,7 +15,8 @@ export class Now {
   }
 
   draw() {
-    const open = this.#model.openActions().sort((a, b) => b.n - a.n);
+    const open = this.#model.openActions().filter((action) => action.state === "now");
+    open.sort((a, b) => b.n - a.n);
     const shown = open.slice(0, MOST);
     const kept = new Set(shown.map((action) => action.n));
     for (const n of this.#items.keys()) if (!kept.has(n)) this.#items.delete(n);
@@ -28,13 +29,12 @@ export class Now {
     if (!this.#items.has(action.n)) this.#items.set(action.n, newItem(this.#model, action));
     const { item, facts } = this.#items.get(action.n);
     const row = this.#model.rows.get(action.stream);
-    const endS = action.end_s ?? (row && this.#model.snippetS ? row.head * this.#model.snippetS : null);
     const parts = [action.stream, `since ${streamTime(action.start_s)}`];
-    if (endS !== null) parts.push(duration(Math.max(0, endS - action.start_s)));
-    if (action.state === "over") parts.push("over");
+    if (row && this.#model.snippetS) {
+      parts.push(duration(Math.max(0, row.head * this.#model.snippetS - action.start_s)));
+    }
     parts.push(score(action.score));
     setText(facts, parts.join(" · "));
-    item.dataset.state = action.state;
     return item;
   }
 }

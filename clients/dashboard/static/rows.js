@@ -1,7 +1,7 @@
 // The streams as rows. Only those that can be seen have a canvas and are drawn.
 
 import { byId, element, setChildren, setText } from "./dom.js";
-import { duration, score, stateOf, streamTime } from "./format.js";
+import { byName, duration, score, stateOf, streamTime } from "./format.js";
 import { Timeline } from "./timeline.js";
 
 // A stream that sends nothing for so long is said to.
@@ -41,7 +41,7 @@ export class Rows {
     const wanted = this.filter.value.trim().toLowerCase();
     const streams = [...this.#model.rows.keys()]
       .filter((stream) => stream.toLowerCase().includes(wanted))
-      .sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
+      .sort(byName);
     for (const stream of this.#rows.keys()) if (!this.#model.rows.has(stream)) this.#drop(stream);
     setChildren(byId("rows"), streams.map((stream) => this.#row(stream).item));
     const all = this.#model.rows.size;

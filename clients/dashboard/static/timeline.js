@@ -12,6 +12,8 @@ const CURVES = 3;
 const CURVES_HEIGHT = 46;
 const LANE_HEIGHT = 19;
 const MOST_LANES = 4;
+// A bar that is narrower has no room for a word.
+const NARROW_SHARE = 0.035;
 
 export class Timeline {
   #bars = new Map(); // event's number -> its element
@@ -102,7 +104,9 @@ export class Timeline {
     const [fromS, toS] = this.#span;
     const share = (s) => (Math.min(Math.max(s, fromS), toS) - fromS) / (toS - fromS);
     target.style.left = `${(share(startS) * 100).toFixed(3)}%`;
-    target.style.width = `${((share(stopS) - share(startS)) * 100).toFixed(3)}%`;
+    const width = share(stopS) - share(startS);
+    target.style.width = `${(width * 100).toFixed(3)}%`;
+    target.classList.toggle("narrow", width < NARROW_SHARE);
     if (lane !== null) target.style.top = `${lane * LANE_HEIGHT}px`;
     target.classList.toggle("cut", startS < fromS);
     return target;
