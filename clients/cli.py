@@ -22,6 +22,7 @@ from hrpro.clients import (
     cli_bundle_triton,
     cli_camera,
     cli_chaos,
+    cli_dashboard,
     cli_data,
     cli_deploy,
     cli_events,
@@ -78,6 +79,7 @@ app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
 app.command()(cli_label.label)
+app.command()(cli_dashboard.dashboard)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)

@@ -3,7 +3,7 @@
     features (B, n, D), valid (B, history + n), arrival (B,), as for step.onnx,
     slots (B,) of these streams, fresh (B,) where one begins, places (B, min(n, capacity)) of the
     newest rows in the rings, and for each part of the state pool/NAME (slots, ...)
-    -> scores (B, n, C), embedding (B, n, W), and for each part pool/new_NAME
+    -> scores (B, n, C), embedding (B, n, W), attention (B, n), and for each part pool/new_NAME
 
 A pool is bound to its input and to its output. ONNX Runtime's ScatterND does not copy where these
 are the same memory, on the CPU as on CUDA (core/providers/*/tensor/scatter_nd.cc): then a step
