@@ -64,9 +64,7 @@ class Answer:
     body: bytes
 
 
-def ask(
-    address: str, path: str, method: str = "GET", body: bytes = b"", **headers: str
-) -> Answer:
+def ask(address: str, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> Answer:
     """One request, byte by byte as it is told."""
     with request(address, path, method, body, **headers) as connection:
         return read_answer(connection)

@@ -31,7 +31,12 @@ def action(
 
 
 def notice(
-    kind: str, session: int = 1, first: int = 0, stop: int = 0, stream: str = "cam", sequence: int = 0
+    kind: str,
+    session: int = 1,
+    first: int = 0,
+    stop: int = 0,
+    stream: str = "cam",
+    sequence: int = 0,
 ) -> StreamNotice:
     return StreamNotice(stream, session, sequence, kind, first, stop, 0, 0)  # type: ignore[arg-type]
 

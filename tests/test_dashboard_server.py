@@ -217,7 +217,14 @@ def test_the_token_is_accepted_once_by_the_form_and_as_a_bearer(guarded_address:
 
 @pytest.mark.parametrize(
     "form",
-    [b"", b"token=", b"token=wrong", b"token=" + b"x" * 5000, b"\xff\xfe", b"other=0123456789abcdef"],
+    [
+        b"",
+        b"token=",
+        b"token=wrong",
+        b"token=" + b"x" * 5000,
+        b"\xff\xfe",
+        b"other=0123456789abcdef",
+    ],
 )
 def test_another_token_is_refused(guarded_address: str, form: bytes) -> None:
     answer = ask(guarded_address, "/login", "POST", form)
@@ -345,7 +352,11 @@ def test_pictures_are_passed_on_for_streams_that_are_listed() -> None:
             assert get("/thumbnail/cam1/7.jpg") == (200, JPEG)
             assert get("/thumbnail/cam1/8.jpg")[0] == 502
             assert get("/thumbnail/cam9/7.jpg")[0] == 404
-            for path in ("/thumbnail/cam1/x.jpg", "/thumbnail/cam1/-1.jpg", "/thumbnail/..%2F7.jpg"):
+            for path in (
+                "/thumbnail/cam1/x.jpg",
+                "/thumbnail/cam1/-1.jpg",
+                "/thumbnail/..%2F7.jpg",
+            ):
                 assert get(path)[0] == 404
             with live_page(address) as live:
                 assert live.receive()["thumbnails"] == ["cam1", "cam2"]

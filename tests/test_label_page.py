@@ -153,9 +153,11 @@ def test_a_step_and_a_key_store_the_time_of_that_frame(page: Page, labelled: Lab
     for point, number in enumerate((7, 36, 239)):
         page.locator("#points button").nth(point).click()
         expect(page.locator("#frame")).to_have_text(f"frame {number} of 0 to 239")
-        page.evaluate("() => new Promise((done) => requestVideoFrame(done))".replace(
-            "requestVideoFrame(done)", "setTimeout(done, 0)"
-        ))
+        page.evaluate(
+            "() => new Promise((done) => requestVideoFrame(done))".replace(
+                "requestVideoFrame(done)", "setTimeout(done, 0)"
+            )
+        )
         assert page.evaluate("() => window.pictured()") == number
 
 
