@@ -31,17 +31,17 @@ class Scene(NamedTuple):
 
 
 def scenes(seconds: float, chance: random.Random) -> Iterator[Scene]:
-    """Standing, and an action, in turn."""
+    """Standing and an action in turn, and standing at the end."""
     now_s = 0.0
-    while now_s < seconds:
-        for action, shortest_s, longest_s in (
-            ("stand", 2.5, 5.0),
-            (chance.choice(("wave", "jump")), 2.5, 4.5),
-        ):
-            end_s = min(seconds, now_s + chance.uniform(shortest_s, longest_s))
-            if end_s > now_s:
-                yield Scene(action, now_s, end_s)
-            now_s = end_s
+    while True:
+        begin_s = now_s + chance.uniform(2.5, 5.0)
+        end_s = begin_s + chance.uniform(2.5, 4.5)
+        if end_s + 1.0 > seconds:
+            yield Scene("stand", now_s, seconds)
+            return
+        yield Scene("stand", now_s, begin_s)
+        yield Scene(chance.choice(("wave", "jump")), begin_s, end_s)
+        now_s = end_s
 
 
 def draw(action: str, time_s: float, x: float, colours: list[tuple[int, int, int]]) -> Image.Image:
