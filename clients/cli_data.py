@@ -26,6 +26,7 @@ DataAssignments = Annotated[
 
 
 def data_config(preset: str | None, assignments: list[str] | None) -> DataConfig:
+    """The data settings that the options of a command name."""
     from hrpro.engine.settings import load_settings
     from hrpro.training.data_config import DataConfig
 

@@ -7,25 +7,32 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from subprocess import Popen
 
 import pytest
 from coded_video import BLOCK, BLOCKS, HEIGHT, write_video
-from commands import PATIENCE_S, environment, running
-from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
+from commands import PATIENCE_S, environment, running, wait_for
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--no-sandbox --disable-background-networking --disable-component-update --no-first-run "
-    "--disable-sync --disable-gpu"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-gpu",
+]
 PATIENCE_MS = 30_000
+FRAME_MS = 40
+REFRESH_MS = 17
 
 # Frames at odd times, as telephones record: in ms.
-STAMPS = [20 * n + 13 * (n % 3) + 400 * (n > 100) for n in range(240)]
+STAMPS = [22 * n + 6 * (n % 3) + 400 * (n > 100) for n in range(240)]
 
-# The number that the picture on the screen says, as each key is pressed and before the page has it.
+# What the picture on the screen says as each key comes, before the page has it, and how late it is.
 WATCH_KEYS = f"""() => {{
   const video = document.getElementById("video");
   const canvas = document.createElement("canvas");
@@ -41,7 +48,10 @@ WATCH_KEYS = f"""() => {{
     return number;
   }};
   window.pressed = [];
-  const see = () => window.pressed.push(window.pictured());
+  const see = (event) => {{
+    const late = performance.now() - event.timeStamp;
+    window.pressed.push([event.key, window.pictured(), late]);
+  }};
   window.addEventListener("keydown", see, {{ capture: true }});
 }}"""
 
@@ -75,9 +85,9 @@ def page(browser: Browser) -> Iterator[Page]:
     page = browser.new_page()
     page.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)
-    wrong: list[Error] = []
+    wrong: list[str] = []
     asked: set[str] = set()
-    page.on("pageerror", wrong.append)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: asked.add(request.url.split("/")[2]))
     yield page
     page.close()
@@ -87,8 +97,6 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from fractions import Fraction
-
     path = tmp_path_factory.mktemp("video") / "odd.mp4"
     return write_video(path, STAMPS, Fraction(1, 1000), g="60")
 
@@ -111,9 +119,17 @@ def labelling(data: Path, *arguments: object) -> Iterator[Labelling]:
         assert process.stderr.read() == ""
 
 
-@pytest.fixture
-def labelled(data: Path, video: Path) -> Iterator[Labelling]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, video: Path) -> Iterator[Labelling]:
+    data = tmp_path_factory.mktemp("shared") / "data"
     yield from labelling(data, video, "--classes", "wave,jump")
+
+
+@pytest.fixture
+def labelled(shared: Labelling) -> Labelling:
+    """Two classes and no point yet."""
+    (shared.data / "point_labels" / "points.csv").unlink(missing_ok=True)
+    return shared
 
 
 def visit(page: Page, url: str) -> None:
@@ -129,6 +145,12 @@ def press(page: Page, *keys: str) -> None:
 
 def saved(page: Page) -> None:
     expect(page.locator("#saved")).to_have_text(re.compile("^saved in "))
+
+
+def pictured(page: Page, number: int) -> None:
+    """Waits until this frame is meant, and its picture on the screen."""
+    expect(page.locator("#frame")).to_have_text(re.compile(f"^frame {number} of"))
+    wait_for(lambda: page.evaluate("() => window.pictured()") == number)
 
 
 def frame_text(number: int) -> str:
@@ -150,22 +172,218 @@ def test_a_step_and_a_key_store_the_time_of_that_frame(page: Page, labelled: Lab
         press(page, key)
         expect(page.locator("#frame")).to_have_text(f"frame {number} of 0 to 239")
     # What is on the screen is that frame, however it was come to.
-    for point, number in enumerate((7, 36, 239)):
+    for point, number in ((2, 239), (0, 7), (1, 36)):
         page.locator("#points button").nth(point).click()
-        expect(page.locator("#frame")).to_have_text(f"frame {number} of 0 to 239")
-        page.evaluate(
-            "() => new Promise((done) => requestVideoFrame(done))".replace(
-                "requestVideoFrame(done)", "setTimeout(done, 0)"
-            )
-        )
-        assert page.evaluate("() => window.pictured()") == number
+        pictured(page, number)
 
 
-@pytest.mark.parametrize("faster", [0, 3])
+@pytest.mark.parametrize(("faster", "speed"), [(0, 1), (3, 2)])
 def test_a_key_while_it_plays_stores_the_frame_on_the_screen(
-    page: Page, labelled: Labelling, faster: int
+    page: Page, labelled: Labelling, faster: int, speed: int
 ) -> None:
     visit(page, labelled.url)
     press(page, *["f"] * faster, "Space")
-    for number in (20, 60, 110):
-        expect(page.locator("#frame")).to_have_text(re.compile(rf"^frame ({number}|{number + 1}|"))
+    for passed in ("1?[0-9]", "[0-9]?[0-9]", "1?[0-9]?[0-9]"):  # until it is at 20, 100, 200
+        expect(page.locator("#frame")).to_have_text(re.compile(rf"^frame (?!{passed} of)"))
+        press(page, "2")
+    press(page, "Space")
+    saved(page)
+    pressed = page.evaluate("() => window.pressed.filter(([key]) => key === '2')")
+    assert [label for label, _, _ in labelled.rows] == ["jump"] * 3
+    for (_, _, point), (_, number, late_ms) in zip(labelled.rows, pressed, strict=True):
+        stored = [frame_text(n) for n in range(len(STAMPS))].index(point)
+        # Within a frame, of 40 ms or longer. A canvas is given what the next refresh of the screen
+        # will show, and on a busy machine a page hears of a key late.
+        ahead_ms = (STAMPS[stored] - STAMPS[number]) / speed
+        assert abs(stored - number) <= 1 or (
+            -(FRAME_MS + REFRESH_MS + late_ms) <= ahead_ms <= FRAME_MS
+        )
+    assert [number >= least for (_, number, _), least in zip(pressed, (20, 100, 200), strict=True)]
+
+
+def test_points_are_nudged_moved_reclassed_deleted_and_all_of_it_undone(
+    page: Page, labelled: Labelling
+) -> None:
+    visit(page, labelled.url)
+    seen: list[list[tuple[str, str]]] = [[]]
+
+    def then(*keys: str) -> list[tuple[str, str]]:
+        press(page, *keys)
+        saved(page)
+        seen.append([(label, point) for label, _, point in labelled.rows])
+        return seen[-1]
+
+    assert then(*["ArrowRight"] * 3, "1") == [("wave", frame_text(3))]
+    assert then("d") == [("wave", frame_text(4))]
+    assert then("a", "a")[0] == ("wave", frame_text(2))
+    pictured(page, 2)
+    assert then("Shift+Digit2") == [("jump", frame_text(2))]
+    assert then("Shift+ArrowRight", "m") == [("jump", frame_text(48))]
+    assert then("Home", "1") == [("wave", "0"), ("jump", frame_text(48))]
+    assert then("1") == seen[-2]  # there is one of this class at this frame
+    assert then("ArrowDown", "Delete") == [("wave", "0")]
+
+    assert then("z") == [("wave", "0"), ("jump", frame_text(48))]
+    assert then("z", "z") == [("jump", frame_text(2))]
+    assert then("Shift+Z", "Control+y") == [("wave", "0"), ("jump", frame_text(48))]
+    assert then(*["Control+z"] * 9) == []
+    expect(page.locator("#undo")).to_be_disabled()
+
+
+def test_a_file_that_is_there_is_kept_and_gone_on_with(page: Page, data: Path, video: Path) -> None:
+    """Rows of other recordings and further columns stay as they are, and in their order."""
+    folder = data / "point_labels"
+    folder.mkdir(parents=True)
+    lines = [
+        "class,class_index,start_frame,stop_frame,video_id,point",
+        'run,2,10,30,"far, away",20',
+        "wave,1,0,9,odd,4",
+        "jump,0,1,70,odd,65",
+        "run,2,40,60,other,50",
+        "wave,1,0,9,other,4",
+    ]
+    (folder / "given.csv").write_text("\n".join(lines) + "\n")
+    for run in labelling(data, video):
+        visit(page, run.url)
+        names = page.locator("#classes .name")
+        expect(names).to_have_text(["jump", "run", "wave"])
+        expect(page.locator("#points button")).to_have_count(2)
+        press(page, "Home", "3", "ArrowDown", "ArrowDown", "Delete")
+        saved(page)
+    lines[2:4] = ["wave,,,,odd,0", "wave,1,0,9,odd,4"]
+    assert (folder / "given.csv").read_text().splitlines() == lines
+    assert sorted(each.name for each in folder.iterdir()) == [".given.csv.lock", "given.csv"]
+
+
+@pytest.fixture
+def own(data: Path, video: Path) -> Iterator[Labelling]:
+    """As `labelled`, for one test alone."""
+    yield from labelling(data, video, "--classes", "wave,jump")
+
+
+def test_classes_are_chosen_by_name_and_added(page: Page, own: Labelling) -> None:
+    visit(page, own.url)
+    field, hint = page.locator("#class-name"), page.locator("#class-hint")
+    press(page, "ArrowRight", "c")
+    field.press_sequentially("JU")
+    expect(hint).to_have_text("Enter: a point of jump; Shift+Enter: new class JU")
+    press(page, "Enter", "ArrowRight", "c")
+    field.press_sequentially("stand still")
+    press(page, "Enter")
+    names = page.locator("#classes .name")
+    expect(names).to_have_text(["wave", "jump", "stand still"])
+    press(page, "c")
+    field.press_sequentially("jum")
+    press(page, "Shift+Enter")
+    expect(names).to_have_text(["wave", "jump", "stand still", "jum"])
+    press(page, "ArrowRight", "4")
+    saved(page)
+    assert [row[::2] for row in own.rows] == [
+        ("jump", frame_text(1)),
+        ("stand still", frame_text(2)),
+        ("jum", frame_text(3)),
+    ]
+    page.get_by_role("button", name="Remove the class wave").click()
+    expect(names).to_have_text(["jump", "stand still", "jum"])
+    assert (own.data / "classes.txt").read_text() == "jump\nstand still\njum\n"
+    press(page, "c")
+    field.press_sequentially("a/b")
+    press(page, "Enter")
+    expect(page.locator("#problem-text")).to_have_text(re.compile("without '/'"))
+
+
+def test_a_video_that_no_browser_plays_is_converted_frame_by_frame(
+    page: Page, data: Path, video: Path
+) -> None:
+    path = write_video(data.parent / "film.avi", range(90), codec="mpeg4", g="45")
+    for run in labelling(data, video, path, "--classes", "wave"):
+        visit(page, run.url)
+        press(page, "ArrowRight", "1", "n")
+        expect(page).to_have_title(re.compile("^film "))
+        expect(page.locator("#preparing")).to_be_hidden()
+        expect(page.locator("#points button")).to_have_count(0)
+        press(page, *["ArrowRight"] * 31, "1", "l")
+        saved(page)
+        pictured(page, 89)
+        press(page, "ArrowUp")
+        pictured(page, 31)
+        press(page, "p")
+        expect(page).to_have_title(re.compile("^odd "))
+        expect(page.locator("#frame")).to_have_text("frame 1 of 0 to 239")  # where one has stopped
+        assert run.rows == [("wave", "odd", frame_text(1)), ("wave", "film", "31")]
+
+
+def test_times_count_from_the_first_frame(page: Page, data: Path) -> None:
+    """Whatever its own time stamp is."""
+    mp4 = write_video(data.parent / "late.mp4", range(12, 60))
+    webm = write_video(data.parent / "later.webm", range(20, 60), codec="libvpx")
+    for run in labelling(data, mp4, webm, "--classes", "wave"):
+        visit(page, run.url)
+        for name in ("late", "later"):
+            expect(page).to_have_title(re.compile(f"^{name} "))
+            expect(page.locator("#preparing")).to_be_hidden()
+            press(page, "1", *["ArrowRight"] * 10, "1")
+            saved(page)
+            pictured(page, 10)
+            assert [point for _, each, point in run.rows if each == name] == ["0", "10"]
+            press(page, "n")
+
+
+def test_a_kill_loses_nothing_that_was_saved_and_the_page_takes_no_more(
+    page: Page, own: Labelling
+) -> None:
+    visit(page, own.url)
+    press(page, "1", "ArrowRight", "2")
+    saved(page)
+    own.process.kill()
+    own.process.wait(PATIENCE_S)
+    press(page, "ArrowRight", "1")
+    expect(page.locator("#saved")).to_have_text("not saved")
+    expect(page.get_by_role("alert")).to_have_text(re.compile("hrpro label does not answer"))
+    press(page, "ArrowRight", "1")
+    expect(page.locator("#points button")).to_have_count(3)
+    assert [label for label, _, _ in own.rows] == ["wave", "jump"]
+
+
+def test_a_second_page_does_not_undo_what_the_first_has_saved(
+    page: Page, browser: Browser, labelled: Labelling
+) -> None:
+    visit(page, labelled.url)
+    other = browser.new_page()
+    visit(other, labelled.url)
+    press(page, "1")
+    saved(page)
+    press(other, "ArrowRight", "2")
+    expect(other.locator("#problem-text")).to_have_text(re.compile("has been changed by another"))
+    other.locator("#reload").click()
+    saved(other)
+    press(other, "2")
+    saved(other)
+    other.close()
+    assert [row[::2] for row in labelled.rows] == [("wave", "0"), ("jump", frame_text(1))]
+
+
+def test_the_page_can_be_used_and_heard_without_seeing_it(page: Page, labelled: Labelling) -> None:
+    visit(page, labelled.url)
+    press(page, "ArrowRight", "2")
+    expect(page.get_by_role("log")).to_have_text("odd: 0 pointsjump at 0:00.028")
+    slider = page.get_by_role("slider", name="Timeline")
+    expect(slider).to_have_attribute("aria-valuetext", "0:00.028")
+    expect(page.get_by_role("button", name="0:00.028 jump")).to_have_attribute(
+        "aria-current", "true"
+    )
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, progress")].filter(
+          (each) => !(each.ariaLabel || each.textContent.trim() || each.labels?.length))
+          .map((each) => each.outerHTML)"""
+    )
+    assert nameless == []
+    press(page, "h")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    press(page, "1")  # not while the dialog is open
+    press(page, "Escape")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_hidden()
+    page.get_by_role("button", name="Play").focus()
+    press(page, "Space")  # the button's own
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    assert len(labelled.rows) == 1

@@ -83,7 +83,8 @@ def point_arrays(
     """Snippet index and class of each point of one recording, sorted by time.
 
     ``rate`` is the frame rate of its points. Points of one class in the same snippet say the same
-    and count once. Raises DataError for a point outside.
+    and count once; one in what a video has left behind its last whole snippet counts for that.
+    Raises DataError for a point outside.
     """
     rows = []
     path = points_file(folder, config) if points else None
@@ -92,6 +93,8 @@ def point_arrays(
         if point.label not in classes:
             raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
         index = _snippet_of(point.frame, rate, config)
+        if index == length:  # features end with the last whole snippet, and videos a little later
+            index -= 1
         if not 0 <= index < length:
             raise DataError(
                 f"{where}: the point at frame {point.frame:g} (snippet {index}) lies outside the "

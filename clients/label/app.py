@@ -130,7 +130,7 @@ class _Pages:
         return JSONResponse(
             {
                 "videos": [{"name": each.name, "file": each.path.name} for each in self._videos],
-                "classes": self._classes(),
+                "classes": self._classes.labels,
                 "counts": self._points.counts(),
                 "points_file": str(self._points.path),
             }
@@ -142,7 +142,7 @@ class _Pages:
         if missing:
             raise HTTPException(409, f"there are points of {', '.join(sorted(missing))}")
         await run_in_threadpool(self._classes.replace, labels)
-        return JSONResponse({"classes": self._classes()})
+        return JSONResponse({"classes": self._classes.labels})
 
     def video(self, request: Request) -> Response:
         video = self._video(request)
@@ -166,7 +166,7 @@ class _Pages:
     async def put_points(self, request: Request) -> Response:
         video = self._video(request)
         marks = [Mark(*each) for each in _POINTS.validate_json(await request.body())]
-        unknown = {mark.label for mark in marks} - set(self._classes())
+        unknown = {mark.label for mark in marks} - set(self._classes.labels)
         if unknown:
             raise HTTPException(422, f"no class is called {', '.join(sorted(unknown))}")
         version = request.headers.get("if-match", "").strip('"')

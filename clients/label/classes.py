@@ -32,7 +32,9 @@ class ClassFile:
         if set(given) - set(self._classes):
             self.replace([*self._classes, *given])
 
-    def __call__(self) -> tuple[str, ...]:
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes; the first ten have number keys."""
         return self._classes
 
     def replace(self, labels: Sequence[str]) -> None:

@@ -152,7 +152,9 @@ def _like(made: VideoStream, frame: VideoFrame, stream: VideoStream) -> None:
     made.width = max(2, int(frame.width * scale / 2) * 2)
     made.height = max(2, int(frame.height * scale / 2) * 2)
     made.pix_fmt = "yuv420p"
-    made.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
+    if stream.sample_aspect_ratio:
+        made.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
+    assert frame.time_base is not None  # a decoder gives it
     made.codec_context.time_base = frame.time_base
     if frame.rotation:
         made.set_display_rotation(frame.rotation)

@@ -114,9 +114,7 @@ class PointFile:
         named = {point.line: (name, point) for name, each in points.items() for point in each}
         lines = csv.reader(io.StringIO(text))
         columns = next(lines)
-        rows = [
-            _Row(*named[lines.line_num], fields) for fields in lines if lines.line_num in named
-        ]
+        rows = [_Row(*named[lines.line_num], fields) for fields in lines if lines.line_num in named]
         for row in rows:
             if not 0 <= row.point.frame < math.inf:
                 raise DataError(

@@ -40,9 +40,7 @@ def serve(
     path = point_file_path(folder, config)
     with locked(path), contextlib.closing(_listening(port)) as listener:
         points = PointFile(path, point_rates(folder, [each.name for each in videos], config))
-        labelling = Labelling(
-            videos, points, ClassFile(folder, config, points.counts(), classes)
-        )
+        labelling = Labelling(videos, points, ClassFile(folder, config, points.counts(), classes))
         port = listener.getsockname()[1]
         token = secrets.token_urlsafe(18)
         server = uvicorn.Server(

@@ -1,4 +1,4 @@
-"""The videos that are labelled, made ready one by one in threads of their own when first asked for."""
+"""The videos that are labelled, each made ready in a thread of its own when first asked for."""
 
 from __future__ import annotations
 
@@ -63,9 +63,12 @@ class Video:
             self.state = "ready"
         except (HrproError, OSError, av.FFmpegError) as error:
             self.problem = str(error)
-            self.state = "failed"
         except _StoppedError:
             pass
+        finally:
+            if self.playable is None:
+                self.problem = self.problem or "the terminal says why not"
+                self.state = "failed"
 
     def _made_playable(self) -> Playable:
         file, media_type = self.path, playable_type(self.path)

@@ -2,7 +2,7 @@
 
 const IN_TEXT = "input, select, textarea, dialog";
 
-/** `actions` by name; each is called with the number of a digit, if its key is one. */
+/** `actions` by name; each is called with its digit from 0, or its key, and the event. */
 export function keyTable(actions) {
   const row = (shown, means, keys, action) => ({ shown, means, keys, call: actions[action] });
   return [
@@ -47,7 +47,7 @@ export function listen(table) {
     const call = calls.get(nameOf(event, digit));
     if (!call) return;
     event.preventDefault();
-    call(digit ?? event.key, event.repeat);
+    call(digit ?? event.key, event);
   });
 }
 

@@ -10,14 +10,15 @@ import { Points } from "./points.js";
 import { Timeline } from "./timeline.js";
 
 const ASK_MS = 300; // how far a video is made ready
-const SAID = {
-  saved: "saved",
-  saving: "saving",
-  unreachable: "not saved: hrpro label does not answer",
-  refused: "not saved",
-};
+const UNREACHABLE = "hrpro label does not answer";
 
 const session = await api.session();
+const SAID = {
+  saved: `saved in ${session.points_file}`,
+  saving: "saving",
+  unreachable: "not saved",
+  refused: "not saved",
+};
 let classes = session.classes;
 let number = 0; // of the video
 let opening = 0; // counts, so that one that was left again is given up
@@ -50,7 +51,7 @@ function changing(change) {
   else announce("The last point is not saved; nothing else is taken until it is.");
 }
 
-const mark = (index) => markAt(classes[index], player.frame);
+const mark = (index, moment) => markAt(classes[index], player.frameAt(moment));
 
 function markAt(label, frame) {
   if (label === undefined) announce("There is no class of this number.");
@@ -112,10 +113,14 @@ function choose(point) {
   announce(`${point.label} at ${clock(point.seconds)}`);
 }
 
-/** From the chosen point, else from the frame shown. */
+/** From the frame shown; among the points of one frame, from the chosen one. */
 function chooseNext(direction) {
-  const from = points.selected ? points.list.indexOf(points.selected) + direction : -1;
-  choose(points.selected ? points.list[from] : points.next(player.seconds, direction));
+  const chosen = points.selected;
+  const isHere = chosen && player.at(chosen.seconds) === player.frame;
+  const next = isHere
+    ? points.list[points.list.indexOf(chosen) + direction]
+    : points.next(player.seconds, direction);
+  choose(next);
 }
 
 // ---- classes ----
@@ -126,7 +131,7 @@ async function setClasses(labels) {
     problem = "";
     return true;
   } catch (error) {
-    problem = error instanceof api.Refusal ? error.message : SAID.unreachable;
+    problem = error instanceof api.Refusal ? error.message : UNREACHABLE;
     return false;
   } finally {
     showPointsAndState();
@@ -212,9 +217,10 @@ function showPointsAndState() {
   showClasses(classes, points.list, mark, (label) => setClasses(classes.filter((each) => each !== label)));
   showPoints(points.list, points.selected, numberOf, choose);
   const isBad = ["unreachable", "refused"].includes(points.state);
-  setText(byId("saved"), `${SAID[points.state]}${isBad ? "" : ` in ${session.points_file}`}`);
+  setText(byId("saved"), SAID[points.state]);
   byId("saved").dataset.level = isBad ? "bad" : "quiet";
-  const wrong = points.problem || problem;
+  const isAway = points.state === "unreachable";
+  const wrong = isAway ? `${UNREACHABLE}: the last change is not saved` : points.problem || problem;
   byId("problem").hidden = !wrong;
   setText(byId("problem-text"), wrong);
   byId("reload").hidden = points.state !== "refused";
@@ -242,8 +248,8 @@ function showPreparing(text, share) {
 // ---- keys and buttons ----
 
 const table = keyTable({
-  play: (_, isRepeated) => isRepeated || player.toggle(),
-  mark: (index, isRepeated) => isRepeated || mark(index),
+  play: (_, event) => event.repeat || player.toggle(),
+  mark: (index, event) => event.repeat || mark(index, event.timeStamp),
   byName: () => field.focus(),
   reclass: (index) => classes[index] && changePoint({ label: classes[index] }, `now ${classes[index]}`),
   stepBack: () => player.step(-1),

@@ -14,6 +14,7 @@ export class Player {
   #shown = 0;
   #target = null; // the frame that is to be shown, and is not yet
   #sought = null;
+  #seen = null; // { moment, mediaTime } of the newest frame that was put on the screen
 
   constructor(video, onFrame) {
     this.#video = video;
@@ -33,6 +34,17 @@ export class Player {
 
   /** The frame that is shown; after a step or a jump, the one that it leads to. */
   get frame() { return this.#target ?? this.#shown; }
+
+  /**
+   * The frame that was shown at a moment, in ms as events have it. While it plays, a busy page hears
+   * of frames and of keys late, but from both with their moments.
+   */
+  frameAt(moment) {
+    if (this.#target !== null || !this.isPlaying || this.#seen === null) return this.frame;
+    const passed = ((moment - this.#seen.moment) / 1000) * this.speed;
+    const now = this.#video.currentTime; // which stands still where the video waits for data
+    return this.at(Math.min(this.#seen.mediaTime + passed, now) - this.#origin);
+  }
 
   /** Another video; ready when its first frame is there. Raises what the browser says. */
   async load(path, times) {
@@ -67,20 +79,23 @@ export class Player {
     this.#video.pause();
     this.times = new Float64Array(0);
     this.#shown = 0;
-    this.#target = this.#sought = null;
+    this.#target = this.#sought = this.#seen = null;
   }
 
   #watch(load) {
-    const see = (time) => {
+    const see = (mediaTime, moment) => {
       if (load !== this.#load) return;
-      if (this.#target === null) this.#show(this.nearest(time - this.#origin));
+      if (this.#target === null) {
+        this.#seen = { mediaTime, moment };
+        this.#show(this.nearest(mediaTime - this.#origin));
+      }
       this.#watch(load);
     };
     if ("requestVideoFrameCallback" in this.#video) {
-      this.#video.requestVideoFrameCallback((_, frame) => see(frame.mediaTime));
+      this.#video.requestVideoFrameCallback((_, frame) => see(frame.mediaTime, frame.expectedDisplayTime));
     } else {
-      const within = () => this.times[this.at(this.#video.currentTime - this.#origin)];
-      requestAnimationFrame(() => see(within() + this.#origin));
+      const shown = () => this.times[this.at(this.#video.currentTime - this.#origin)];
+      requestAnimationFrame((moment) => see(shown() + this.#origin, moment));
     }
   }
 
@@ -143,7 +158,7 @@ export class Player {
       this.#send();
       return;
     }
-    this.#target = null;
+    this.#target = this.#seen = null;
     this.#show(this.at(this.#video.currentTime - this.#origin));
   }
 
