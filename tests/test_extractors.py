@@ -14,6 +14,8 @@ from hrpro.clients.cameras.extractor import ExtractorError, load_extractor
 from hrpro.clients.cameras.manifest import MANIFEST
 from hrpro.engine.timebase import SnippetClock
 
+FLOW = {"method": "dis", "limit_px": 3.0}
+
 
 def snippets_of(*colours: list[int]) -> np.ndarray:
     """Snippets of a colour a frame, (n, F, 8, 8, 3), from their grey levels."""
@@ -149,7 +151,7 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         (lambda m: m["networks"][0].update(frames=[5, 0]), "frames: expected each once and in"),
         (lambda m: m["networks"][0].update(pooling="none"), "pooling: expected none with a layout"),
         (lambda m: m["networks"][0].update(crop=[9, 8]), "crop: expected at most height and width"),
-        (lambda m: m["networks"][0].update(input="flow", frames=[0]), "frames: expected at least"),
+        (lambda m: m["networks"][0].update(flow=FLOW, frames=[0]), "frames: expected at least"),
         (lambda m: m.update(feature_dim=4), "feature_dim: expected 3, which the networks make"),
         (lambda m: m.update(short_side=4), "short_side: expected at least height and width"),
         (lambda m: m.update(schema_version=2), "schema_version: Input should be 1, got 2"),

@@ -38,7 +38,6 @@ def network(file: str = "mean.onnx", **changes: Any) -> dict[str, Any]:
     """The mean colour of the frames 0, 5 and 10, in 0..1."""
     return {
         "file": file,
-        "input": "frames",
         "frames": (0, 5, 10),
         "layout": "NCHW",
         "mean": (0.0, 0.0, 0.0),
@@ -55,7 +54,7 @@ def write_extractor(folder: Path, *networks: dict[str, Any], **changes: Any) -> 
     given = networks or (network(),)
     for each in given:
         if not (folder / each["file"]).exists():
-            channels = 3 if each["input"] == "frames" else 2
+            channels = 2 if each.get("flow") else 3
             mean_over(folder / each["file"], each["layout"], {"C": channels})
     doubled = {"mean_and_difference": 2}
     content = {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.clients.cameras.efficientnet import NAME, cached_efficientnet
 from hrpro.clients.cameras.manifest import ExtractorError, ExtractorManifest, read_manifest
 from hrpro.clients.cameras.network import NetworkSession, Provider, centre_crop
 from hrpro.engine.timebase import SnippetClock
@@ -34,13 +35,16 @@ __all__ = [
 
 
 # Folders of the built-in extractors, which are made when they are asked for.
-BUILT_IN: dict[str, Callable[[], Path]] = {}
+BUILT_IN: dict[str, Callable[[], Path]] = {NAME: cached_efficientnet}
 
 
 class Extractor:
     """Networks that are loaded; any thread may call. See the module."""
 
-    def __init__(self, manifest: ExtractorManifest, networks: Sequence[NetworkSession]) -> None:
+    def __init__(
+        self, folder: Path, manifest: ExtractorManifest, networks: Sequence[NetworkSession]
+    ) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.clock: SnippetClock = manifest.clock
         self.feature_dim = manifest.feature_dim
@@ -110,7 +114,7 @@ def load_extractor(
         NetworkSession(folder, network, manifest, provider, threads)
         for network in manifest.networks
     ]
-    return Extractor(manifest, networks)
+    return Extractor(folder, manifest, networks)
 
 
 def _folder(path_or_name: str | Path) -> Path:

@@ -9,9 +9,12 @@ ExtractorError    the folder is no usable extractor; the message names file, exp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +28,7 @@ MANIFEST = "extractor.json"
 SCHEMA_VERSION = 1
 
 Layout = Literal["NCHW", "NHWC", "NCTHW", "NTCHW", "NTHWC"]
+FlowMethod = Literal["tvl1", "dis"]
 Pooling = Literal["none", "mean", "mean_and_difference"]
 # Plain names: nothing outside the folder is read.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -34,17 +38,22 @@ class ExtractorError(HrproError, ValueError):
     """A folder that is no usable extractor, or a network that does not do what it says."""
 
 
+class Flow(Settings):
+    """Optical flow."""
+
+    method: FlowMethod = Field(description="tvl1, as for the published I3D; or dis, far faster")
+    limit_px: float = Field(gt=0, description="motion is cut off at plus and minus so many pixels")
+
+
 class Network(Settings):
     """One ONNX file, which makes ``features`` numbers of an image or of all images of a snippet.
 
-    An image is a frame, or the optical flow between two frames that follow each other in
-    ``frames``. Its values x become (x * scale - mean) / std.
+    An image is a frame, its colours in 0..255; or the optical flow between two frames that follow
+    each other in ``frames``, in pixels, x and y. Its values x become (x * scale - mean) / std.
     """
 
     file: str = Field(description="the ONNX file")
-    input: Literal["frames", "flow"] = Field(
-        description="frames: colours of 0..255; flow: TV-L1 optical flow in pixels, x and y"
-    )
+    flow: Flow | None = Field(None, description="given optical flow (null: frames)")
     frames: tuple[int, ...] = Field(
         min_length=1,
         description="which frames of a snippet, counted from its first; -1 is the frame before it",
@@ -57,7 +66,6 @@ class Network(Settings):
     crop: tuple[int, int] | None = Field(
         None, description="height and width, cut from the middle of the images (null: all of them)"
     )
-    flow_limit_px: float = Field(20.0, gt=0, description="flow is cut off at plus and minus this")
     scale: float = Field(1.0, gt=0, description="values are multiplied with this first")
     mean: tuple[float, ...] = Field(description="of each channel, subtracted then")
     std: tuple[float, ...] = Field(description="of each channel, divided by at last")
@@ -72,7 +80,7 @@ class Network(Settings):
     def _fits_together(self) -> Network:
         if list(self.frames) != sorted(set(self.frames)):
             raise ValueError(f"frames: expected each once and in order, came {list(self.frames)}")
-        if self.input == "flow" and len(self.frames) < 2:
+        if self.flow is not None and len(self.frames) < 2:
             raise ValueError("frames: expected at least 2, between which the flow is taken")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channel_count:
@@ -96,12 +104,12 @@ class Network(Settings):
     @property
     def channel_count(self) -> int:
         """C."""
-        return 3 if self.input == "frames" else 2
+        return 3 if self.flow is None else 2
 
     @property
     def image_count(self) -> int:
         """T, images of one snippet."""
-        return len(self.frames) - (self.input == "flow")
+        return len(self.frames) - (self.flow is not None)
 
     @property
     def snippet_features(self) -> int:
@@ -141,6 +149,8 @@ class ExtractorManifest(Settings):
     def _fits_together(self) -> ExtractorManifest:
         if self.short_side is not None and self.short_side < max(self.height, self.width):
             raise ValueError("short_side: expected at least height and width")
+        if self.frame_offsets[-1] < 0:
+            raise ValueError("networks: expected one that looks at a frame of the snippet itself")
         for network in self.networks:
             if network.file not in self.files:
                 raise ValueError(f"files: expected the SHA-256 of {network.file}, came none")
@@ -175,6 +185,12 @@ class ExtractorManifest(Settings):
         """All frames of a snippet that any network looks at."""
         return tuple(sorted({offset for network in self.networks for offset in network.frames}))
 
+    @property
+    def identity(self) -> str:
+        """A hash over all of it, the files' hashes among that: what gives the same features."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 def read_manifest(folder: Path) -> ExtractorManifest:
     """extractor.json of a folder whose files are what it says. Raises ExtractorError."""
@@ -203,6 +219,24 @@ def write_manifest(folder: Path, manifest: ExtractorManifest) -> None:
     hashes = {name: _sha256(folder / name) for name in manifest.files}
     content = manifest.model_copy(update={"files": hashes}).model_dump_json(indent=2)
     (folder / MANIFEST).write_text(content + "\n")
+
+
+@contextlib.contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``target``, whole or not at all.
+
+    Where ``target`` has come to be in the meantime, it stays, and the temporary one goes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / "whole"
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:  # it is there and not empty, or there is another reason
+            if not target.exists():
+                raise
 
 
 def _complaint(error: ValidationError) -> str:

@@ -35,8 +35,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8,
 }
-# In one run; more is no faster, and takes the memory of all their activations.
-_IMAGES_AT_ONCE = 32
+# In one run. On a CPU the activations of more have no room in its caches.
+_IMAGES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 def centre_crop(images: NDArray[Any], height: int, width: int) -> NDArray[Any]:
@@ -70,7 +70,8 @@ class NetworkSession:
         self._input, self._dtype = self._check_input()
         self._output = self._check_output()
         images = network.image_count if network.takes_clips else 1
-        self._rows_at_once = 1 if self._input.shape[0] == 1 else max(1, _IMAGES_AT_ONCE // images)
+        at_once = _IMAGES_AT_ONCE[self.provider]
+        self._rows_at_once = 1 if self._input.shape[0] == 1 else max(1, at_once // images)
         self._run(np.zeros((1, images, *self._crop, network.channel_count), np.float32))
 
     @property
@@ -94,12 +95,12 @@ class NetworkSession:
 
     def _images(self, frames: NDArray[np.uint8]) -> NDArray[Any]:
         """Colours (n, T, H, W, 3) or flow (n, T, H, W, 2) of frames (n, F, H, W, 3)."""
-        if self._network.input == "frames":
+        if self._network.flow is None:
             return frames if self._network.channels == "rgb" else frames[..., ::-1]
         from hrpro.clients.cameras.flow import optical_flow
 
-        limit_px = self._network.flow_limit_px
-        return np.stack([optical_flow(each) for each in frames]).clip(-limit_px, limit_px)
+        method, limit_px = self._network.flow.method, self._network.flow.limit_px
+        return np.stack([optical_flow(each, method) for each in frames]).clip(-limit_px, limit_px)
 
     def _all_rows(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """What the network makes (m, features) of rows (m, T, H, W, C), some at a time."""
