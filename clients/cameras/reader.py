@@ -180,6 +180,13 @@ class SourceReader:
     # ---- in the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._read_on()
+        finally:
+            if self._is_mine() and not self._outlet.ended:  # by an error that nobody has foreseen
+                self._end("it cannot be read any more")
+
+    def _read_on(self) -> None:
         pause_s = FIRST_PAUSE_S
         while self._is_mine():
             self._stayed_s, failed, reason = 0.0, False, f"{self.source.shown}: it has ended"
