@@ -39,8 +39,8 @@ def feed_camera(
     ],
     to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],
     extractor: Annotated[
-        str, typer.Option("--extractor", help="Folder of an extractor, or the name of one.")
-    ],
+        str, typer.Option(help="Folder of an extractor, or a built-in one's name.")
+    ] = "efficientnet-lite0",
     stream: Annotated[
         list[str] | None,
         typer.Option(

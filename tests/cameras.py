@@ -35,22 +35,27 @@ PATTERN = (
 # ---- extractors ----------------------------------------------------------------------------------
 
 
-def colour_extractor(folder: Path, convolutions: int = 0, **changes: Any) -> Path:
-    """Features (red, green): the mean of the frames that it looks at, in 0..1.
-
-    So many convolutions take time, and change nothing.
+def colour_extractor(
+    folder: Path,
+    convolutions: int = 0,
+    weights: NDArray[np.float32] | None = None,
+    **changes: Any,
+) -> Path:
+    """Features: the mean colour (3,) in 0..1 of the frames that it looks at, times ``weights``
+    (3, D), by default red and green alone. So many convolutions take time, and change nothing.
     """
     folder.mkdir(parents=True)
+    weights = np.eye(3, dtype=np.float32)[:, :2] if weights is None else weights
     nodes = [
         onnx.helper.make_node("ReduceMean", ["images", "axes"], ["means"], keepdims=0),
-        onnx.helper.make_node("Slice", ["means", "zero", "two", "one"], ["colours"]),
+        onnx.helper.make_node("MatMul", ["means", "weights"], ["colours"]),
     ]
-    constants = {"axes": [2, 3], "zero": [0], "one": [1], "two": [2]}
-    tensors = [onnx.numpy_helper.from_array(np.array(v), k) for k, v in constants.items()]
+    constants = {"axes": np.array([2, 3]), "weights": weights}
+    tensors = [onnx.numpy_helper.from_array(each, name) for name, each in constants.items()]
     last = "images"
     for n in range(convolutions):
-        weights = np.zeros((128, 3 if n == 0 else 128, 7, 7), np.float32)
-        tensors.append(onnx.numpy_helper.from_array(weights, f"w{n}"))
+        kernel = np.zeros((128, 3 if n == 0 else 128, 7, 7), np.float32)
+        tensors.append(onnx.numpy_helper.from_array(kernel, f"w{n}"))
         nodes.append(onnx.helper.make_node("Conv", [last, f"w{n}"], [f"y{n}"], pads=[3, 3, 3, 3]))
         last = f"y{n}"
     if convolutions:
@@ -70,7 +75,7 @@ def colour_extractor(folder: Path, convolutions: int = 0, **changes: Any) -> Pat
     onnx.save(
         onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "colours.onnx"
     )
-    return write_extractor(folder, network("colours.onnx", features=2), **changes)
+    return write_extractor(folder, network("colours.onnx", features=weights.shape[1]), **changes)
 
 
 # ---- videos --------------------------------------------------------------------------------------
