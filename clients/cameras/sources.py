@@ -31,6 +31,8 @@ from hrpro.engine.wire import HrproError
 RtspTransport = Literal["tcp", "udp"]
 Kind = Literal["rtsp", "http", "device", "file", "stdin"]
 
+TimedFrame = tuple[av.VideoFrame, Fraction]  # and from when on it is shown, in seconds
+
 STALL_S = 10.0
 _SCHEMES: dict[str, Kind] = {"rtsp": "rtsp", "rtsps": "rtsp", "http": "http", "https": "http"}
 _DEVICE = re.compile(r"/dev/video\d+")
@@ -104,7 +106,7 @@ def _name(text: str) -> str:
 
 def read_frames(
     source: Source, stall_s: float = STALL_S, rtsp_transport: RtspTransport = "tcp"
-) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+) -> Iterator[TimedFrame]:
     """The frames of the first video stream as they are decoded, with their time stamps in seconds.
 
     Returns where the source ends. Raises SourceError where it cannot be opened or read, and where a
@@ -135,7 +137,7 @@ def _opened(source: Source, stall_s: float, rtsp_transport: RtspTransport) -> In
 
 def _decoded(
     source: Source, container: InputContainer, stream: VideoStream, stall_s: float
-) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+) -> Iterator[TimedFrame]:
     if source.is_live:
         stream.thread_count = 1  # several would each keep a frame back
     else:
