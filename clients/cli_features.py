@@ -118,8 +118,8 @@ def check(
         "feature_dim": manifest.feature_dim,
         "frame_offsets": list(loaded.frame_offsets),
         "provider": loaded.provider,
-        "snippet_ms": round(alone_ms, 1),
-        "batched_snippet_ms": round(batched_ms, 1),
+        "snippet_ms": round(alone_ms, 3),
+        "batched_snippet_ms": round(batched_ms, 3),
         "cameras": round(budget_ms / batched_ms, 2),
     }
     if as_json:
