@@ -4,8 +4,8 @@ Needs numpy, pyzmq and msgpack alone.
 """
 
 from hrpro.clients.control import request_drain, request_status
-from hrpro.clients.feeder import FeatureFeeder
-from hrpro.clients.subscriber import EventSubscriber, ReplayError
+from hrpro.clients.feeder import AsyncFeatureFeeder, FeatureFeeder
+from hrpro.clients.subscriber import AsyncEventSubscriber, EventSubscriber, ReplayError
 from hrpro.engine.client_key import ClientKey, KeyFileError, read_client_key
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -22,6 +22,8 @@ from hrpro.engine.timebase import SnippetClock
 
 __all__ = [
     "ActionEvent",
+    "AsyncEventSubscriber",
+    "AsyncFeatureFeeder",
     "ClientKey",
     "Ended",
     "EventSubscriber",

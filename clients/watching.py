@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from hrpro.clients.subscriber import STREAMS_REMEMBERED, EventSubscriber
+from hrpro.clients.score_filter import STREAMS_REMEMBERED
+from hrpro.clients.subscriber import EventSubscriber
 from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, StreamNotice
 
 _POLL_S = 0.25  # how often the idle time is looked at
