@@ -285,5 +285,12 @@ def open_line(
     options: Mapping[int, int | bytes],
     key: Key = None,
 ) -> Line:
-    """A line to an address: a connection, or one in memory. Raises KeyFileError and ZMQError."""
+    """A line to an address: a connection, or one to an engine in memory (testing.py).
+
+    Raises KeyFileError and ZMQError.
+    """
+    if address.startswith("memory:"):
+        from hrpro.clients import testing
+
+        return testing.connect(address)
     return connection(kind, address, options, key)

@@ -77,7 +77,7 @@ class FeedTalk:
         """Whether nothing that was given has to be sent."""
         return self._stage is _Stage.WELCOMED and self.sent >= self.kept.next_index
 
-    # ---- what the source gives -----------------------------------------------------------------
+    # ---- what the source gives -------------------------------------------------------------------
 
     def check(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """The features as (n, D); raises StreamError as an engine would, before it is asked."""
@@ -109,7 +109,7 @@ class FeedTalk:
             self.kept.add(row, self.sent)
             self._forget()
 
-    # ---- what is due ---------------------------------------------------------------------------
+    # ---- what is due -----------------------------------------------------------------------------
 
     def due(self) -> Hello | Chunk | Gap | End | None:
         """What is to be sent next, or None."""
@@ -158,7 +158,7 @@ class FeedTalk:
         came_until = gap.first_index if before is None else before + 1
         return gap.next_index - came_until > self.welcome.window_snippets
 
-    # ---- what comes ----------------------------------------------------------------------------
+    # ---- what comes ------------------------------------------------------------------------------
 
     def raise_refusal(self) -> None:
         """Raises what the engine has refused the stream with, if it has."""

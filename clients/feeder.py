@@ -173,7 +173,7 @@ class _Feeder:
     def _all_sent(self) -> bool:
         return self._talk.all_sent
 
-    # ---- the line ------------------------------------------------------------------------------
+    # ---- the line --------------------------------------------------------------------------------
 
     def _until(self, done: Callable[[], bool], timeout_s: float | None, what: str) -> Waiting[None]:
         """Reads and sends what there is until `done`; says Hello again in silence."""

@@ -50,7 +50,7 @@ class KeptSnippets:
         """The oldest snippet that can still be sent."""
         return next(iter(self._rows), self.next_index)
 
-    # ---- what comes ----------------------------------------------------------------------------
+    # ---- what comes ------------------------------------------------------------------------------
 
     def add(self, row: NDArray[np.float32], sent: int) -> None:
         """Take a snippet, or drop one, where too many wait that may be dropped; those below `sent`

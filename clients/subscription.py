@@ -106,7 +106,7 @@ class Subscription:
             return self._snapshot.popleft()
         return self._came.popleft() if self._came else None
 
-    # ---- what comes ----------------------------------------------------------------------------
+    # ---- what comes ------------------------------------------------------------------------------
 
     def hear(self, frames: list[bytes], now_s: float) -> None:
         """Takes in a message of the engine. Raises ProtocolError for what is none, and ReplayError
@@ -188,7 +188,7 @@ class Subscription:
                 self._ask(now_s)
         self._is_quiet = True
 
-    # ---- the log -------------------------------------------------------------------------------
+    # ---- the log ---------------------------------------------------------------------------------
 
     def _ask(self, now_s: float) -> None:
         """Ask for what follows the last number; at the beginning, for the actions that are open."""
