@@ -19,7 +19,6 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from commands import (
-    Engine,
     Floats,
     engine,
     one_line,
@@ -273,11 +272,11 @@ def test_an_engine_that_is_killed_between_rows_loses_none(bundle: Bundle, tmp_pa
     parts, options = np.array_split(recording, 3), {"state": tmp_path / "state", "quiet": False}
     with contextlib.ExitStack() as stack:
         served = stack.enter_context(engine(bundle.folder, **options))
-        dim = ("--dim", recording.shape[1])
+        dim, control = ("--dim", recording.shape[1]), served.control  # of all of them
         fed = stack.enter_context(feeding(served.feed, "-", *dim, "--stream", "cam1"))
         for stop, part in zip((30, 60, 90), parts, strict=True):
             fed.write(part)
-            wait_for(lambda stop=stop: accepted(served) == stop)
+            wait_for(lambda stop=stop: accepted(control) == stop)
             if stop < 90:
                 served.kill()
                 again = engine(bundle.folder, addresses=served.addresses, **options)
@@ -293,9 +292,9 @@ def test_an_engine_that_is_killed_between_rows_loses_none(bundle: Bundle, tmp_pa
     assert_same([replace(each, number=None, previous=None) for each in heard], undisturbed)
 
 
-def accepted(served: Engine) -> int:
+def accepted(control: str) -> int:
     """How many snippets an engine has of its one stream."""
-    streams = request_status(served.control)["streams"]
+    streams = request_status(control)["streams"]
     return int(streams[0]["next_index"]) if streams else 0
 
 
