@@ -25,6 +25,7 @@ from hrpro.engine.protocol import (
     Mark,
     Page,
     Publication,
+    SnippetScores,
     StreamNotice,
     Subscribed,
     topic_prefix,
@@ -118,6 +119,8 @@ class Subscription:
                 self._on_mark(message, now_s)
             case Page() as message:
                 self._on_page(message, frames[0], now_s)
+            case SnippetScores():
+                pass  # another subscriber's, see `ScoreSubscriber`
             case message:
                 self._on_publication(message, now_s)
 

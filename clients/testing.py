@@ -43,6 +43,7 @@ from hrpro.engine.protocol import (
     Page,
     ProtocolError,
     Publication,
+    SnippetScores,
     StreamNotice,
     Subscribed,
     Welcome,
@@ -197,6 +198,11 @@ class MemoryEngine:
         the id, too. Returns them as they were sent."""
         with self.lock:
             return [self._publish(each) for each in publications]
+
+    def show(self, scores: SnippetScores) -> None:
+        """Sends scores of snippets to who has subscribed to them."""
+        with self.lock:
+            self._send(scores)
 
     def hold(self) -> None:
         """Processes nothing from now on: feeders come to the end of their credit."""
@@ -375,12 +381,15 @@ class MemoryEngine:
             sent = replace(sent, proposals=stream.proposals, events=stream.events)
         stream.sequence, stream.previous = stream.sequence + 1, number
         self._log.append(sent)
-        frames = protocol.encode(sent)
-        if self.is_up:
-            for line in self._lines:
-                if any(frames[0].startswith(topic) for topic in line.topics):
-                    line.deliver(frames)
+        self._send(sent)
         return sent
+
+    def _send(self, message: Publication | SnippetScores) -> None:
+        """To who has subscribed to it."""
+        frames = protocol.encode(message)
+        for line in self._lines if self.is_up else ():
+            if any(frames[0].startswith(topic) for topic in line.topics):
+                line.deliver(frames)
 
     def on_subscription(self, line: MemoryLine, topic: bytes, /) -> None:
         """What a subscriber asks for."""

@@ -25,6 +25,7 @@ from hrpro.clients import (
     ActionEvent,
     AsyncEventSubscriber,
     AsyncFeatureFeeder,
+    AsyncScoreSubscriber,
     FinalProposal,
     NoReplyError,
     StreamError,
@@ -211,6 +212,28 @@ def test_callbacks() -> None:
     with serving() as server:
         in_a_loop(program())
     assert given == ["opened", "end 0", "final 0", "end 1", "final 1", "ended"]
+
+
+def test_scores_come_into_a_loop() -> None:
+    values = []
+
+    async def program() -> None:
+        async with AsyncScoreSubscriber(server.events_address, ["cam"]) as subscriber:
+            await subscriber.wait_connected(PATIENCE_S)
+            assert await subscriber.receive(timeout_s=0) is None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(subscriber.receive(), 0.01)
+            async with feeder_to(server.feed_address) as feeder:
+                await feeder.send(rows(0, 9) / 10)
+                await feeder.end()
+            async for scores in subscriber:
+                values.extend(scores.scores[:, 0].tolist())
+                if len(values) == 9:
+                    break
+
+    with serving() as server:
+        in_a_loop(program())
+    assert values == pytest.approx([(at + 1) / 10 for at in range(9)])
 
 
 # ---- many in one loop --------------------------------------------------------------------------

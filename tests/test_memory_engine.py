@@ -21,7 +21,9 @@ from hrpro.clients import (
     FinalProposal,
     HrproError,
     NoReplyError,
+    ScoreSubscriber,
     SnippetClock,
+    SnippetScores,
     StreamError,
     StreamNotice,
     subscription,
@@ -261,6 +263,23 @@ def test_a_thread_that_waits_is_woken() -> None:
         waiting.join()
         assert given == sent
         assert time.monotonic() - began_s < 0.9  # and not at its next look
+
+
+def test_scores_go_to_who_looks_at_them() -> None:
+    engine = MemoryEngine()
+    curves = np.array([[0.5, 0.25], [0.75, 0.5]], np.float32)
+    with (
+        ScoreSubscriber(engine.events, ["cam"]) as looking,
+        EventSubscriber(engine.events, since=0) as other,
+    ):
+        looking.wait_connected(timeout_s=0)
+        for stream in ("door", "cam"):
+            engine.show(SnippetScores(stream, 1, 7, 25.0, 16, ("Jump",), "memory", curves))
+        scores = looking.receive(timeout_s=0)
+        assert scores is not None and (scores.stream, scores.first_index) == ("cam", 7)
+        np.testing.assert_array_equal(scores.curves, curves)
+        assert looking.receive(timeout_s=0) is None
+        assert drained(other) == []
 
 
 # ---- callbacks -----------------------------------------------------------------------------------
