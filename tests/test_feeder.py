@@ -75,11 +75,11 @@ def test_only_as_much_is_kept_as_a_restarted_engine_needs() -> None:
     with serving() as server, feeder_to(server.feed_address) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
-        assert (feeder.lag, len(feeder._kept)) == (0, 16 + 4 + 2 + 1)
+        assert (feeder.lag, len(feeder._talk.kept)) == (0, 16 + 4 + 2 + 1)
     with serving() as server, feeder_to(server.feed_address, history_snippets=0) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
-        assert (feeder.lag, len(feeder._kept)) == (0, 0)
+        assert (feeder.lag, len(feeder._talk.kept)) == (0, 0)
 
 
 def test_a_stream_may_begin_anywhere() -> None:
