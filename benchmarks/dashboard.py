@@ -160,7 +160,9 @@ def measure(browser: Browser, url: str, count: int, seconds: float, server: int)
 
 def _spent(browser: Browser, session: Any, server: int) -> dict[str, float]:
     """CPU seconds so far."""
-    metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+    metrics = {
+        each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]
+    }
     processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
     fields = Path(f"/proc/{server}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return {
