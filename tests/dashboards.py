@@ -11,10 +11,13 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from commands import PATIENCE_S, Engine, running
+from commands import PATIENCE_S, Engine, running, wait_for
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_ARGUMENTS = (
@@ -55,6 +58,14 @@ def dashboard(served: Engine, *options: object, http: str = "127.0.0.1:0") -> It
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
         assert (stdout, stderr) == ("", "")
         assert process.returncode in (0, -9)
+
+
+def until(page: Page, expression: str, argument: object = None) -> None:
+    """Returns once an expression is true in the page, or a function of the argument.
+
+    Playwright's own `wait_for_function` evaluates in the page, which its policy forbids.
+    """
+    wait_for(lambda: bool(page.evaluate(expression, argument) or page.wait_for_timeout(30)))
 
 
 @dataclass(frozen=True)

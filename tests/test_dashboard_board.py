@@ -17,7 +17,7 @@ SNIPPET_S = 0.64
 def action(
     stream: str = "cam",
     session: int = 1,
-    id: int = 1,
+    number: int = 1,
     kind: str = "start",
     revision: int = 0,
     end_s: float | None = None,
@@ -26,7 +26,7 @@ def action(
 ) -> ActionEvent:
     at_s = (index + 1) * SNIPPET_S
     return ActionEvent(
-        stream, session, 1, id, kind, revision, label, 1.0, end_s, 0.5, index, at_s, "b"  # type: ignore[arg-type]
+        stream, session, 1, number, kind, revision, label, 1.0, end_s, 0.5, index, at_s, "b"  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_the_state_of_an_action(kind: str, end_s: float | None, state: str) -> N
 def test_an_action_whose_session_is_over_has_lost_its_end() -> None:
     board = Board()
     board.take(action(), ONE)
-    board.take(action(session=2, id=7), ONE)
+    board.take(action(session=2, number=7), ONE)
     assert states(board) == {(1, 1): "lost", (2, 7): "now"}
     board.take(notice("ended", session=2, stop=20), ONE)
     assert states(board)[2, 7] == "lost"
@@ -204,9 +204,9 @@ def test_a_silent_engine_is_away_since_it_answered_last() -> None:
 def test_of_many_events_the_oldest_that_are_over_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "EVENTS_KEPT", 4)
     board = Board()
-    board.take(action(id=1), ONE)
+    board.take(action(number=1), ONE)
     for n in range(2, 9):
-        board.take(action(id=n, kind="end", end_s=2.0), ONE)
+        board.take(action(number=n, kind="end", end_s=2.0), ONE)
     assert states(board) == {(1, 1): "now", (1, 6): "ended", (1, 7): "ended", (1, 8): "ended"}
 
 

@@ -13,14 +13,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, StreamNotice
+from hrpro.engine.protocol import (
+    ActionEvent,
+    FinalProposal,
+    Publication,
+    SnippetScores,
+    StreamNotice,
+)
+from hrpro.engine.timebase import SnippetClock
 
 # So much of each stream's scores is kept, in its own time.
 HISTORY_S = 600.0
@@ -141,44 +147,29 @@ class Board:
             self._follow(instance)
             match publication:
                 case ActionEvent():
-                    self._take_clock(publication.published_s, publication.published_index)
                     head = publication.published_index + 1
+                    self._take_clock(publication.published_s / head)
                     self._advance(publication.stream, publication.session, head)
                     self._take_action(publication)
                 case FinalProposal():
-                    self._take_clock(publication.published_s, publication.published_index)
+                    self._take_clock(publication.published_s / (publication.published_index + 1))
                 case StreamNotice():
                     self._take_notice(publication)
 
-    def take_scores(
-        self,
-        stream: str,
-        session: int,
-        first_index: int,
-        classes: Sequence[str],
-        attention: NDArray[np.float32],
-        scores: NDArray[np.float32],
-    ) -> None:
-        """Attention (n,) and the scores of the classes (n, C), from 0 to 1, of `n` snippets."""
+    def take_scores(self, scores: SnippetScores) -> None:
+        """Of a stream's snippets, as they have become final."""
         with self._lock:
-            row = self._advance(stream, session, first_index + len(attention))
+            head = scores.first_index + len(scores.attention)
+            self._take_clock(SnippetClock(scores.frames_per_s, scores.snippet_frames).snippet_s)
+            row = self._advance(scores.stream, scores.session, head)
             if row is None:
                 return
-            if list(classes) != self._engine["classes"]:
-                self._change_engine(classes=list(classes))
+            if list(scores.classes) != self._engine["classes"]:
+                self._change_engine(classes=list(scores.classes))
             # After a restart an engine may compute again what it had.
-            while row.scores and row.scores[-1].content["first"] >= first_index:
+            while row.scores and row.scores[-1].content["first"] >= scores.first_index:
                 row.scores.pop()
-            thousandths = np.rint(scores * 1000).astype(int)
-            content = {
-                "first": first_index,
-                "attention": np.rint(attention * 1000).astype(int).tolist(),
-                "scores": [
-                    [[int(k), int(of[k])] for k in np.flatnonzero(of >= _LEAST_SCORE)]
-                    for of in thousandths
-                ],
-            }
-            row.scores.append(_Scores(content, self._next_revision()))
+            row.scores.append(_Scores(_in_thousandths(scores), self._next_revision()))
             self._trim_scores(row)
 
     def take_status(self, reply: Mapping[str, Any]) -> None:
@@ -233,11 +224,11 @@ class Board:
             self._change_engine(restarts=self._engine["restarts"] + 1)
         self._instance = instance
 
-    def _take_clock(self, published_s: float, published_index: int) -> None:
-        """All streams of an engine have one clock; a snippet ends at its index + 1."""
+    def _take_clock(self, snippet_s: float) -> None:
+        """All streams of an engine have one clock."""
         if self._snippet_s is None:
-            self._snippet_s = published_s / (published_index + 1)
-            self._change_engine(snippet_s=self._snippet_s)
+            self._snippet_s = snippet_s
+            self._change_engine(snippet_s=snippet_s)
 
     def _advance(self, stream: str, session: int, head: int) -> _Row | None:
         """The row of a stream, whose snippets below `head` were there; None of a former session."""
@@ -400,6 +391,18 @@ def _told(stream: str, row: _Row) -> Json:
         "moved_at": row.moved_s,
         "state": row.state,
         **row.status,
+    }
+
+
+def _in_thousandths(scores: SnippetScores) -> Json:
+    """What is told of scores: most classes are next to 0, and are left out."""
+    thousandths = np.rint(scores.scores * 1000).astype(int)  # (n, C)
+    return {
+        "first": scores.first_index,
+        "attention": np.rint(scores.attention * 1000).astype(int).tolist(),
+        "scores": [
+            [[int(k), int(of[k])] for k in np.flatnonzero(of >= _LEAST_SCORE)] for of in thousandths
+        ],
     }
 
 

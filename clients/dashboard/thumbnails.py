@@ -55,7 +55,7 @@ class CameraClient:
         body = self._get("/streams", _LONGEST_LIST_BYTES)
         try:
             listed = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             listed = None
         if not isinstance(listed, list) or len(listed) > _MOST_STREAMS:
             raise ThumbnailError(f"{self.url}/streams: expected a list of stream ids")

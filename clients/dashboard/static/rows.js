@@ -127,7 +127,7 @@ class Row {
     this.item = element(
       "li",
       { className: "row", dataset: { stream } },
-      element("div", { className: "row-head" }, name, this.#state, line),
+      element("div", { className: "row-head" }, name, this.#state, line, this.timeline.legend),
       this.timeline.figure,
       this.#table,
     );

@@ -12,8 +12,6 @@ const CURVES = 3;
 const CURVES_HEIGHT = 46;
 const LANE_HEIGHT = 19;
 const MOST_LANES = 4;
-// A bar that is narrower has no room for a word.
-const NARROW_SHARE = 0.035;
 
 export class Timeline {
   #bars = new Map(); // event's number -> its element
@@ -22,12 +20,10 @@ export class Timeline {
   #span = [0, 1];
 
   constructor() {
-    this.legend = element("figcaption", { className: "legend" });
+    this.legend = element("p", { className: "legend" });
     this.canvas = element("div", { className: "curves" });
     this.lanes = element("div", { className: "lanes" });
-    this.figure = element(
-      "figure", { className: "timeline", role: "group" }, this.canvas, this.lanes, this.legend,
-    );
+    this.figure = element("figure", { className: "timeline", role: "img" }, this.canvas, this.lanes);
   }
 
   /** Draws `row` with its `events`; `spanS` is how much of its time fits. */
@@ -77,7 +73,7 @@ export class Timeline {
   #bar(model, action) {
     let bar = this.#bars.get(action.n);
     if (!bar) {
-      bar = element("div", { className: "bar-of-action" });
+      bar = element("div", { className: "bar-of-action" }, element("span"));
       this.#bars.set(action.n, bar);
     }
     bar.dataset.state = action.state;
@@ -86,7 +82,7 @@ export class Timeline {
     bar.dataset.end = action.end_s ?? "";
     bar.style.setProperty("--class", classColour(model.labelNumber(action.label)));
     bar.title = describe(action);
-    setText(bar, action.label);
+    setText(bar.firstChild, action.label);
     return bar;
   }
 
@@ -104,9 +100,7 @@ export class Timeline {
     const [fromS, toS] = this.#span;
     const share = (s) => (Math.min(Math.max(s, fromS), toS) - fromS) / (toS - fromS);
     target.style.left = `${(share(startS) * 100).toFixed(3)}%`;
-    const width = share(stopS) - share(startS);
-    target.style.width = `${(width * 100).toFixed(3)}%`;
-    target.classList.toggle("narrow", width < NARROW_SHARE);
+    target.style.width = `${((share(stopS) - share(startS)) * 100).toFixed(3)}%`;
     if (lane !== null) target.style.top = `${lane * LANE_HEIGHT}px`;
     target.classList.toggle("cut", startS < fromS);
     return target;
@@ -115,10 +109,11 @@ export class Timeline {
   #drawCurves(model, row, snippetS) {
     const scores = model.scores.get(row.stream);
     this.figure.classList.toggle("no-curves", !scores?.size);
+    this.legend.hidden = !scores?.size;
     if (!scores?.size) return this.release();
     const first = Math.max(0, Math.floor(this.#span[0] / snippetS));
     const names = model.engine.classes;
-    this.#classes = scores.strongest(first, row.head, CURVES);
+    this.#classes = scores.strongest(first, row.head, CURVES).sort((a, b) => a - b);
     const columns = scores.columns(first, row.head, this.#classes);
     this.#tellCurves(model, names, columns);
     while (columns.length <= CURVES) columns.push(columns[0].map(() => null));
@@ -144,7 +139,9 @@ export class Timeline {
       item.style.setProperty("--class", colour);
       item.dataset.curve = name;
       item.dataset.value = value;
-      setText(item, `${name} ${score(value)}`);
+      if (!item.firstChild) item.append(element("span"), " ", element("b"));
+      setText(item.children[0], name);
+      setText(item.children[1], score(value));
     });
   }
 
