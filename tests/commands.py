@@ -82,6 +82,7 @@ def one_line(stderr: str) -> str:
 def command_lines(document: Path, section: str = "") -> list[str]:
     """The `hrpro` command lines of a document's indented blocks, each in one line."""
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)  # what commands say
     if section:
         text = re.split(rf"^## {re.escape(section)}\n", text, flags=re.MULTILINE)[1]
         text = text.split("\n## ")[0]

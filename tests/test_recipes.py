@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +15,13 @@ import pytest
 from commands import (
     ANY_PORT,
     PATIENCE_S,
-    Engine,
     command_lines,
     engine,
-    environment,
-    program,
     published_in_process,
     read_json_lines,
-    running,
     wait_for,
-    words_of,
 )
+from following import Place
 from other_bundles import changed_bundle, rewritten_bundle
 from tiny_model import tiny_recording
 from triton_server import free_port
@@ -40,57 +33,6 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 LENGTH = 60
-
-
-class Place:
-    """A folder in which a recipe is followed, and what its text becomes there."""
-
-    def __init__(self, folder: Path, **puts: str) -> None:
-        self.folder = folder
-        self.puts = dict(puts)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._options = {"cwd": folder, "env": environment() | {"PATH": path}}
-
-    def put(self, text: str) -> str:
-        for old, new in self.puts.items():
-            text = text.replace(old, new)
-        return text
-
-    def at(self, served: Engine) -> None:
-        """What is said of the ports of the page means this engine."""
-        for port, address in (("5555", served.feed), ("5556", served.events)):
-            self.puts[f"tcp://127.0.0.1:{port}"] = address
-        self.puts["tcp://127.0.0.1:5557"] = served.control
-
-    def shell(self, line: str, status: int = 0) -> str:
-        """A command line to its end; what it says."""
-        done = subprocess.run(
-            ["/bin/sh", "-c", self.put(line)],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            **self._options,
-        )
-        assert done.returncode == status, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-        return done.stdout
-
-    def save(self, name: str) -> Path:
-        """A program of the page as a file."""
-        file = self.folder / f"{name}.py"
-        file.write_text(self.put(program(RECIPES, name)))
-        return file
-
-    @contextlib.contextmanager
-    def beside(self, line: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-        """A command line while it runs; for `hrpro watch` from when it watches."""
-        words = words_of(self.put(line))
-        with running(*words, *options, **self._options) as process:
-            if words[0] == "watch":
-                assert process.stderr is not None
-                assert "watching" in process.stderr.readline()
-            yield process
 
 
 @pytest.fixture
@@ -121,8 +63,8 @@ def test_alert_program_and_table(place: Place) -> None:
     (on_event,) = command_lines(RECIPES, "A program for each event")
     (events,) = command_lines(RECIPES, "A table of what happened")
     place.puts["8080"] = str(free_port())
-    receiver = [sys.executable, "-W", "error", place.save("webhook")]
-    place.save("on_event")
+    receiver = [sys.executable, "-W", "error", place.save(RECIPES, "webhook")]
+    place.save(RECIPES, "on_event")
     actions = place.folder / "actions.txt"
     expected = ends(place.folder / "bundle")
     jumps = [each for each in expected if each.label == "jump"]
@@ -145,7 +87,7 @@ def test_alert_program_and_table(place: Place) -> None:
         assert [float(time_s) for time_s in line.split()[2:]] == near(each.start_s, each.end_s)
 
     place.shell(events[: events.index(" >")] + " > events.jsonl")
-    place.save("table")
+    place.save(RECIPES, "table")
     rows = list(csv.DictReader(place.shell("python -W error table.py").splitlines()))
     expected.sort(key=lambda each: each.start_s)
     assert [row["label"] for row in rows] == [each.label for each in expected]
@@ -159,7 +101,7 @@ def test_another_sensor(place: Place, bundle: Bundle) -> None:
     np.save(place.folder / "samples.npy", random.standard_normal((50 * 32 + 7, 4)))
     with engine(wrist.folder) as served:
         place.at(served)
-        place.save("sensor")
+        place.save(RECIPES, "sensor")
         said = place.shell("python -W error sensor.py")
     assert said.startswith("Ended(stream='wrist', next_index=50, ")
 
