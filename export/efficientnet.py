@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hrpro.export.tracing import Folded
 
 FEATURES = 1280
 SIDE = 224
@@ -31,8 +34,10 @@ _STAGES = (
 _STEM = 32
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(Folded):
     """Images (N, 3, 224, 224) -> features (N, 1280), the input of the classifier."""
+
+    FOLDED: ClassVar = {"conv_stem": "bn0", "conv_head": "bn1"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +63,10 @@ class EfficientNetLite0(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-class _Block(nn.Module):
+class _Block(Folded):
     """Inverted bottleneck: expand, convolve each channel by itself, project."""
+
+    FOLDED: ClassVar = {"expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2"}
 
     def __init__(self, channels: int, width: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()

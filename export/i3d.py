@@ -9,15 +9,17 @@ flow_imagenet.pt (trained on ImageNet and Kinetics-400), padding is TensorFlow's
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hrpro.engine.wire import HrproError
+from hrpro.export.tracing import Folded
 
 FEATURES = 1024
 FRAMES, SIDE = 16, 224
@@ -82,8 +84,10 @@ class I3D(nn.Sequential):
         return features
 
 
-class _Unit(nn.Module):
+class _Unit(Folded):
     """Convolution, batch normalisation, ReLU."""
+
+    FOLDED: ClassVar = {"conv3d": "bn"}
 
     def __init__(self, channels: int, width: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -141,7 +145,9 @@ def _same(x: Tensor, kernel: Any, stride: Any) -> Tensor:
 def read_i3d(path: Path, stream: Stream) -> I3D:
     """The network of a stream with the weights of a file. Raises WeightsError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what comes of a file is checked below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: file is missing; expected {stream}_imagenet.pt") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

@@ -5,10 +5,12 @@ ExportError    they do not
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hrpro.engine.backends.session import CPU_PROVIDER, session_options
 from hrpro.engine.wire import HrproError
@@ -72,15 +75,25 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
     onnx.save(graph, path)
 
 
-def export_features(model: torch.nn.Module, example: Tensor, path: Path) -> float:
+class Folded(torch.nn.Module):
+    """A module with normalisations that become part of the convolutions before them.
+
+    ``FOLDED`` has the name of each convolution and of its normalisation. The graph is smaller, and
+    takes half the time to make.
+    """
+
+    FOLDED: ClassVar[Mapping[str, str]]
+
+
+def export_features(model: torch.nn.Module, example: Tensor, path: Path) -> None:
     """Write a feature network, images (N, ...) like ``example`` -> features (N, D), N dynamic.
 
-    Returns the largest difference between ONNX Runtime and torch on ``example``, as a share of the
-    largest feature. Raises ExportError where it is above 1e-4.
+    ``example`` has two images or more. Raises ExportError where ONNX Runtime differs from torch on
+    the first by more than 1e-4 of the largest feature.
     """
     save(
         trace(
-            model,
+            _fold(model),
             (example,),
             inputs=("images",),
             outputs=("features",),
@@ -88,14 +101,27 @@ def export_features(model: torch.nn.Module, example: Tensor, path: Path) -> floa
         ),
         path,
     )
+    one = example[:1]
     with torch.inference_mode():
-        expected = model(example).numpy()
+        expected = model(one).numpy()
     session = onnxruntime.InferenceSession(path, session_options(0), [CPU_PROVIDER])
-    (got,) = session.run(None, {"images": example.numpy()})
+    (got,) = session.run(None, {"images": one.numpy()})
     difference = float(np.abs(got - expected).max() / np.abs(expected).max())
     if difference > _TOLERANCE:
         raise ExportError(
             f"{path.name}: ONNX Runtime differs from torch by {difference:.1e} of the largest "
             f"feature, expected at most {_TOLERANCE:.0e}"
         )
-    return difference
+
+
+def _fold(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose `Folded` parts have no normalisation."""
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        if not isinstance(part, Folded):
+            continue
+        for conv, norm in part.FOLDED.items():
+            if hasattr(part, norm):
+                setattr(part, conv, fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm)))
+                setattr(part, norm, torch.nn.Identity())
+    return model

