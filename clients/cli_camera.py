@@ -34,7 +34,8 @@ def feed_camera(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="rtsp://..., http://..., /dev/videoN, a video file, or - for standard input.",
+            help="rtsp://..., http://..., /dev/videoN, a video file, - for standard input, or "
+            "@FILE with one of them.",
         ),
     ],
     to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],

@@ -14,7 +14,7 @@ from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
     from hrpro.clients.cameras.extraction import Report
-    from hrpro.clients.cameras.extractor import Extractor, ExtractorManifest
+    from hrpro.clients.cameras.extractor import Extractor
 
 features_app = typer.Typer(no_args_is_help=True, help="Make snippet features of videos.")
 
@@ -103,12 +103,11 @@ def check(
     as_json: JsonFlag = False,
 ) -> None:
     """Load an extractor, let it compute, and tell what it gives and how long it takes."""
-    from hrpro.clients.cameras.measure import snippet_ms
+    from hrpro.clients.cameras.measure import measure
 
     loaded = _load(extractor, provider)
     manifest = loaded.manifest
-    alone_ms, batched_ms = (snippet_ms(loaded, count) for count in (1, 8))
-    budget_ms = 1000 * loaded.clock.snippet_s
+    alone, batched = measure(loaded)
     figures = {
         "name": manifest.name,
         "extractor_id": manifest.identity,
@@ -118,20 +117,24 @@ def check(
         "feature_dim": manifest.feature_dim,
         "frame_offsets": list(loaded.frame_offsets),
         "provider": loaded.provider,
-        "snippet_ms": round(alone_ms, 3),
-        "batched_snippet_ms": round(batched_ms, 3),
-        "cameras": round(budget_ms / batched_ms, 2),
+        "snippet_ms": round(alone.snippet_ms, 3),
+        "batched_snippet_ms": round(batched.snippet_ms, 3),
+        "processor_ms": round(batched.processor_ms, 3),
+        "cameras": round(1000 * loaded.clock.snippet_s / batched.snippet_ms, 2),
     }
     if as_json:
         print(json.dumps(figures))
         return
-    _table(manifest, loaded, alone_ms, batched_ms)
+    _table(loaded)
+    say(
+        f"speed      {alone.snippet_ms:.0f} ms a snippet, {batched.snippet_ms:.0f} in a batch, by "
+        f"{loaded.provider}: {figures['cameras']:.1f} cameras in real time"
+    )
+    say(f"           {batched.processor_ms:.0f} ms of processor time a snippet")
 
 
-def _table(
-    manifest: ExtractorManifest, extractor: Extractor, alone_ms: float, batched_ms: float
-) -> None:
-    clock = extractor.clock
+def _table(extractor: Extractor) -> None:
+    manifest, clock = extractor.manifest, extractor.clock
     say(f"extractor  {manifest.name} ({manifest.identity}), {extractor.folder}")
     say(
         f"clock      {clock.snippet_frames} frames at {clock.frames_per_s:g} frames/s, "
@@ -141,10 +144,6 @@ def _table(
     for network in manifest.networks:
         given = "frames" if network.flow is None else f"flow ({network.flow.method})"
         say(f"           {network.file}: {network.snippet_features} of {given}")
-    say(
-        f"speed      {alone_ms:.0f} ms a snippet, {batched_ms:.0f} ms in a batch of 8, by "
-        f"{extractor.provider}: {1000 * clock.snippet_s / batched_ms:.1f} cameras in real time"
-    )
 
 
 def _load(extractor: str, provider: Literal["auto", "cpu", "cuda"]) -> Extractor:

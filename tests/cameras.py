@@ -154,7 +154,11 @@ class RtspServer:
 @contextlib.contextmanager
 def rtsp(**pipelines: str) -> Iterator[RtspServer]:
     """A server of these pipelines; skips where GStreamer is not installed."""
-    check = "import gi; gi.require_version('GstRtspServer', '1.0')"
+    check = (
+        "import gi; gi.require_version('GstRtspServer', '1.0'); gi.require_version('Gst', '1.0'); "
+        "from gi.repository import Gst; Gst.init(None); "
+        "assert all(map(Gst.ElementFactory.find, ('x264enc', 'rtph264pay', 'qtdemux')))"
+    )
     try:
         subprocess.run([SYSTEM_PYTHON, "-c", check], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

@@ -199,6 +199,15 @@ def test_what_sources_are_called(text: str, shown: str, stream: str) -> None:
     assert "pw" not in repr(source)
 
 
+def test_an_address_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "door").write_text("rtsp://u:pw@cam/live\nnothing\n")
+    source = parse_source(f"@{tmp_path / 'door'}")
+    assert (source.address, source.stream) == ("rtsp://u:pw@cam/live", "cam-live")
+    (tmp_path / "door").write_text("")
+    with pytest.raises(SourceError, match="expected a video file"):
+        parse_source(f"@{tmp_path / 'door'}")
+
+
 def test_a_colon_in_a_file_name_is_no_protocol(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("concat:a.mkv").write_bytes(b"")

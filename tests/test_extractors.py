@@ -259,6 +259,7 @@ def test_check_says_what_an_extractor_gives(tmp_path: Path) -> None:
     figures = hrpro_json("features", "check", folder)
     assert figures.pop("snippet_ms") > 0
     assert figures.pop("batched_snippet_ms") > 0
+    assert figures.pop("processor_ms") > 0
     assert figures.pop("cameras") > 0
     assert figures == {
         "name": "tiny",

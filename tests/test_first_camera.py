@@ -25,6 +25,7 @@ SHORTER = {
 def ask(url: str, data: bytes | None = None, **headers: str) -> tuple[bytes, str]:
     """What a page of hrpro label would ask; the answer and its ETag."""
     method = "GET" if data is None else "PUT"
+    headers["Origin"] = "/".join(url.split("/")[:3])
     request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return answer.read(), answer.headers["ETag"] or ""

@@ -4,6 +4,8 @@
     http://, https://     live: MJPEG, HLS, MPEG-TS and whatever else FFmpeg reads
     /dev/videoN           live, by Video4Linux
     a file, or -          a recording: it has an end
+    @FILE                 the address in the first line of a file: passwords are then on no command
+                          line, where other users of the machine could read them
 
 What a source is called in messages has no user, password, query or parameter of it.
 
@@ -63,6 +65,9 @@ class Source:
 
 def parse_source(text: str) -> Source:
     """The source that is meant. Raises SourceError for one that cannot be any."""
+    if text.startswith("@"):
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        return parse_source(lines[0].strip().lstrip("@") if lines else "")
     if text == "-":
         return Source("stdin", "pipe:0", "standard input", "stdin")
     scheme, separator, _ = text.partition("://")
