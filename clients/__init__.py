@@ -5,6 +5,7 @@ Needs numpy, pyzmq and msgpack alone.
 
 from hrpro.clients.control import request_drain, request_status
 from hrpro.clients.feeder import FeatureFeeder
+from hrpro.clients.score_subscriber import ScoreSubscriber
 from hrpro.clients.subscriber import EventSubscriber, ReplayError
 from hrpro.engine.client_key import ClientKey, KeyFileError, read_client_key
 from hrpro.engine.protocol import (
@@ -14,6 +15,7 @@ from hrpro.engine.protocol import (
     HrproError,
     NoReplyError,
     ProtocolError,
+    SnippetScores,
     StreamError,
     StreamNotice,
     Welcome,
@@ -32,7 +34,9 @@ __all__ = [
     "NoReplyError",
     "ProtocolError",
     "ReplayError",
+    "ScoreSubscriber",
     "SnippetClock",
+    "SnippetScores",
     "StreamError",
     "StreamNotice",
     "Welcome",

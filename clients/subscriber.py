@@ -32,6 +32,7 @@ from hrpro.engine.protocol import (
     NoReplyError,
     Page,
     Publication,
+    SnippetScores,
     StreamNotice,
     Subscribed,
     topic_prefix,
@@ -246,6 +247,8 @@ class EventSubscriber:
                 self._on_mark(message)
             case Page() as message:
                 self._on_page(message, frames[0])
+            case SnippetScores():
+                pass  # another subscriber's, see `ScoreSubscriber`
             case message:
                 return self._on_publication(message)
         return None

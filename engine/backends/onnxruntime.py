@@ -25,6 +25,7 @@ from hrpro.engine.backends.session import (
 from hrpro.engine.backends.step import StepSession
 from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
+from hrpro.engine.inference import Outputs
 from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
@@ -36,7 +37,7 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": CUDA_PROVIDER,
     "tensorrt": "TensorrtExecutionProvider",
 }
-_SNIPPET_OUTPUTS = ["scores", "embedding"]
+_SNIPPET_OUTPUTS = ["scores", "embedding", "attention"]
 _INSTANCE_OUTPUTS = ["completeness", "refined", "refined_completeness"]
 Providers = list[str | tuple[str, dict[str, Any]]]
 
@@ -136,19 +137,18 @@ class OnnxRuntimeBackend(InstanceStage):
         assert self._step is not None, "windows are computed, or the state is on a device"
         return self._step.step(features, valid, arrival, state)
 
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+    def score_snippets(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T)."""
         by_steps = self._step or self._pooled
         if by_steps is not None:
             return by_steps.whole(features, valid)
         inputs = {"features": features, "valid": valid}
         if self._bound is not None:
-            scores, embedding = self._bound.run(inputs)
+            scores, embedding, attention = self._bound.run(inputs)
         else:
-            scores, embedding = self._snippet.run(_SNIPPET_OUTPUTS, inputs)
-        return scores, embedding
+            scores, embedding, attention = self._snippet.run(_SNIPPET_OUTPUTS, inputs)
+        return scores, embedding, attention
 
 
 class BoundSession:
@@ -185,9 +185,9 @@ class BoundSession:
         }
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        widths = {each.name: each.shape[-1] for each in self._session.get_outputs()}
+        widths = {each.name: each.shape[2:] for each in self._session.get_outputs()}
         for name in _SNIPPET_OUTPUTS:
-            shape = (*inputs["valid"].shape, widths[name])
+            shape = (*inputs["valid"].shape, *widths[name])
             value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
                 shape, np.float32, self._device, 0
             )
