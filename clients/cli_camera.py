@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,13 +34,14 @@ def feed_camera(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="rtsp://..., http://..., /dev/videoN, a video file, or - for standard input.",
+            help="rtsp://..., http://..., /dev/videoN, a video file, - for standard input, or "
+            "@FILE with one of them.",
         ),
     ],
     to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],
     extractor: Annotated[
-        str, typer.Option("--extractor", help="Folder of an extractor, or the name of one.")
-    ],
+        str, typer.Option(help="Folder of an extractor, or a built-in one's name.")
+    ] = "efficientnet-lite0",
     stream: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,7 +91,7 @@ def feed_camera(
     ends the streams."""
     try:
         from hrpro.clients.cameras import thumbnails as pictures
-        from hrpro.clients.cameras.camera import Camera, run_cameras
+        from hrpro.clients.cameras.camera import Camera, feeder_of, run_cameras
         from hrpro.clients.cameras.extractor import load_extractor
     except ImportError as error:
         raise HrproError(
@@ -108,10 +110,18 @@ def feed_camera(
         if thumbnails is not None:
             url = stack.enter_context(pictures.thumbnail_server(thumbnails, rings, token))
             print(f"hrpro: thumbnails at {url}", file=sys.stderr, flush=True)
-        feeders = _connected(to, named, loaded, key, stop)
+        makers = {
+            name: feeder_of(to, name, loaded, source.is_live, key) for name, source in named.items()
+        }
+        feeders = _connected(to, makers, loaded, key, stop)
+        reading = partial(Camera, extractor=loaded, changed=changed, speed=factor, stall_s=stall)
         cameras = [
-            Camera(
-                named[name], feeder, loaded, changed, factor, stall, rtsp_transport, rings.get(name)
+            reading(
+                named[name],
+                feeder,
+                makers[name],
+                rtsp_transport=rtsp_transport,
+                thumbnails=rings.get(name),
             )
             for name, feeder in feeders.items()
         ]
@@ -149,31 +159,30 @@ def _named(texts: Sequence[str], names: Sequence[str]) -> dict[str, Source]:
 
 def _connected(
     address: str,
-    named: Mapping[str, Source],
+    makers: Mapping[str, Callable[[int], FeatureFeeder]],
     extractor: Extractor,
     key: Path | None,
     stop: threading.Event,
 ) -> dict[str, FeatureFeeder]:
     """A feeder for each stream that the engine has let in; none when stopped before."""
-    from hrpro.clients.cameras.camera import connected_feeder
+    from hrpro.clients.cameras.camera import connected
 
-    said: set[str] = set()
+    has_said = threading.Event()
 
-    def say_waiting(text: str) -> None:
-        if text not in said:
-            print(f"hrpro: {text}", file=sys.stderr, flush=True)
-        said.add(text)
+    def say_waiting() -> None:
+        if not has_said.is_set():
+            doubt = "" if key is None else "; does it know this key?"
+            said = f"hrpro: no engine answers at {address} yet; waiting{doubt}"
+            print(said, file=sys.stderr, flush=True)
+        has_said.set()
 
     feeders: dict[str, FeatureFeeder] = {}
-    with contextlib.ExitStack() as refused:
-        for name, source in named.items():
-            feeder = connected_feeder(
-                address, name, extractor, source.is_live, key, stop, say_waiting
-            )
-            if feeder is None:
+    with contextlib.ExitStack() as not_all:
+        for name, new_feeder in makers.items():
+            feeders[name] = not_all.enter_context(contextlib.closing(new_feeder(0)))
+            if not connected(feeders[name], extractor, stop, say_waiting):
                 return {}
-            feeders[name] = refused.enter_context(contextlib.closing(feeder))
-        refused.pop_all()
+        not_all.pop_all()
     return feeders
 
 

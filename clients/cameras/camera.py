@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,13 +75,15 @@ class Camera:
     """A source on its way into the engine, behind a feeder that is connected.
 
     Of a source that cannot be read again, a stream that the engine has already goes on behind what
-    it has; a file is not sent again as far as the engine has it.
+    it has; a file is not sent again as far as the engine has it. A live stream begins anew where
+    the engine has ended it, with a feeder that `new_feeder` makes for its next index.
     """
 
     def __init__(
         self,
         source: Source,
         feeder: FeatureFeeder,
+        new_feeder: Callable[[int], FeatureFeeder],
         extractor: Extractor,
         changed: threading.Condition,
         speed: float | None,
@@ -108,7 +111,8 @@ class Camera:
             rtsp_transport,
             thumbnails.offer if thumbnails is not None else None,
         )
-        self.sender = StreamSender(feeder, changed)
+        self.sender = StreamSender(feeder, changed, new_feeder if source.is_live else None)
+        self._extracted = 0  # snippets that were taken and are not sent yet
         self._is_told_the_end = False
         self._behind_s = 0.0
         self._reported = (time.monotonic(), 0)  # when, and how many frames there were
@@ -119,15 +123,21 @@ class Camera:
         return self.reader.state == "failed" or self.sender.refused is not None
 
     @property
-    def takes(self) -> bool:
-        """Whether a snippet is there that can be sent when it is extracted."""
-        return len(self.outlet) > 0 and self.sender.has_room
+    def is_ready(self) -> bool:
+        """Whether a snippet waits that can be sent once it is extracted."""
+        return len(self.outlet) > 0 and self.sender.room > self._extracted
+
+    def take(self) -> Snippet:
+        """The oldest snippet that waits, to be extracted and sent."""
+        self._extracted += 1
+        return self.outlet.take()
 
     def send(self, snippet: Snippet, features: NDArray[np.float32]) -> None:
         """Send what was extracted of a snippet."""
         if self.source.is_live and self.reader.began_s is not None:
             end_s = self._clock.seconds(snippet.index + 1 - self._base)
             self._behind_s = time.monotonic() - self.reader.began_s - end_s
+        self._extracted -= 1
         self.sender.put(snippet.index, features)
 
     def look_after(self) -> None:
@@ -166,46 +176,40 @@ class Camera:
         )
 
 
-def connected_feeder(
-    address: str,
-    stream: str,
-    extractor: Extractor,
-    is_live: bool,
-    key: Key,
-    stop: threading.Event,
-    say_waiting: Callable[[str], None],
-) -> FeatureFeeder | None:
-    """A feeder for what the extractor makes, once the engine has let it in; None when stopped.
-
-    `say_waiting` is told each second that no engine answers. Raises HrproError where the engine
-    refuses it, or its bundle takes other features.
-    """
+def feeder_of(
+    address: str, stream: str, extractor: Extractor, is_live: bool, key: Key
+) -> Callable[[int], FeatureFeeder]:
+    """What makes feeders for what the extractor makes, from an index on."""
     policy: Policy = "drop_oldest" if is_live else "wait"
-    feeder = FeatureFeeder(
-        address, stream, extractor.feature_dim, extractor.clock, policy=policy, key=key
-    )
-    try:
-        while not stop.is_set():
-            try:
-                feeder.connect(timeout_s=_ASK_S)
-            except NoReplyError:
-                doubt = "" if key is None else "; does it know this key?"
-                say_waiting(f"no engine answers at {address} yet; waiting{doubt}")
-            else:
-                return feeder
-    except StreamError as error:
-        feeder.close()
-        if error.code in ("wrong_dimension", "wrong_clock"):
+    dim, clock = extractor.feature_dim, extractor.clock
+    return partial(FeatureFeeder, address, stream, dim, clock, policy=policy, key=key)
+
+
+def connected(
+    feeder: FeatureFeeder,
+    extractor: Extractor,
+    stop: threading.Event,
+    say_waiting: Callable[[], None],
+) -> bool:
+    """Whether the engine has let the feeder in; waits for an engine, or until stopped.
+
+    `say_waiting` is told each second that none answers. Raises HrproError where the engine refuses
+    the stream, or its bundle takes other features.
+    """
+    while not stop.is_set():
+        try:
+            feeder.connect(timeout_s=_ASK_S)
+        except NoReplyError:
+            say_waiting()
+        except StreamError as error:
+            if error.code not in ("wrong_dimension", "wrong_clock"):
+                raise
             raise HrproError(
-                f"extractor {extractor.name!r} does not fit the bundle of the engine at {address}: "
-                f"{error}"
+                f"extractor {extractor.name!r} does not fit the engine's bundle: {error}"
             ) from None
-        raise
-    except BaseException:
-        feeder.close()
-        raise
-    feeder.close()
-    return None
+        else:
+            return True
+    return False
 
 
 def run_cameras(
@@ -251,13 +255,13 @@ def _next_batch(
     in_turn = [*cameras[first:], *cameras[:first]]
     batch: list[tuple[Camera, Snippet]] = []
     with changed:
-        changed.wait_for(lambda: any(camera.takes for camera in cameras), _LOOK_S)
+        changed.wait_for(lambda: any(camera.is_ready for camera in cameras), _LOOK_S)
         while len(batch) < _BATCH_SNIPPETS:
-            ready = [camera for camera in in_turn if camera.takes]
+            ready = [camera for camera in in_turn if camera.is_ready]
             if not ready:
                 break
             room = _BATCH_SNIPPETS - len(batch)
-            batch += [(camera, camera.outlet.take()) for camera in ready[:room]]
+            batch += [(camera, camera.take()) for camera in ready[:room]]
     return batch
 
 

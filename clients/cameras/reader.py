@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Literal
 
@@ -24,6 +24,7 @@ from hrpro.clients.cameras.sources import (
     RtspTransport,
     Source,
     SourceError,
+    TimedFrame,
     read_frames,
 )
 
@@ -179,6 +180,13 @@ class SourceReader:
     # ---- in the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._read_on()
+        finally:
+            if self._is_mine() and not self._outlet.ended:  # by an error that nobody has foreseen
+                self._end("it cannot be read any more")
+
+    def _read_on(self) -> None:
         pause_s = FIRST_PAUSE_S
         while self._is_mine():
             self._stayed_s, failed, reason = 0.0, False, f"{self.source.shown}: it has ended"
@@ -201,11 +209,14 @@ class SourceReader:
 
     def _read(self) -> None:
         """Until the source ends or is lost."""
-        pace = _Pace(1.0 if self.source.kind == "http" else self._speed)
-        is_paced = self.source.kind == "http" or not self.source.is_live
+        frames = read_frames(self.source, self._stall_s, self._rtsp_transport)
+        if self.source.kind in ("rtsp", "device"):
+            frames, pace = _from_now_on(frames), None
+        else:
+            pace = _Pace(1.0 if self.source.is_live else self._speed)
         first_s = None
-        for frame, time_s in read_frames(self.source, self._stall_s, self._rtsp_transport):
-            if is_paced:
+        for frame, time_s in frames:
+            if pace is not None:
                 self._wait(pace.due_in_s(time_s))
             with self._turn:
                 if not self._is_mine():
@@ -250,6 +261,22 @@ class SourceReader:
             _log.error("stream %r: %s", self._stream, failure)
         self.state, self.reason = ("failed", failure) if failure else ("ended", "")
         self._outlet.end()
+
+
+def _from_now_on(frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
+    """Without the frames that come at once at the beginning: FFmpeg has kept them while it found
+    out what the source is, and when they came is not known any more."""
+    before: tuple[float, Fraction] | None = None
+    is_past = True
+    for frame, time_s in frames:
+        if is_past:
+            now_s = time.monotonic()
+            if before is not None:
+                took_s, step_s = now_s - before[0], time_s - before[1]
+                is_past = 2 * took_s < step_s
+            before = (now_s, time_s)
+        if not is_past:
+            yield frame, time_s
 
 
 class _Pace:

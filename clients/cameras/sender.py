@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ _log = logging.getLogger(__name__)
 # So often the feeder reads and sends when nothing new is there.
 _TURN_S = 0.1
 _ROOM = 8
+_AGAIN_S = 1.0
 
 Row = NDArray[np.float32]
 
@@ -26,12 +28,22 @@ class StreamSender:
     """Sends the features of one stream in the order of their indices; what is left out between
     them is told as a gap. The feeder is connected, and belongs to the sender from here on.
 
-    ``changed`` is notified when there is room for more.
+    ``changed`` is notified when there is room for more. ``renew`` makes another feeder, for a
+    stream that begins at an index, where an engine has ended the stream because it is drained; None
+    takes that as a refusal.
     """
 
-    def __init__(self, feeder: FeatureFeeder, changed: threading.Condition) -> None:
+    def __init__(
+        self,
+        feeder: FeatureFeeder,
+        changed: threading.Condition,
+        renew: Callable[[int], FeatureFeeder] | None = None,
+    ) -> None:
         self._feeder = feeder
         self._changed = changed
+        self._renew = renew
+        self._is_renewed = False
+        self._dropped_before = 0  # by feeders that were given up
         self._waiting: queue.Queue[tuple[int, Row] | None] = queue.Queue(_ROOM)
         self._leave_at_s: float | None = None
         self.sent = 0
@@ -43,9 +55,9 @@ class StreamSender:
         self._thread.start()
 
     @property
-    def has_room(self) -> bool:
-        """Whether `put` would not wait. It never does so for long where the feeder never waits."""
-        return not self._waiting.full()
+    def room(self) -> int:
+        """How many snippets `put` takes without waiting."""
+        return _ROOM - self._waiting.qsize()
 
     @property
     def is_done(self) -> bool:
@@ -60,7 +72,7 @@ class StreamSender:
     @property
     def dropped(self) -> int:
         """Snippets that the feeder had no room for."""
-        return self._feeder.dropped
+        return self._dropped_before + self._feeder.dropped
 
     @property
     def next_index(self) -> int:
@@ -95,23 +107,45 @@ class StreamSender:
 
     def _run(self) -> None:
         try:
-            while not self._is_over():
+            while self.ended is None and not self._is_over():
                 try:
-                    item = self._waiting.get(timeout=_TURN_S)
-                except queue.Empty:
-                    self._feeder.skip(0)
-                    continue
-                with self._changed:
-                    self._changed.notify_all()
-                if item is None:
-                    self._end()
-                    return
-                self._send(*item)
+                    self._send_what_comes()
+                except StreamError as error:
+                    if error.code != "draining" or self._renew is None:
+                        raise
+                    self._begin_anew(self._renew)
         except StreamError as error:
             self.refused = error
             _log.error("stream %r: %s", self._feeder.stream, error)
         finally:
             self._feeder.close()
+
+    def _send_what_comes(self) -> None:
+        while not self._is_over():
+            try:
+                item = self._waiting.get(timeout=_TURN_S)
+            except queue.Empty:
+                self._feeder.skip(0)
+                continue
+            with self._changed:
+                self._changed.notify_all()
+            if item is None:
+                self._end()
+                return
+            self._send(*item)
+
+    def _begin_anew(self, renew: Callable[[int], FeatureFeeder]) -> None:
+        if not self._is_renewed or self._feeder.welcome is not None:
+            _log.warning(
+                "stream %r: the engine is drained, which has ended it; it begins anew with the "
+                "next engine",
+                self._feeder.stream,
+            )
+        before, self._is_renewed = self._feeder, True
+        before.close()
+        self._dropped_before += before.dropped
+        time.sleep(_AGAIN_S)
+        self._feeder = renew(before.next_index)
 
     def _send(self, index: int, features: Row) -> None:
         self._feeder.skip(index - self._feeder.next_index)

@@ -4,6 +4,8 @@
     http://, https://     live: MJPEG, HLS, MPEG-TS and whatever else FFmpeg reads
     /dev/videoN           live, by Video4Linux
     a file, or -          a recording: it has an end
+    @FILE                 the address in the first line of a file: passwords are then on no command
+                          line, where other users of the machine could read them
 
 What a source is called in messages has no user, password, query or parameter of it.
 
@@ -30,6 +32,8 @@ from hrpro.engine.wire import HrproError
 
 RtspTransport = Literal["tcp", "udp"]
 Kind = Literal["rtsp", "http", "device", "file", "stdin"]
+
+TimedFrame = tuple[av.VideoFrame, Fraction]  # and from when on it is shown, in seconds
 
 STALL_S = 10.0
 _SCHEMES: dict[str, Kind] = {"rtsp": "rtsp", "rtsps": "rtsp", "http": "http", "https": "http"}
@@ -61,6 +65,9 @@ class Source:
 
 def parse_source(text: str) -> Source:
     """The source that is meant. Raises SourceError for one that cannot be any."""
+    if text.startswith("@"):
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        return parse_source(lines[0].strip().lstrip("@") if lines else "")
     if text == "-":
         return Source("stdin", "pipe:0", "standard input", "stdin")
     scheme, separator, _ = text.partition("://")
@@ -104,7 +111,7 @@ def _name(text: str) -> str:
 
 def read_frames(
     source: Source, stall_s: float = STALL_S, rtsp_transport: RtspTransport = "tcp"
-) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+) -> Iterator[TimedFrame]:
     """The frames of the first video stream as they are decoded, with their time stamps in seconds.
 
     Returns where the source ends. Raises SourceError where it cannot be opened or read, and where a
@@ -135,7 +142,7 @@ def _opened(source: Source, stall_s: float, rtsp_transport: RtspTransport) -> In
 
 def _decoded(
     source: Source, container: InputContainer, stream: VideoStream, stall_s: float
-) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+) -> Iterator[TimedFrame]:
     if source.is_live:
         stream.thread_count = 1  # several would each keep a frame back
     else:

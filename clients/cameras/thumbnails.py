@@ -72,13 +72,16 @@ class _JpegEncoder:
 
     def __init__(self) -> None:
         self._context: av.VideoCodecContext | None = None
+        self._count = 0
 
     def encode(self, frame: av.VideoFrame) -> bytes:
         height = max(2, round(frame.height * WIDTH_PX / frame.width / 2) * 2)
         if self._context is None or self._context.height != height:
             self._context = _new_context(height)
         small = frame.reformat(WIDTH_PX, height, "yuvj420p", interpolation="AREA")
-        small.pts = None
+        # Frames are counted for the encoder, which takes none twice.
+        small.pts, small.time_base = self._count, self._context.time_base
+        self._count += 1
         return b"".join(bytes(packet) for packet in self._context.encode(small))
 
 
