@@ -47,7 +47,10 @@ def label(
             f"labelling needs the package {error.name}: pip install 'hrpro-stream[label]'"
         ) from None
 
+    opened: list[Labelling] = []
+
     def ready(url: str, labelling: Labelling) -> None:
+        opened.append(labelling)
         say(f"points  {_told(labelling)}")
         say(f"page    {url}")
         if open_:
@@ -57,7 +60,10 @@ def label(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve(videos, data, data_config(preset, set_), given, port, ready)
+    for labelling in opened:
+        say(f"points  {_told(labelling)}")
+        say(f"next    hrpro data check {data} tells what else training needs")
 
 
 def _told(labelling: Labelling) -> str:
-    return f"{labelling.points.path} ({labelling.points.counts().total()} so far)"
+    return f"{labelling.points.path}, {labelling.points.counts().total()} so far"

@@ -68,7 +68,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     arguments = ("label", video, "--data", folder / "data", "--classes", "wave, jump")
     with running(*arguments, env={**environment(), "XDG_CACHE_HOME": str(folder)}) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline().endswith("points.csv (0 so far)\n")
+        assert process.stdout.readline().endswith("points.csv, 0 so far\n")
         served = Served(folder / "data", video, process.stdout.readline().split()[1])
         served.ready()
         yield served

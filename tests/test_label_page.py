@@ -345,6 +345,21 @@ def test_a_kill_loses_nothing_that_was_saved_and_the_page_takes_no_more(
     assert [label for label, _, _ in own.rows] == ["wave", "jump"]
 
 
+def test_a_disk_that_is_full_for_a_while_loses_nothing(page: Page, labelled: Labelling) -> None:
+    visit(page, labelled.url)
+    in_the_way = labelled.data / "point_labels" / "points.csv.part"
+    in_the_way.mkdir()
+    press(page, "1")
+    expect(page.get_by_role("alert")).to_have_text(re.compile("not saved: .*Is a directory"))
+    press(page, "ArrowRight", "2")  # is not taken
+    in_the_way.rmdir()
+    saved(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    press(page, "2")
+    saved(page)
+    assert [row[::2] for row in labelled.rows] == [("wave", "0"), ("jump", frame_text(1))]
+
+
 def test_a_second_page_does_not_undo_what_the_first_has_saved(
     page: Page, browser: Browser, labelled: Labelling
 ) -> None:

@@ -75,7 +75,7 @@ def create_app(labelling: Labelling, token: str, port: int) -> ASGIApp:
         Route(f"{video}/points", pages.put_points, methods=["PUT"]),
         Mount("/static", StaticFiles(directory=_static())),
     ]
-    refusals = {HrproError: _refused, ValidationError: _not_understood}
+    refusals = {HrproError: _refused, OSError: _failed, ValidationError: _not_understood}
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=refusals)
     return _Door(app, port)
 
@@ -188,6 +188,10 @@ class _Pages:
 
 def _refused(_request: Request, error: Exception) -> Response:
     return PlainTextResponse(f"{error}", 412 if isinstance(error, ConflictError) else 409)
+
+
+def _failed(_request: Request, error: Exception) -> Response:
+    return PlainTextResponse(f"{error}", 500)
 
 
 def _not_understood(_request: Request, error: Exception) -> Response:

@@ -30,7 +30,7 @@ def serve(
     classes: Sequence[str],
     port: int,
     ready: Callable[[str, Labelling], None],
-) -> Labelling:
+) -> None:
     """Serve the page until the program is told to stop; ``ready`` is told its URL.
 
     Raises HrproError for what does not fit: videos, points, classes, or the port.
@@ -61,7 +61,6 @@ def serve(
             stopping.set()
             for video in videos:
                 video.join()
-    return labelling
 
 
 def _listening(port: int) -> socket.socket:

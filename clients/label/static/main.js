@@ -16,7 +16,7 @@ const session = await api.session();
 const SAID = {
   saved: `saved in ${session.points_file}`,
   saving: "saving",
-  unreachable: "not saved",
+  unsaved: "not saved",
   refused: "not saved",
 };
 let classes = session.classes;
@@ -169,6 +169,8 @@ async function open(index) {
   number = index;
   const turn = (opening += 1);
   player.unload();
+  points.close();
+  showFrame();
   showVideo();
   try {
     await prepared(index, turn);
@@ -179,7 +181,7 @@ async function open(index) {
     byId("preparing").hidden = true;
     player.seek(player.at(points.list.at(-1)?.seconds ?? 0)); // where one has stopped
     announce(`${session.videos[index].name}: ${points.list.length} points`);
-    if (index + 1 < session.videos.length) api.video(index + 1); // begins with it, for later
+    if (index + 1 < session.videos.length) api.video(index + 1).catch(() => {}); // for later
   } catch (error) {
     if (turn === opening) showPreparing(`${session.videos[index].file}: ${error.message}`, null);
   }
@@ -216,11 +218,13 @@ function showFrame() {
 function showPointsAndState() {
   showClasses(classes, points.list, mark, (label) => setClasses(classes.filter((each) => each !== label)));
   showPoints(points.list, points.selected, numberOf, choose);
-  const isBad = ["unreachable", "refused"].includes(points.state);
+  const isBad = ["unsaved", "refused"].includes(points.state);
   setText(byId("saved"), SAID[points.state]);
   byId("saved").dataset.level = isBad ? "bad" : "quiet";
-  const isAway = points.state === "unreachable";
-  const wrong = isAway ? `${UNREACHABLE}: the last change is not saved` : points.problem || problem;
+  const wrong =
+    points.state === "unsaved"
+      ? `the last change is not saved: ${points.problem || UNREACHABLE}`
+      : points.problem || problem;
   byId("problem").hidden = !wrong;
   setText(byId("problem-text"), wrong);
   byId("reload").hidden = points.state !== "refused";

@@ -11,7 +11,7 @@ const byTime = (a, b) => a.seconds - b.seconds;
 export class Points {
   list = [];
   selected = null;
-  state = "saved"; // saved, saving, unreachable, refused
+  state = "saved"; // saved, saving, unsaved (it is tried again), refused
   problem = "";
   #video = null;
   #version = null;
@@ -33,11 +33,18 @@ export class Points {
 
   /** The points of a video as the file has them now; nothing before it can be undone. */
   async load(video) {
-    this.#video = null;
+    this.close();
     const { points, version } = await api.points(video);
     this.list = points;
     this.#version = version;
     this.#video = video;
+    this.#become("saved");
+  }
+
+  /** No video and no points. */
+  close() {
+    this.#video = null;
+    this.list = [];
     this.selected = null;
     this.#past = [];
     this.#future = [];
@@ -118,9 +125,11 @@ export class Points {
         this.#version = await api.putPoints(this.#video, this.list, this.#version);
       } catch (error) {
         this.#unsaved = true;
-        const isRefused = error instanceof api.Refusal;
-        this.#become(isRefused ? "refused" : "unreachable", isRefused ? error.message : "");
-        if (!isRefused) setTimeout(() => this.#save(), AGAIN_MS);
+        // A full disk, or a program that does not answer, may be mended.
+        const isAnswer = error instanceof api.Refusal;
+        const isFinal = isAnswer && error.status < 500;
+        this.#become(isFinal ? "refused" : "unsaved", isAnswer ? error.message : "");
+        if (!isFinal) setTimeout(() => this.#save(), AGAIN_MS);
         return;
       }
     }
