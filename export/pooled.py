@@ -20,6 +20,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from hrpro.export.bundle import StepLayout
 
+# Outputs for the host.
+_KEPT = ("scores", "embedding", "attention")
 _TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -132,7 +134,7 @@ def _constants(layout: StepLayout) -> list[TensorProto]:
 def _describe(graph: onnx.GraphProto, layout: StepLayout, half: bool) -> None:
     """Inputs and outputs in place of those of a step."""
     inputs = [each for each in graph.input if each.name not in layout.state]
-    outputs = [each for each in graph.output if each.name in ("scores", "embedding")]
+    outputs = [each for each in graph.output if each.name in _KEPT]
     describe = helper.make_tensor_value_info
     inputs.append(describe("slots", TensorProto.INT64, ["batch"]))
     inputs.append(describe("fresh", TensorProto.BOOL, ["batch"]))
