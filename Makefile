@@ -69,7 +69,8 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	    echo "'$(PYTHON)' cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation ".[dashboard,dev,mqtt,sign,train,triton]"
+	$(PIP) install -c constraints.txt --no-build-isolation \
+	    ".[camera,dashboard,dev,extract,i3d,mqtt,sign,train,triton]"
 	$(PIP) check
 	touch $@
 

@@ -20,11 +20,13 @@ from hrpro.clients import (
     cli_bench,
     cli_bundle,
     cli_bundle_triton,
+    cli_camera,
     cli_chaos,
     cli_dashboard,
     cli_data,
     cli_deploy,
     cli_events,
+    cli_features,
     cli_keys,
     cli_plot,
     cli_record,
@@ -65,6 +67,7 @@ feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an e
 app.add_typer(feed_app, name="feed")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_features.features_app, name="features")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
 app.add_typer(cli_keys.keys_app, name="keys")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
@@ -277,6 +280,9 @@ def feed_features(
         return
     for name, said in ended.items():
         say(f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events")
+
+
+feed_app.command("camera")(cli_camera.feed_camera)
 
 
 @app.command()
