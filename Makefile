@@ -73,7 +73,8 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	    echo "'$(PYTHON)' cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation ".[camera,dashboard,dev,docs,extract,i3d,label,mqtt,sign,train,triton]"
+	$(PIP) install -c constraints.txt --no-build-isolation \
+	    ".[camera,dashboard,dev,docs,extract,i3d,label,mqtt,sign,train,triton]"
 	$(PIP) check
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -111,6 +112,22 @@ def write_video(
 def steady(frames_per_s: int | Fraction, count: int) -> list[Fraction]:
     """The times of frames at that rate."""
     return [n / Fraction(frames_per_s) for n in range(count)]
+
+
+def transcoded(recording: Path, path: Path, frames: int) -> Path:
+    """The first frames of a recording as H.264, which cameras send."""
+    with av.open(recording) as source, av.open(path, "w") as container:
+        video = source.streams.video[0]
+        options = {"preset": "ultrafast", "g": "25"}
+        stream = container.add_stream("libx264", video.average_rate, options=options)
+        stream.width, stream.height = video.width // 2 * 2, video.height // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        for frame in itertools.islice(source.decode(video), frames):
+            small = frame.reformat(stream.width, stream.height, "yuv420p")
+            small.pict_type = av.video.frame.PictureType.NONE
+            container.mux(stream.encode(small))
+        container.mux(stream.encode())
+    return path
 
 
 # ---- RTSP ----------------------------------------------------------------------------------------

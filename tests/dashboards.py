@@ -8,13 +8,17 @@ import json
 import re
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from commands import PATIENCE_S, Engine, running, wait_for
+
+from hrpro.engine.protocol import ActionEvent
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -29,6 +33,11 @@ PATIENCE_MS = PATIENCE_S * 1000
 MODEL = "import('/static/main.js').then(({ model }) => { window.model = model; })"
 
 
+TOKEN = "0123456789abcdef"
+ONE = "0" * 16  # an instance
+SNIPPET_S = 0.64
+
+
 @dataclass(frozen=True)
 class Dashboard:
     url: str
@@ -41,6 +50,13 @@ class Dashboard:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(PATIENCE_S)
+
+    def wait_subscribed(self) -> None:
+        """Nothing that the engine sends is missed from here on."""
+        with live_page(self.address) as live:
+            hears: set[str] = set()
+            while hears != {"events", "scores"}:
+                hears.update(live.receive().get("engine", {}).get("hears", ()))
 
 
 @contextlib.contextmanager
@@ -167,3 +183,68 @@ def live_page(address: str, **headers: str) -> Iterator[LivePage]:
             head += part
         assert head.startswith(b"HTTP/1.1 101"), head
         yield LivePage(connection)
+
+
+# ---- what the dashboard is told ----------------------------------------------------------------
+
+
+def action(
+    stream: str = "cam",
+    session: int = 1,
+    number: int = 1,
+    kind: str = "start",
+    revision: int = 0,
+    end_s: float | None = None,
+    index: int = 9,
+    label: str = "run",
+) -> ActionEvent:
+    at_s = (index + 1) * SNIPPET_S
+    return ActionEvent(
+        stream, session, 1, number, kind, revision, label, 1.0, end_s, 0.5, index, at_s, "b"  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+# ---- a camera client ---------------------------------------------------------------------------
+
+JPEG = b"\xff\xd8\xff\xe0" + b"picture" * 10
+Reply = tuple[int, bytes]
+
+
+class Cameras:
+    """A camera client over HTTP, with what it answers by path."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Reply] = {"/streams": (200, b'["cam1", "cam2"]')}
+        self.asked: list[tuple[str, str | None]] = []
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self.asked.append((handler.path, handler.headers["Authorization"]))
+        status, body = self.answers.get(handler.path, (404, b""))
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        if status == 302:
+            handler.send_header("Location", "/thumbnail/cam1/1.jpg")
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # who asked has had enough
+            handler.wfile.write(body)
+
+
+@contextlib.contextmanager
+def camera_client() -> Iterator[tuple[str, Cameras]]:
+    cameras = Cameras()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            cameras.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", cameras
+        finally:
+            server.shutdown()
+            thread.join(PATIENCE_S)

@@ -176,6 +176,20 @@ def test_a_file_that_is_no_video_fails_alone(extractor: Path, tmp_path: Path) ->
     assert same(pipeline.received["video"], expected(3))
 
 
+def test_without_an_engine_it_waits_and_can_be_stopped(extractor: Path, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mkv", steady(25, 40))
+    address = f"ipc://{tmp_path}/engine"
+    with feeding(video, "--to", address, "--extractor", extractor) as feed:
+        feed.wait_said(f"hrpro: no engine answers at {address} yet; waiting\n")
+        assert len(feed.leave().splitlines()) == 1
+    pipeline = TinyPipeline()
+    with feeding(video, "--to", address, "--extractor", extractor, "--speed", "max") as feed:
+        feed.wait_said("waiting")
+        with serving(pipeline, feed=address):
+            feed.leave(None)
+    assert same(pipeline.received["video"], expected(2))
+
+
 # ---- names ---------------------------------------------------------------------------------------
 
 

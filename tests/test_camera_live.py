@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cameras import PATTERN, RtspServer, colour_extractor, feeding, rtsp, steady, write_video
+from cameras import (
+    PATTERN,
+    RtspServer,
+    colour_extractor,
+    feeding,
+    rtsp,
+    steady,
+    transcoded,
+    write_video,
+)
 from serving import CLOCK, TinyPipeline, serving
 
 from hrpro.clients import request_drain, request_status
+
+MEDIA = Path(__file__).resolve().parents[1].parent / "shared" / "media"
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +236,35 @@ def test_a_recording_comes_from_a_camera_as_from_its_file(extractor: Path, tmp_p
     begin = live[0] - from_file[0]
     assert begin >= 0
     assert np.abs(live - (live[0] + 16 * np.arange(5))).max() < 2
+
+
+@pytest.mark.parametrize(("name", "frames_per_s"), [("vtest", 10), ("dancer", 25)])
+def test_real_recordings_by_udp_keep_their_rate(
+    extractor: Path, tmp_path: Path, name: str, frames_per_s: int
+) -> None:
+    recording = MEDIA / f"{name}.avi"
+    if not recording.is_file():
+        pytest.skip(f"{recording} is not here: no camera played it")
+    video = transcoded(recording, tmp_path / "video.mp4", frames=12 * frames_per_s)
+    played = f"filesrc location={video} ! qtdemux ! rtph264pay name=pay0 pt=96 config-interval=-1"
+    pipeline = TinyPipeline()
+    with (
+        rtsp(file=played) as camera,
+        serving(pipeline) as server,
+        feeding(
+            camera.url("file"), "--to", server.feed_address, "--extractor", extractor,
+            "--stream", name, "--rtsp-transport", "udp",
+        ) as feed,
+    ):  # fmt: skip
+        begun = feed.wait(name, lambda it: it["next_index"] >= 1)
+        began_s = time.monotonic()
+        status = feed.wait(name, lambda it: it["next_index"] >= begun["next_index"] + 6)
+        frames, took_s = status["frames"] - begun["frames"], time.monotonic() - began_s
+        feed.leave()
+    assert abs(frames - frames_per_s * took_s) < 1.5 * frames_per_s  # lines are a second apart
+    assert (status["skipped"], status["missing"], status["reconnects"]) == (0, 0, 0)
+    indices = [index for index, _ in pipeline.received[name]]
+    assert indices[: begun["next_index"] + 6] == list(range(begun["next_index"] + 6))
 
 
 def test_a_password_is_never_shown(extractor: Path, camera: RtspServer) -> None:

@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from commands import Engine, engine, published_in_process
+from commands import Engine, engine, published_in_process, wait_for
 from dashboards import (
     CHROMIUM,
     CHROMIUM_ARGUMENTS,
+    JPEG,
     MODEL,
     PATIENCE_MS,
+    SNIPPET_S,
+    TOKEN,
     Dashboard,
+    camera_client,
     dashboard,
     until,
 )
 from driving import Drive, engine_config
-from playwright.sync_api import Browser, Page, sync_playwright
-from test_dashboard_server import JPEG, TOKEN, camera_client
+from playwright.sync_api import Browser, Page, Response, sync_playwright
 from tiny_model import CLASSES, DIM, tiny_recording
 
-from hrpro.clients import FeatureFeeder, ScoreSubscriber
+from hrpro.clients import FeatureFeeder
 from hrpro.engine.messages import ActionEvent, Publication
 
 if TYPE_CHECKING:
@@ -37,7 +40,6 @@ pytestmark = pytest.mark.skipif(
 # 96 s, within the two minutes that a timeline shows.
 SNIPPETS = 150
 RECORDING = tiny_recording(SNIPPETS, seed=3)
-SNIPPET_S = 0.64
 # So that some actions are retracted.
 SETTING = "localization.event_confirm=0.45"
 SETTINGS = ("--set", SETTING)
@@ -62,11 +64,10 @@ def served(bundle: Bundle) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def shown(served: Engine) -> Iterator[Dashboard]:
-    """A dashboard that has seen a whole stream, and a part of another one, which is open."""
+    """A dashboard that has seen a whole stream."""
     with dashboard(served) as running_dashboard:
-        with ScoreSubscriber(served.events, [STREAM]) as ready:
-            ready.wait_connected()  # as the dashboard's own, which has connected before
-            feed(served, STREAM, RECORDING)
+        running_dashboard.wait_subscribed()
+        feed(served, STREAM, RECORDING)
         yield running_dashboard
 
 
@@ -89,10 +90,10 @@ def feed(served: Engine, stream: str, features: np.ndarray[Any, Any], first: int
 
 
 def visit(page: Page, shown: Dashboard) -> None:
-    """The page once it knows what the server knows."""
+    """The page once it knows what the server knows, and has drawn it."""
     page.goto(shown.url)
     page.evaluate(MODEL)
-    until(page, "model.engine.status && document.querySelector('.row')")
+    until(page, "model.engine.status && document.querySelector('#health div')")
 
 
 def actions(published: list[Publication]) -> list[ActionEvent]:
@@ -128,7 +129,7 @@ def test_actions_are_bars_and_events(
     page: Page, shown: Dashboard, expected: list[ActionEvent]
 ) -> None:
     visit(page, shown)
-    until(page, f"model.rows.get('{STREAM}').state === 'ended'")
+    until(page, f"model.rows.get('{STREAM}')?.state === 'ended'")
     page.wait_for_selector(f"[data-stream={STREAM}] .bar-of-action")
     bars = page.evaluate(BARS, STREAM)
     states = {"end": "ended", "retract": "retracted"}
@@ -297,7 +298,7 @@ def test_an_engine_that_is_killed_and_comes_back(
     ):
         feeder.send(RECORDING[:half])
         visit(page, shown)
-        until(page, f"model.rows.get('{STREAM}').head === {half}")
+        until(page, f"model.rows.get('{STREAM}')?.head === {half}")
         first.kill()
         problem = page.wait_for_selector("#problem:not([hidden])")
         assert problem.inner_text().startswith("Engine away since ")
@@ -306,7 +307,7 @@ def test_an_engine_that_is_killed_and_comes_back(
         with engine(bundle.folder, *SETTINGS, addresses=first.addresses, **options):
             feeder.send(RECORDING[half:])
             feeder.end()
-            until(page, f"model.rows.get('{STREAM}').state === 'ended'")
+            until(page, f"model.rows.get('{STREAM}')?.state === 'ended'")
             page.wait_for_selector("#problem", state="hidden")
             assert page.locator("body.stale").count() == 0
             bars = page.evaluate(BARS, STREAM)
@@ -317,7 +318,6 @@ def test_an_engine_that_is_killed_and_comes_back(
 
 
 def test_a_dashboard_that_is_killed_and_comes_back(page: Page, served: Engine) -> None:
-    feed(served, "short", RECORDING[:8])
     with dashboard(served) as first:
         visit(page, first)
         first.kill()
@@ -325,6 +325,7 @@ def test_a_dashboard_that_is_killed_and_comes_back(page: Page, served: Engine) -
         assert problem.inner_text().startswith("The dashboard's server is away since ")
         with dashboard(served, http=first.address):
             page.wait_for_selector("#problem", state="hidden")
+            until(page, "model.engine.hears.includes('events')")
             feed(served, "later", RECORDING[:8])
             page.wait_for_selector("[data-stream=later]")
 
@@ -559,9 +560,11 @@ def test_pictures_of_a_camera_client(
         cameras.answers["/streams"] = (200, f'["{STREAM}"]'.encode())
         cameras.answers[f"/thumbnail/{STREAM}/{middle}.jpg"] = (200, JPEG)
         with dashboard(served, "--thumbnails", url) as shown:
+            shown.wait_subscribed()
             feed(served, STREAM, RECORDING)
+            answers: dict[str, Response] = {}
+            page.on("response", lambda answer: answers.update({answer.url: answer}))
             visit(page, shown)
-            with page.expect_response(lambda answer: answer.url.endswith(f"/{middle}.jpg")) as came:
-                until(page, f"model.rows.get('{STREAM}').state === 'ended'")
-            assert came.value.body() == JPEG
-            assert came.value.url == f"{shown.url}thumbnail/{STREAM}/{middle}.jpg"
+            wanted = f"{shown.url}thumbnail/{STREAM}/{middle}.jpg"
+            wait_for(lambda: wanted in answers or bool(page.wait_for_timeout(30)))
+            assert answers[wanted].body() == JPEG

@@ -5,29 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from dashboards import ONE, SNIPPET_S, action
 
 from hrpro.clients.dashboard import board as board_module
 from hrpro.clients.dashboard.board import Board
-from hrpro.engine.protocol import ActionEvent, FinalProposal, StreamNotice
+from hrpro.engine.protocol import FinalProposal, StreamNotice
 
-ONE, OTHER = "0" * 16, "1" * 16
-SNIPPET_S = 0.64
-
-
-def action(
-    stream: str = "cam",
-    session: int = 1,
-    number: int = 1,
-    kind: str = "start",
-    revision: int = 0,
-    end_s: float | None = None,
-    index: int = 9,
-    label: str = "run",
-) -> ActionEvent:
-    at_s = (index + 1) * SNIPPET_S
-    return ActionEvent(
-        stream, session, 1, number, kind, revision, label, 1.0, end_s, 0.5, index, at_s, "b"  # type: ignore[arg-type]
-    )  # fmt: skip
+OTHER = "1" * 16
 
 
 def notice(

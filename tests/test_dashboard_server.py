@@ -10,18 +10,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 from commands import PATIENCE_S, Engine, environment, hrpro, refusal, wait_for
-from dashboards import ask, dashboard, live_page, request, websocket_headers
-from test_dashboard_board import ONE, action
+from dashboards import (
+    JPEG,
+    ONE,
+    TOKEN,
+    Reply,
+    action,
+    ask,
+    camera_client,
+    dashboard,
+    live_page,
+    request,
+    websocket_headers,
+)
 
 from hrpro.clients.dashboard.app import create_app
 from hrpro.clients.dashboard.board import Board
-from hrpro.clients.dashboard.door import Door
+from hrpro.clients.dashboard.door import Door, checked_token
 from hrpro.clients.dashboard.server import new_server
 from hrpro.clients.dashboard.thumbnails import (
     LONGEST_PICTURE_BYTES,
@@ -29,10 +39,10 @@ from hrpro.clients.dashboard.thumbnails import (
     ThumbnailError,
     Thumbnails,
 )
+from hrpro.engine.protocol import HrproError
 from hrpro.engine.serve import Addresses
 
 NOWHERE = "tcp://127.0.0.1:9"
-TOKEN = "0123456789abcdef"
 SIDES = ("--events", NOWHERE, "--control", NOWHERE)
 
 
@@ -88,10 +98,12 @@ def test_a_port_that_is_taken(open_address: str) -> None:
 
 def test_a_token_is_long(tmp_path: Path) -> None:
     file = tmp_path / "token"
-    for text in ("", "short\n", "ünüsüällyünüsüäl"):
-        file.write_text(text, encoding="utf-8")
-        said = refusal("dashboard", *SIDES, "--token-file", file)
-        assert said.startswith(f"--token-file {file}: expected a token of at least 16 ASCII")
+    file.write_text("short\n")
+    said = refusal("dashboard", *SIDES, "--token-file", file)
+    assert said.startswith(f"--token-file {file}: expected a token of at least 16 ASCII")
+    for token in ("", "ünüsüällyünüsüäl", "control\tcharacters\t"):
+        with pytest.raises(HrproError, match="expected a token of at least 16"):
+            checked_token(token, "here")
 
 
 @pytest.mark.parametrize(
@@ -283,49 +295,6 @@ def test_there_is_a_limit_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- thumbnails --------------------------------------------------------------------------------
-
-JPEG = b"\xff\xd8\xff\xe0" + b"picture" * 10
-Reply = tuple[int, bytes]
-
-
-class Cameras:
-    """A camera client over HTTP, with what it answers by path."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Reply] = {"/streams": (200, b'["cam1", "cam2"]')}
-        self.asked: list[tuple[str, str | None]] = []
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        self.asked.append((handler.path, handler.headers["Authorization"]))
-        status, body = self.answers.get(handler.path, (404, b""))
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
-        if status == 302:
-            handler.send_header("Location", "/thumbnail/cam1/1.jpg")
-        handler.end_headers()
-        with contextlib.suppress(OSError):  # who asked has had enough
-            handler.wfile.write(body)
-
-
-@contextlib.contextmanager
-def camera_client() -> Iterator[tuple[str, Cameras]]:
-    cameras = Cameras()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            cameras.answer(self)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", cameras
-        finally:
-            server.shutdown()
-            thread.join(PATIENCE_S)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ class Board:
             "away_since": None,
             "problem": None,
             "events_problem": None,
+            "hears": [],
             "restarts": 0,
             "status": None,
             "snippet_s": None,
@@ -195,6 +196,12 @@ class Board:
                 self._change_engine(away_since=self._engine["answered_at"] or time.time())
             if self._engine["problem"] != problem:
                 self._change_engine(problem=problem)
+
+    def take_hearing(self, what: str) -> None:
+        """The engine has confirmed that events, or scores, are sent to us."""
+        with self._lock:
+            if what not in self._engine["hears"]:
+                self._change_engine(hears=[*self._engine["hears"], what])
 
     def take_events_problem(self, problem: str | None) -> None:
         """Why nothing comes from the events address; None where it does."""

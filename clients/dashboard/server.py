@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,4 +72,6 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise HrproError(f"--http {host}:{port}: cannot listen there: {error.strerror}") from None
+        raise HrproError(
+            f"--http {host}:{port}: cannot listen there: {os.strerror(error.errno or 0)}"
+        ) from None

@@ -77,11 +77,19 @@ class EngineWatch:
                 contextlib.suppress(HrproError),
                 ScoreSubscriber(self._events, key=self._key) as subscriber,
             ):
-                while not self._stopped.is_set():
-                    scores = subscriber.receive(_POLL_S)
-                    if scores is not None:
-                        self._board.take_scores(scores)
+                self._take_scores(subscriber)
             self._stopped.wait(_RETRY_S)
+
+    def _take_scores(self, subscriber: ScoreSubscriber) -> None:
+        while not self._stopped.is_set():
+            with contextlib.suppress(NoReplyError):
+                subscriber.wait_connected(_POLL_S)
+                break
+        self._board.take_hearing("scores")
+        while not self._stopped.is_set():
+            scores = subscriber.receive(_POLL_S)
+            if scores is not None:
+                self._board.take_scores(scores)
 
     def _follow_events(self) -> None:
         while not self._stopped.is_set():
@@ -118,6 +126,7 @@ class EngineWatch:
                     self._board.take_events_problem(f"no answer from {self._events}")
             else:
                 self._board.take_events_problem(None)
+                self._board.take_hearing("events")
                 return True
         return False
 

@@ -31,6 +31,7 @@ export class Health {
     if (lostSince !== null) return ["bad", "dashboard away"];
     if (this.#model.engine.away_since) return ["bad", "engine away"];
     if (!status) return ["waiting", "waiting for the engine"];
+    if (!this.#model.engine.hears.includes("events")) return ["waiting", "waiting for events"];
     return [status.state === "serving" ? "good" : "waiting", status.state];
   }
 
