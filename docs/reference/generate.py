@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from properdocs.config.defaults import ProperDocsConfig
@@ -26,6 +26,7 @@ from properdocs.structure.pages import Page
 from pygments.formatters import HtmlFormatter
 
 import hrpro.clients
+import hrpro.clients.testing
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.feeds import Counters
 from hrpro.engine.metrics import DEPLOY_REFUSED, Metrics
@@ -127,15 +128,24 @@ def settings(model: type[Settings]) -> str:
 
 
 def python_api() -> str:
-    """What `hrpro.clients` exports: signatures and docstrings."""
-    return "\n".join(_described(name) for name in sorted(hrpro.clients.__all__, key=str.lower))
+    """What `hrpro.clients` exports, and what it has for tests: signatures and docstrings."""
+    exported = sorted(hrpro.clients.__all__, key=str.lower)
+    testing = hrpro.clients.testing
+    own = [name for name, each in vars(testing).items() if _is_public(name, each, testing)]
+    parts = [_described(name, getattr(hrpro.clients, name)) for name in exported]
+    return "\n".join(
+        parts + [_described(f"testing.{each}", getattr(testing, each)) for each in own]
+    )
 
 
-def _described(name: str) -> str:
-    thing = getattr(hrpro.clients, name)
+def _is_public(name: str, thing: object, module: ModuleType) -> bool:
+    return not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
+
+
+def _described(name: str, thing: Any) -> str:
     # Exceptions have the signature of Exception, which inspect cannot tell.
     signed = not (inspect.isclass(thing) and issubclass(thing, Exception))
-    parts = [f"## `{name}`", *([_signature(name, thing)] if signed else [])]
+    parts = [f"## `{name}`", *([_signature(thing.__name__, thing)] if signed else [])]
     parts.append(inspect.getdoc(thing) or "")
     if inspect.isclass(thing):
         parts += _members(thing)
