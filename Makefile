@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# By file, on all cores: what a file shares is made once.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# By file, on all cores: what a file shares is made once. In the order of tests/conftest.py.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # Folders stand beside files, so that a file that goes is noticed too.
 SOURCES := $(shell find clients engine export training -path clients/js -prune -o \
