@@ -29,6 +29,10 @@ from hrpro.engine.protocol import (
     Welcome,
 )
 
+# The engine reads a message of each line in turn: after so many answers over the new one, nothing
+# is left of the old one.
+_STRAYS_FORGOTTEN_ACKS = 256
+
 
 class _Stage(enum.Enum):
     """Where the conversation with the engine stands."""
@@ -60,6 +64,9 @@ class FeedTalk:
         self._session_from = hello.first_index  # an Ack of less is of a session a gap has ended
         self._sent_again_from: int | None = None
         self._stage = _Stage.HELLO_DUE
+        self._hellos = 0  # over this line, and not answered
+        self._stray_hellos = 0  # over lines that were given up: they may still come to the engine
+        self._acks = 0  # since then
         self._refused: StreamError | None = None
 
     @property
@@ -135,6 +142,7 @@ class FeedTalk:
         match message:
             case Hello():
                 self._stage = _Stage.HELLO_SENT
+                self._hellos += 1
             case Chunk():
                 self.sent += len(message.features)
             case Gap():
@@ -150,6 +158,11 @@ class FeedTalk:
         # An End is asked for again as such: after a Hello it would end another, empty session.
         is_end = self._stage is _Stage.END_SENT
         self._stage = _Stage.WELCOMED if is_end else _Stage.HELLO_DUE
+
+    def note_new_line(self) -> None:
+        """The line was given up for another."""
+        self._stray_hellos += self._hellos
+        self._hellos = self._acks = 0
 
     def _ends_session(self, gap: Gap) -> bool:
         """Whether the engine goes on in another session: more is missing than a window has."""
@@ -178,6 +191,7 @@ class FeedTalk:
                 self._on_error(error)
 
     def _on_welcome(self, welcome: Welcome) -> None:
+        self._hellos = max(0, self._hellos - 1)
         if self._stage is not _Stage.HELLO_SENT:
             # The answer to a repeated Hello: what was sent since is on its way.
             next_index, send_until = welcome.next_index, welcome.send_until
@@ -202,6 +216,9 @@ class FeedTalk:
         self._forget()
 
     def _on_ack(self, ack: Ack) -> None:
+        self._acks += 1
+        if self._acks > _STRAYS_FORGOTTEN_ACKS:
+            self._stray_hellos = 0
         if self._stage not in (_Stage.WELCOMED, _Stage.END_SENT):
             return  # from before the Welcome that is to come
         self.acked = max(self.acked, ack.next_index)
@@ -228,10 +245,24 @@ class FeedTalk:
     def _on_error(self, error: Error) -> None:
         if error.code in LATER_CODES:
             return  # the Hello is repeated after a silence
+        if error.code == "not_owner" and self._is_own_fault():
+            return
         if error.code not in RECOVERABLE_CODES:
             self._refuse(error.code, error.message, error.next_index)
         if self._stage is not _Stage.HELLO_SENT:  # else it speaks of what came before the Hello
             self._stage = _Stage.HELLO_DUE
+
+    def _is_own_fault(self) -> bool:
+        """Whether it was this feeder, and no other, that has taken the stream over: an engine that
+        stood still reads a Hello of the old line after that of the new one, and then takes the old
+        one for the owner. Each such Hello is answered by another."""
+        if self._stage in (_Stage.HELLO_DUE, _Stage.HELLO_SENT):
+            return True  # it speaks of what came before the Hello, which takes the stream over
+        if not self._stray_hellos:
+            return False
+        self._stray_hellos -= 1
+        self._stage = _Stage.HELLO_DUE
+        return True
 
     def _refuse(self, code: str, message: str, next_index: int | None = None) -> NoReturn:
         self._refused = StreamError(code, message, next_index)

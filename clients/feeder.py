@@ -29,7 +29,7 @@ from hrpro.clients.connection import (
 )
 from hrpro.clients.feed_talk import FeedTalk
 from hrpro.clients.kept_snippets import KeptSnippets
-from hrpro.clients.waiting import Pause, Waiting, run, run_async
+from hrpro.clients.waiting import Client, Pause, Waiting
 from hrpro.engine import protocol
 from hrpro.engine.protocol import Ended, Hello, NoReplyError, Policy, Welcome
 from hrpro.engine.timebase import SnippetClock
@@ -44,7 +44,7 @@ _OWN_HIGH_WATER_MESSAGES = 64
 _SILENCES_OF_A_LINE = 3
 
 
-class _Feeder:
+class _Feeder(Client):
     """What the two kinds of feeder share: all but how they wait."""
 
     _connection: ClassVar[type[Connection]] = Connection
@@ -151,6 +151,8 @@ class _Feeder:
         welcome = yield from self._connecting(timeout_s)
         chunk_snippets = welcome.max_chunk_snippets
         for first in range(0, len(rows), chunk_snippets):
+            if first:
+                yield Pause(0.0)  # others in the loop may have their turn
             yield from self._until(self._all_sent, timeout_s, "credit")
             self._talk.give(rows[first : first + chunk_snippets])
         yield from self._until(self._all_sent, timeout_s, "credit")
@@ -233,6 +235,7 @@ class _Feeder:
         self._silences += 1
         if self._silences % _SILENCES_OF_A_LINE == 0:  # nothing comes over it any more
             lost, self._line = self._line, self._new_line()
+            self._talk.note_new_line()
             lost.close(linger_ms=0)
 
 
@@ -294,7 +297,7 @@ class FeatureFeeder(_Feeder):
         `timeout_s` here and below is the feeder's own unless given. Raises NoReplyError when no
         Welcome comes in time, StreamError when the engine refuses the stream.
         """
-        return run(self._connecting(timeout_s), self)
+        return self._run(self._connecting(timeout_s))
 
     def send(self, features: NDArray[np.float32], timeout_s: float | None = None) -> None:
         """Hands (n, D) or (D,) float32 features of the next snippets to the engine.
@@ -305,18 +308,18 @@ class FeatureFeeder(_Feeder):
         NoReplyError when nothing moves for `timeout_s`: snippets below `next_index` are then kept
         and will be sent, those from there on were not taken and should be given again.
         """
-        run(self._sending(features, timeout_s), self)
+        self._run(self._sending(features, timeout_s))
 
     def skip(self, snippets: int) -> None:
         """The next snippets do not exist: the source has left them out, and `next_index` moves on.
 
         The engine goes on behind such a gap. Raises ValueError for less than 0.
         """
-        run(self._skipping(snippets), self)
+        self._run(self._skipping(snippets))
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until the engine has accepted every snippet. Raises as `send` does."""
-        run(self._flushing(timeout_s), self)
+        self._run(self._flushing(timeout_s))
 
     def end(self, timeout_s: float | None = None) -> Ended:
         """Ends the stream; returns when all that comes of it is published.
@@ -324,7 +327,7 @@ class FeatureFeeder(_Feeder):
         While the engine processes the rest, its Acks are progress. May be called again after a
         NoReplyError. Raises as `send` does.
         """
-        return run(self._ending(timeout_s), self)
+        return self._run(self._ending(timeout_s))
 
 
 class AsyncFeatureFeeder(_Feeder):
@@ -399,8 +402,8 @@ class AsyncFeatureFeeder(_Feeder):
         """One after the other; but what never waits for the engine does not wait for others."""
         if may_wait:
             async with self._turn:
-                return await run_async(operation, self)
+                return await self._run_async(operation)
         try:
-            return await run_async(operation, self)
+            return await self._run_async(operation)
         finally:
             self._line.wake()  # whoever waits for what this has read may go on

@@ -14,7 +14,7 @@ import zmq
 from hrpro.clients.connection import Connection, Deadline, Key, Line, LoopConnection, open_line
 from hrpro.clients.subscriber import LOOK_S
 from hrpro.clients.subscription import SILENT_S
-from hrpro.clients.waiting import Pause, Waiting, run, run_async
+from hrpro.clients.waiting import Client, Pause, Waiting
 from hrpro.engine import protocol, wire
 from hrpro.engine.protocol import (
     Mark,
@@ -29,7 +29,7 @@ from hrpro.engine.protocol import (
 HIGH_WATER_MESSAGES = 2_000
 
 
-class _ScoreSubscriber:
+class _ScoreSubscriber(Client):
     """What the two kinds of subscriber share: all but how they wait."""
 
     _connection: ClassVar[type[Connection]] = Connection
@@ -129,14 +129,14 @@ class ScoreSubscriber(_ScoreSubscriber):
 
         Raises NoReplyError when no confirmation comes in time.
         """
-        run(self._connecting(timeout_s), self)
+        self._run(self._connecting(timeout_s))
 
     def receive(self, timeout_s: float | None = None) -> SnippetScores | None:
         """The next scores, or None when none come in time (None: waits for ever).
 
         Raises ProtocolError when the engine sends something else.
         """
-        return run(self._receiving(timeout_s), self)
+        return self._run(self._receiving(timeout_s))
 
 
 class AsyncScoreSubscriber(_ScoreSubscriber):
@@ -169,11 +169,11 @@ class AsyncScoreSubscriber(_ScoreSubscriber):
     async def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription; see
         `ScoreSubscriber.wait_connected`."""
-        await run_async(self._connecting(timeout_s), self)
+        await self._run_async(self._connecting(timeout_s))
 
     async def receive(self, timeout_s: float | None = None) -> SnippetScores | None:
         """The next scores, or None when none come in time (None: waits for ever)."""
-        return await run_async(self._receiving(timeout_s), self)
+        return await self._run_async(self._receiving(timeout_s))
 
     def __aiter__(self) -> Self:
         """All scores, without an end."""

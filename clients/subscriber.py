@@ -25,7 +25,7 @@ from hrpro.clients.connection import (
     open_line,
 )
 from hrpro.clients.subscription import KINDS, SILENT_S, ReplayError, Subscription
-from hrpro.clients.waiting import Pause, Waiting, run, run_async
+from hrpro.clients.waiting import Client, Pause, Waiting
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -48,7 +48,7 @@ RECONNECT_FIRST_MS = 100
 RECONNECT_LONGEST_MS = 5_000
 
 
-class _Subscriber:
+class _Subscriber(Client):
     """What the two kinds of subscriber share: all but how they wait."""
 
     _connection: ClassVar[type[Connection]] = Connection
@@ -239,7 +239,7 @@ class EventSubscriber(_Subscriber):
         Raises NoReplyError when no confirmation comes in time, and ReplayError where the engine has
         no log, or another one, for `since`.
         """
-        run(self._connecting(timeout_s), self)
+        self._run(self._connecting(timeout_s))
 
     def receive(self, timeout_s: float | None = None) -> Publication | None:
         """The next publication, or None when none comes in time (None: waits for ever).
@@ -247,7 +247,7 @@ class EventSubscriber(_Subscriber):
         Raises ProtocolError when the engine sends something else, and ReplayError as
         `wait_connected`.
         """
-        return run(self._receiving(timeout_s), self)
+        return self._run(self._receiving(timeout_s))
 
     def __iter__(self) -> Iterator[Publication]:
         """All publications, without an end."""
@@ -271,7 +271,7 @@ class EventSubscriber(_Subscriber):
         `receive` does.
         """
         self._stopped = False
-        while (given := run(self._receiving(timeout_s, is_run=True), self)) is not None:
+        while (given := self._run(self._receiving(timeout_s, is_run=True))) is not None:
             _call(given, on_event, on_final, on_notice)
 
 
@@ -353,7 +353,7 @@ class AsyncEventSubscriber(_Subscriber):
 
     async def _in_turn(self, operation: Waiting[T]) -> T:
         async with self._turn:
-            return await run_async(operation, self)
+            return await self._run_async(operation)
 
 
 def _call(

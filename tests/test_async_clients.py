@@ -33,6 +33,7 @@ from hrpro.clients import (
     request_status,
 )
 from hrpro.clients.chaos_link import Link
+from hrpro.clients.testing import MemoryEngine, stream_notice
 from hrpro.engine.protocol import Ended, Publication
 
 if TYPE_CHECKING:
@@ -234,6 +235,33 @@ def test_scores_come_into_a_loop() -> None:
     with serving() as server:
         in_a_loop(program())
     assert values == pytest.approx([(at + 1) / 10 for at in range(9)])
+
+
+def test_who_has_much_to_do_leaves_the_loop_its_turns() -> None:
+    """Neither a feeder that always has credit nor a subscriber that is far behind."""
+    engine, others = MemoryEngine(), 0
+
+    async def count() -> None:
+        nonlocal others
+        while True:
+            await asyncio.sleep(0)
+            others += 1
+
+    async def program() -> None:
+        counting = asyncio.create_task(count())
+        async with AsyncFeatureFeeder(engine.feed, "cam", 2) as feeder:
+            await feeder.send(rows(0, 3000))
+            assert others > 3
+        engine.publish(*[stream_notice("cam", "gap")] * 2000)
+        async with AsyncEventSubscriber(engine.events, since=0) as subscriber:
+            before = others
+            while subscriber.last_number != 2001:
+                await subscriber.receive()
+            assert others > before + 3
+        counting.cancel()
+
+    in_a_loop(program())
+    assert len(engine.indices("cam")) == 3000
 
 
 # ---- many in one loop --------------------------------------------------------------------------

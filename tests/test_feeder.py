@@ -283,6 +283,31 @@ def test_a_line_that_is_lost_is_given_up_for_another() -> None:
     assert pipeline.received["cam"] == expected(0, 12)
 
 
+class StalledPipeline(TinyPipeline):
+    """Stands still for once, and the engine with it."""
+
+    stall_s = 0.0
+
+    def step(self) -> Iterator[Publication]:
+        stall_s, self.stall_s = self.stall_s, 0.0
+        time.sleep(stall_s)
+        return super().step()
+
+
+def test_an_engine_that_stood_still_reads_the_old_lines_after_the_new_one() -> None:
+    """The Hellos that waited there take the stream from the newest one: no other feeder has."""
+    for _ in range(5):
+        pipeline = StalledPipeline()
+        with serving(pipeline) as server, feeder_to(server.feed_address, retry_s=0.05) as feeder:
+            feeder.send(rows(0, 8))
+            feeder.flush()
+            pipeline.stall_s = 0.5
+            for first in range(8, 80, 8):
+                feeder.send(rows(first, first + 8))
+            assert feeder.end().next_index == 80
+        assert sorted(pipeline.received["cam"]) == expected(0, 80)
+
+
 def test_a_connection_that_is_cut_while_the_end_is_awaited() -> None:
     pipeline = TinyPipeline()
     with (

@@ -159,7 +159,7 @@ class _Pages:
         except ThumbnailError as error:
             return PlainTextResponse(f"{error}\n", 502)
         if picture is None:
-            return PlainTextResponse("nobody offers pictures of this stream\n", 404)
+            return PlainTextResponse("nobody has this picture\n", 404)
         return Response(picture, media_type="image/jpeg", headers=_PICTURE_HEADERS)
 
     async def live(self, socket: WebSocket) -> None:

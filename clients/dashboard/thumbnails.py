@@ -54,28 +54,31 @@ class CameraClient:
         """The streams that it has pictures of. Raises ThumbnailError."""
         body = self._get("/streams", _LONGEST_LIST_BYTES)
         try:
-            listed = json.loads(body)
+            listed = json.loads(body or b"")
         except (ValueError, RecursionError):
             listed = None
         if not isinstance(listed, list) or len(listed) > _MOST_STREAMS:
             raise ThumbnailError(f"{self.url}/streams: expected a list of stream ids")
         return {each for each in listed if isinstance(each, str) and _STREAM_ID.fullmatch(each)}
 
-    def picture(self, stream: str, snippet_index: int) -> bytes:
-        """A JPEG file. Raises ThumbnailError."""
+    def picture(self, stream: str, snippet_index: int) -> bytes | None:
+        """A JPEG file; None where there is none any more. Raises ThumbnailError."""
         path = f"/thumbnail/{quote(stream, safe='')}/{snippet_index}.jpg"
         body = self._get(path, LONGEST_PICTURE_BYTES)
-        if not body.startswith(_JPEG_BEGINS):
+        if body is not None and not body.startswith(_JPEG_BEGINS):
             raise ThumbnailError(f"{self.url}{path}: expected a JPEG file")
         return body
 
-    def _get(self, path: str, longest_bytes: int) -> bytes:
-        """The body of a 200, within a time in all, however slowly it drips; nothing is followed."""
+    def _get(self, path: str, longest_bytes: int) -> bytes | None:
+        """The body of a 200, None of a 404, within a time in all, however slowly it drips; nothing
+        is followed."""
         until_s = time.monotonic() + _ANSWER_S
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_ANSWER_S)
         try:
             connection.request("GET", path, headers=self._headers)
             answer = connection.getresponse()
+            if answer.status == http.HTTPStatus.NOT_FOUND:
+                return None
             if answer.status != http.HTTPStatus.OK:
                 raise ThumbnailError(f"{self.url}{path}: answered {answer.status}")
             body = b""
@@ -122,7 +125,7 @@ class Thumbnails:
             thread.join()
 
     def picture(self, stream: str, snippet_index: int) -> bytes | None:
-        """A JPEG file; None where nobody offers the stream. Raises ThumbnailError."""
+        """A JPEG file; None where nobody has it. Raises ThumbnailError."""
         client = self._offered.get(stream)
         return None if client is None else client.picture(stream, snippet_index)
 
