@@ -14,6 +14,7 @@ from cameras import brightness, colour_extractor, feeding, steady, write_video
 from commands import HRPRO, environment, hrpro, refusal
 from serving import TinyPipeline, serving
 
+from hrpro.clients.cameras.camera import fitting_batch
 from hrpro.clients.cameras.sources import SourceError, parse_source
 
 
@@ -119,6 +120,14 @@ def test_an_engine_that_is_slow_loses_nothing_of_a_recording(
         server._wake()
         feed.leave(None)
     assert same(pipeline.received["video"], expected(90))
+
+
+@pytest.mark.parametrize(
+    ("snippets", "took_s", "most"),
+    [(16, 0.5, 16), (16, 2.0, 8), (8, 8.5, 1), (1, 20.0, 1), (1, 0.25, 4), (3, 0.0, 16)],
+)
+def test_a_batch_is_to_take_a_second_at_most(snippets: int, took_s: float, most: int) -> None:
+    assert fitting_batch(snippets, took_s) == most
 
 
 # ---- what cannot work ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Cameras and videos into the engine: all of them through one extractor.
 
     SourceReader, a thread each          frames -> snippets -> Outlet
-    feed_cameras, one thread             Outlets -> a batch of snippets -> Extractor -> features
+    run_cameras, one thread              Outlets -> a batch of snippets -> Extractor -> features
     StreamSender, a thread each          features -> FeatureFeeder -> engine
 
 Nothing is queued without bound. Where the extractor does not keep up with live sources, the newest
@@ -35,8 +35,10 @@ from hrpro.engine.protocol import HrproError, NoReplyError, Policy, StreamError
 # Of each source, waiting for the extractor; of a recording as many as make a batch.
 ROOM_SNIPPETS = 2
 _RECORDING_ROOM_SNIPPETS = 8
-# In one call of the extractor, of all cameras together.
+# In one call of the extractor, of all cameras together; fewer where it would take longer than a
+# second, in which what waits becomes old.
 _BATCH_SNIPPETS = 16
+_BATCH_S = 1.0
 _ASK_S = 1.0
 _LOOK_S = 0.2
 _LEAVE_S = 5.0
@@ -225,18 +227,20 @@ def run_cameras(
     Streams are ended where their sources are, recordings and live ones alike, as far as the engine
     answers within 5 s. `report` is told how they are each ``interval_s``. Raises ExtractorError.
     """
-    report_at_s = time.monotonic()
+    report_at_s, most = time.monotonic(), _BATCH_SNIPPETS
     try:
         for camera in cameras:
             camera.reader.start()
         for turn in itertools.count():
             if stop.is_set() or all(camera.sender.is_done for camera in cameras):
                 break
-            batch = _next_batch(cameras, changed, turn)
+            batch = _next_batch(cameras, changed, turn, most)
             if batch:
+                began_s = time.monotonic()
                 features = extractor.extract(np.stack([each.frames for _, each in batch]))
                 for (camera, snippet), row in zip(batch, features, strict=True):
                     camera.send(snippet, row)
+                most = fitting_batch(len(batch), time.monotonic() - began_s)
             for camera in cameras:
                 camera.look_after()
             if time.monotonic() >= report_at_s:
@@ -247,8 +251,13 @@ def run_cameras(
     return [camera.status() for camera in cameras]
 
 
+def fitting_batch(snippets: int, took_s: float) -> int:
+    """How many snippets to extract at a time, when so many took so long."""
+    return max(1, min(_BATCH_SNIPPETS, int(_BATCH_S * snippets / max(took_s, 1e-9))))
+
+
 def _next_batch(
-    cameras: Sequence[Camera], changed: threading.Condition, turn: int
+    cameras: Sequence[Camera], changed: threading.Condition, turn: int, most: int
 ) -> list[tuple[Camera, Snippet]]:
     """Snippets that wait, one of each camera, then another of each; in another order each turn."""
     first = turn % len(cameras)
@@ -256,11 +265,11 @@ def _next_batch(
     batch: list[tuple[Camera, Snippet]] = []
     with changed:
         changed.wait_for(lambda: any(camera.is_ready for camera in cameras), _LOOK_S)
-        while len(batch) < _BATCH_SNIPPETS:
+        while len(batch) < most:
             ready = [camera for camera in in_turn if camera.is_ready]
             if not ready:
                 break
-            room = _BATCH_SNIPPETS - len(batch)
+            room = most - len(batch)
             batch += [(camera, camera.take()) for camera in ready[:room]]
     return batch
 

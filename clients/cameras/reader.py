@@ -30,7 +30,8 @@ from hrpro.clients.cameras.sources import (
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
-# So long after FFmpeg should have given up, the thread is taken to be stuck in the system.
+# Opening, finding out what it is and the first frame may take `stall_s` each; so long after FFmpeg
+# should have given up, the thread is taken to be stuck in the system.
 _STUCK_S = 5.0
 _MOST_LEFT_BEHIND = 2
 
@@ -166,7 +167,7 @@ class SourceReader:
         Two at most are left behind; then it waits for one of them. To be called now and then.
         """
         silent_s = time.monotonic() - self._alive_s
-        if not self.source.is_live or silent_s < self._stall_s + _STUCK_S:
+        if not self.source.is_live or silent_s < 3 * self._stall_s + _STUCK_S:
             return
         self._lost("stuck", f"{self.source.shown}: the system does not answer")
         self._left_behind = [each for each in self._left_behind if each.is_alive()]

@@ -51,7 +51,9 @@ class StreamSender:
         self.ended: Ended | None = None
         self.refused: StreamError | None = None
         """Why the engine takes no more of the stream."""
-        self._thread = threading.Thread(target=self._run, name=f"sender {feeder.stream}")
+        self._thread = threading.Thread(
+            target=self._run, name=f"sender {feeder.stream}", daemon=True
+        )
         self._thread.start()
 
     @property
