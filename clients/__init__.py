@@ -4,9 +4,9 @@ Needs numpy, pyzmq and msgpack alone.
 """
 
 from hrpro.clients.control import request_drain, request_status
-from hrpro.clients.feeder import FeatureFeeder
-from hrpro.clients.score_subscriber import ScoreSubscriber
-from hrpro.clients.subscriber import EventSubscriber, ReplayError
+from hrpro.clients.feeder import AsyncFeatureFeeder, FeatureFeeder
+from hrpro.clients.score_subscriber import AsyncScoreSubscriber, ScoreSubscriber
+from hrpro.clients.subscriber import AsyncEventSubscriber, EventSubscriber, ReplayError
 from hrpro.engine.client_key import ClientKey, KeyFileError, read_client_key
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -24,6 +24,9 @@ from hrpro.engine.timebase import SnippetClock
 
 __all__ = [
     "ActionEvent",
+    "AsyncEventSubscriber",
+    "AsyncFeatureFeeder",
+    "AsyncScoreSubscriber",
     "ClientKey",
     "Ended",
     "EventSubscriber",

@@ -59,6 +59,8 @@ def _show(report: Report, extractor: Extractor, out: Path, as_json: bool) -> Non
         say(f"{name}: {snippets} snippets")
     for name, snippets in report.there.items():
         say(f"{name}: {snippets} snippets, there already")
+    if not report.made and not report.there:
+        return
     manifest, usual = extractor.manifest, type(extractor.clock)()
     settings = {
         "data.frames_per_s": (f"{manifest.frames_per_s:g}", usual.frames_per_s),

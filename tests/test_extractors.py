@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from tiny_extractor import frame_of, mean_over, network, plain_frame, write_extr
 
 from hrpro.clients.cameras.extractor import Extractor, ExtractorError, load_extractor
 from hrpro.clients.cameras.frames import SnippetAssembler
-from hrpro.clients.cameras.manifest import MANIFEST, complete_folder
+from hrpro.clients.cameras.manifest import MANIFEST, ExtractorManifest, Network, complete_folder
 from hrpro.clients.cameras.sources import parse_source, read_frames
 from hrpro.engine.timebase import SnippetClock
 from hrpro.export.efficientnet import pretrained
@@ -251,6 +252,16 @@ def test_a_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_the_manifest_of_the_documentation_is_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "extractors.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- example: extractor -->\n```json\n(.*?)```\n", text, re.DOTALL)
+    manifest = ExtractorManifest.model_validate_json(example)
+    assert manifest.feature_dim == 768
+    named = set(re.findall(r"`([a-z_]+)`", text[text.index("| key | |") :]))
+    assert named >= set(Network.model_fields) - {"file"}
+    assert named >= set(ExtractorManifest.model_fields) - {"schema_version", "name"}
+
+
 # ---- what is told of it ------------------------------------------------------------------------
 
 
@@ -327,7 +338,9 @@ def edited(folder: Path, change: Any) -> Path:
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    assert "extractor.json: file is missing" in refused(tmp_path / "nowhere")
+    said = refused(tmp_path / "nowhere")
+    assert said.endswith("or the name of a built-in one: efficientnet-lite0")
+    assert "extractor.json: file is missing" in refused(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     assert "extractor.json: expected JSON" in refused(tmp_path)
 

@@ -118,7 +118,12 @@ def load_extractor(
 
 
 def _folder(path_or_name: str | Path) -> Path:
-    folder = Path(path_or_name)
-    if str(path_or_name) not in BUILT_IN or folder.exists():
+    folder, name = Path(path_or_name), str(path_or_name)
+    if folder.exists():
         return folder
-    return BUILT_IN[str(path_or_name)]()
+    if name not in BUILT_IN:
+        raise ExtractorError(
+            f"{name}: expected the folder of an extractor, or the name of a built-in one: "
+            f"{', '.join(BUILT_IN)}"
+        )
+    return BUILT_IN[name]()
