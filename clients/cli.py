@@ -20,12 +20,16 @@ from hrpro.clients import (
     cli_bench,
     cli_bundle,
     cli_bundle_triton,
+    cli_camera,
     cli_chaos,
+    cli_dashboard,
     cli_data,
     cli_deploy,
     cli_events,
+    cli_features,
     cli_feed,
     cli_keys,
+    cli_label,
     cli_plot,
     cli_record,
     cli_status,
@@ -61,16 +65,20 @@ feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an e
 app.add_typer(feed_app, name="feed")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_features.features_app, name="features")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
 app.add_typer(cli_keys.keys_app, name="keys")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
 feed_app.command("features")(cli_feed.features)
+feed_app.command("camera")(cli_camera.feed_camera)
 
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
+app.command()(cli_label.label)
+app.command()(cli_dashboard.dashboard)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)

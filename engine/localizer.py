@@ -20,21 +20,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
-from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector, run_values
+from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
 from hrpro.engine.refine import (
     Asking,
     InstanceScorer,
     Proposal,
     alone,
-    proposal_values,
     refine_runs,
 )
 from hrpro.engine.ring import Ring
@@ -47,12 +45,8 @@ Floats = NDArray[np.float64]
 # more than this many a class.
 _PUBLISHED_LIMIT = 256
 
-# Quiet snippets that are taken at once: no more than any history holds.
-_QUIET_AT_ONCE = 32
 
-
-@dataclass(frozen=True, slots=True)
-class Final:
+class Final(NamedTuple):
     """A proposal that is final, and the action it belongs to."""
 
     proposal: Proposal
@@ -80,7 +74,6 @@ class StreamLocalizer:
         next_action_id: int = 0,
     ) -> None:
         self._config = config
-        self._quiet_level = _quiet_level(config)
         self._scorer = scorer
         self._wait = wait
         self._detector = RunDetector(class_count, config, first_index)
@@ -91,7 +84,8 @@ class StreamLocalizer:
         self._due_config: LocalizationConfig | None = None  # from there on
         self._scores = Ring(config.history_snippets, (class_count,), first_index)
         self._closed: list[Run] = []  # until there is enough evidence right of them
-        self._pool: list[list[Proposal]] = [[] for _ in range(class_count)]  # not yet due
+        self._pool: list[list[Proposal]] = [[] for _ in range(class_count)]  # not yet final
+        self._due_from: dict[int, int] = {}  # of each class in it, the first
         self._published: list[deque[Proposal]] = [
             deque(maxlen=_PUBLISHED_LIMIT) for _ in range(class_count)
         ]
@@ -104,9 +98,9 @@ class StreamLocalizer:
             "settings": {name: getattr(self._config, name) for name in DETECTION_SETTINGS},
             "detector": self._detector.state(stop),
             "tracker": self._tracker.state(),
-            "closed": [run_values(run) for run in self._closed],
-            "pool": [proposal_values(each) for each in chain.from_iterable(self._pool)],
-            "published": [proposal_values(each) for each in chain.from_iterable(self._published)],
+            "closed": list(self._closed),
+            "pool": list(chain.from_iterable(self._pool)),
+            "published": list(chain.from_iterable(self._published)),
             "embedded_from": self._embedded_from,
         }
 
@@ -133,10 +127,10 @@ class StreamLocalizer:
         localizer._detector = RunDetector.restored(class_count, before, state["detector"])
         localizer._tracker = ActionTracker.restored(class_count, before, state["tracker"])
         localizer._closed = [Run(*run) for run in state["closed"]]
-        for name, known in (("pool", localizer._pool), ("published", localizer._published)):
-            for each in state[name]:
-                proposal = Proposal(*each)
-                known[proposal.label_index].append(proposal)
+        localizer._keep([Proposal(*each) for each in state["pool"]])
+        for each in state["published"]:
+            proposal = Proposal(*each)
+            localizer._published[proposal.label_index].append(proposal)
         localizer._embedded_from = max(first_index, state["embedded_from"])
         localizer.decided_until = localizer._detector.next_index
         localizer._due_config = None if before == config else config
@@ -189,14 +183,12 @@ class StreamLocalizer:
         if self._due_config is not None and self._history.next_index >= self.decided_until:
             config, self._due_config = self._due_config, None
             self.use(config, self._scorer, None)
-        while position < len(scores):
-            stop = self._quiet_until(scores, position) if self._is_idle else position
-            if stop > position:
-                self._skip(scores[position:stop], embedding[position:stop])
-            else:
-                decisions += yield from self._push(scores[position], embedding[position])
-                stop = position + 1
-            position = stop
+        for row in range(position, len(scores)):
+            decisions += self._take(scores[row], embedding[row])
+            if self._closed and (ready := self._ready()):
+                yield from self._refine(ready)
+            if self._wait is not None:
+                decisions += self._publish(self._detector.next_index - self._wait)
         return decisions
 
     def _remember(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> int:
@@ -207,46 +199,15 @@ class StreamLocalizer:
             self._scores.push(scores[row])
         return count
 
-    def _quiet_until(self, scores: NDArray[np.float32], position: int) -> int:
-        """One past the snippets from ``position`` on in which no run and no action can begin."""
-        rest = scores[position : position + _QUIET_AT_ONCE]
-        if float(rest.max()) <= self._quiet_level:
-            return position + len(rest)
-        # In float64, as runs and actions compare them.
-        loud = (rest > np.float64(self._quiet_level)).any(axis=1)
-        return position + int(loud.argmax())
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether nothing is open, and nothing still to be published."""
-        return (
-            self._detector.is_idle
-            and not self._closed
-            and not self._tracker.open_count
-            and not any(self._pool)
-        )
-
-    def _skip(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> None:
-        """Take quiet snippets while idle, with the outcome of taking them one by one."""
-        self._history.append(embedding)
-        self._scores.append(scores)
-        self._detector.skip(scores)
-        self._tracker.skip(scores)
-
-    def _push(
+    def _take(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
-    ) -> Asking[list[Decision]]:
-        """Take one snippet: scores (C,) and embedding (W,)."""
+    ) -> list[ActionChange]:
+        """Take one snippet, scores (C,) and embedding (W,), but for what is to be published."""
         self._history.push(embedding)
         self._scores.push(scores)
         current = scores.astype(np.float64)  # as thresholds are
         self._closed += self._detector.push(current)
-        decisions: list[Decision] = [*self._tracker.push(current)]
-        if self._closed and (ready := self._ready()):
-            yield from self._refine(ready)
-        if self._wait is not None:
-            decisions += self._publish(self._detector.next_index - self._wait)
-        return decisions
+        return self._tracker.push(current)
 
     def flush(self) -> list[Decision]:
         """The stream is over: everything open ends at its last snippet and is published."""
@@ -281,7 +242,6 @@ class StreamLocalizer:
             self._embedded_from = self._detector.next_index
             self._history = Ring(config.history_snippets, (embedding_width,), self._embedded_from)
         self._config, self._scorer = config, scorer
-        self._quiet_level = _quiet_level(config)
 
     def _replayed(self, config: LocalizationConfig) -> RunDetector:
         """A detector of other thresholds that knows which runs are open.
@@ -320,14 +280,20 @@ class StreamLocalizer:
             proposals = yield from refine_runs(
                 of_one_model, self._detector, self._history, scorer, self._config
             )
-            for proposal in proposals:
-                self._pool[proposal.label_index].append(proposal)
+            self._keep(proposals)
+
+    def _keep(self, proposals: list[Proposal]) -> None:
+        """Until they are final."""
+        for proposal in proposals:
+            label_index, due_from = proposal.label_index, proposal.due_from
+            self._pool[label_index].append(proposal)
+            self._due_from[label_index] = min(due_from, self._due_from.get(label_index, due_from))
 
     def _publish(self, due_until: int) -> list[Decision]:
         """Publish the proposals of runs, and the ends of actions, that ended by ``due_until``."""
         finals: list[Final] = []
-        for label_index, pool in enumerate(self._pool):
-            if pool and any(proposal.due_from <= due_until for proposal in pool):
+        for label_index in sorted(self._due_from):
+            if self._due_from[label_index] <= due_until:
                 finals += self._publish_class(label_index, due_until)
         return [*finals, *self._tracker.conclude(due_until, self._pool)]
 
@@ -340,10 +306,10 @@ class StreamLocalizer:
         )
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
-        late = [p.due_from <= latest for p in pool]
-        over = [p.due_from <= due_until and p.end <= goes_on_from for p in pool]
-        if not (any(over) or any(late)):
+        over = [p.end <= goes_on_from and p.due_from <= due_until for p in pool]
+        if not any(over) and self._due_from[label_index] > latest:
             return []
+        late = [p.due_from <= latest for p in pool]
         is_late = np.array(late)
         is_final = is_late | over
         sigma = self._config.soft_nms_sigma
@@ -357,10 +323,12 @@ class StreamLocalizer:
         finals = []
         for n in np.argsort(-scores, kind="stable").tolist():
             if is_final[n] and scores[n] > self._config.score_floor:
-                final = replace(pool[n], score=float(scores[n]))
+                final = pool[n]._replace(score=scores.item(n))
                 published.append(final)
                 finals.append(Final(final, self._tracker.assign(final)))
-        self._pool[label_index] = [p for p, out in zip(pool, is_final, strict=True) if not out]
+        self._pool[label_index] = []
+        del self._due_from[label_index]
+        self._keep([p for p, out in zip(pool, is_final.tolist(), strict=True) if not out])
         return finals
 
     def _forget(self, label_index: int) -> None:
@@ -376,11 +344,6 @@ class StreamLocalizer:
         if len(kept) < len(published):
             published.clear()
             published.extend(kept)
-
-
-def _quiet_level(config: LocalizationConfig) -> float:
-    """No run and no action begins where P of no class exceeds this."""
-    return min(config.thresholds[0], config.event_start)
 
 
 def localize(

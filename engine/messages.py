@@ -429,6 +429,7 @@ class StatusReply(Message):
     streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
     counters: dict[str, int | str | bool] = _wire(wire.plain_map)
     waits_for: str | None = _wire(wire.optional(wire.text(MAX_ERROR_CHARACTERS)), None)
+    provider: str | None = _wire(wire.optional(wire.text(64)), None)
 
 
 @dataclass(frozen=True)

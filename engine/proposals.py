@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,7 @@ Floats = NDArray[np.float64]
 DETECTION_SETTINGS = ("thresholds", "peak_gate", "border_ratio", "border_limit")
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A closed run of one class: snippets ``start <= t < stop``.
 
     ``start_position`` and ``stop_position`` are its borders in snippets, with their fraction;
@@ -56,91 +54,90 @@ class Run:
         return self.stop + self.border + 1
 
 
-# The fields in their order.
-run_values = attrgetter(*(each.name for each in fields(Run)))
+@dataclass(slots=True)
+class _OpenRun:
+    """A run that goes on, of one class above one threshold.
+
+    ``left_sums`` add up P over the last 0, 1, ... snippets before it, ``start_total`` over all of
+    them. Its peak is the highest of its own ``peak`` and those of the runs that it holds.
+    """
+
+    start: int
+    start_position: float
+    start_total: float
+    left_sums: list[float]
+    peak: float = 0.0
 
 
 class RunDetector:
-    """The open runs of one stream: K thresholds times C classes."""
+    """The open runs of one stream: those of a class lie in one another, as thresholds do.
+
+    Almost every snippet is above the same thresholds as the one before: then nothing is opened or
+    closed, and only peaks and totals go on.
+    """
 
     def __init__(self, class_count: int, config: LocalizationConfig, first_index: int = 0) -> None:
         self._config = config
-        self._thresholds = np.asarray(config.thresholds, dtype=np.float64)[:, None]  # (K, 1)
-        K, C = len(config.thresholds), class_count
-        self._open = np.zeros((K, C), dtype=bool)
-        self._start = np.zeros((K, C), dtype=np.int64)
-        self._start_position = np.zeros((K, C))
-        self._peak = np.zeros((K, C))
+        self._thresholds = np.asarray(config.thresholds, dtype=np.float64)  # (K,)
+        self._none = np.zeros(class_count, dtype=np.intp)
+        self._levels = self._none  # how many runs of each class are open
+        self._open: dict[int, list[_OpenRun]] = {}  # by class, that of the lowest threshold first
         # Sums of P are differences of running totals. What lies left of an open run is summed up
         # when it opens, so that a run may outlast every buffer.
-        self._start_total = np.zeros((K, C))
-        self._left_sums = np.zeros((K, C, config.border_limit + 1))  # of the last 0, 1, ...
-        self._totals = Ring(2 * config.border_limit + 4, (C,), first_index, dtype=np.float64)
-        self._totals.append(np.zeros((1, C)))  # row i: the total over the snippets below i
-        self._previous = np.zeros(C)
-        self.is_idle = True  # no run is open
+        self._totals = Ring(2 * config.border_limit + 4, (class_count,), first_index, np.float64)
+        self._total = np.zeros(class_count)
+        self._totals.push(self._total)  # row i: the total over the snippets below i
+        self._previous = np.zeros(class_count)
         self.first_index = first_index
         self.next_index = first_index
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no run is open."""
+        return not self._open
 
     def push(self, scores: NDArray[np.floating]) -> list[Run]:
         """Take P of snippet ``next_index``, shape (C,), and return the runs that it closes."""
         current = scores.astype(np.float64, copy=False)
-        if self.is_idle and current.max() <= self._config.thresholds[0]:
-            self._go_on(current)
-            return []
-        above = current > self._thresholds  # (K, C)
-        runs: list[Run] = []
-        changed = above ^ self._open
-        if changed.any():
-            opened, closed = changed & above, changed & self._open
-            if opened.any():
-                self._open_runs(opened, current)
-            if closed.any():
-                runs = self._close_runs(closed, current)
-            self._open = above
-            self.is_idle = not above.any()
-        if not self.is_idle:
-            np.maximum(self._peak, current, out=self._peak, where=above)
-        self._go_on(current)
-        return runs
-
-    def _go_on(self, current: Floats) -> None:
-        self._totals.push(self._totals.row(self.next_index) + current)
+        levels = self._none
+        if current.item(current.argmax()) > self._config.thresholds[0]:
+            levels = self._thresholds.searchsorted(current)  # so many are exceeded, (C,)
+        # As bytes they are compared in no time.
+        is_same = levels is self._levels or levels.tobytes() == self._levels.tobytes()
+        runs = [] if is_same else self._change(levels, current)
+        for label_index, nested in self._open.items():
+            score, innermost = current.item(label_index), nested[-1]
+            if score > innermost.peak:
+                innermost.peak = score
+        self._total = self._total + current
+        self._totals.push(self._total)
         self._previous = current
         self.next_index += 1
-
-    def skip(self, scores: NDArray[np.float32]) -> None:
-        """Take P of snippets (n, C) that open no run, while none is open: as n times `push`."""
-        totals = np.empty((len(scores) + 1, scores.shape[1]))
-        totals[0] = self._totals.row(self.next_index)
-        totals[1:] = scores
-        totals = np.add.accumulate(totals, axis=0)[1:]  # in the order in which `push` adds them
-        for first in range(0, len(totals), self._totals.capacity):
-            self._totals.append(totals[first : first + self._totals.capacity])
-        self._previous = scores[-1].astype(np.float64)
-        self.next_index += len(scores)
+        return runs
 
     def flush(self) -> list[Run]:
         """The stream is over: close what is open at its end."""
-        runs = self._close_runs(self._open, None)
-        self._open = np.zeros_like(self._open)
-        self.is_idle = True
-        return runs
+        return self._change(self._none, None)
 
     def state(self, needed_from: int) -> dict[str, Any]:
         """All that the detector goes on from, as numbers and bytes; of the running totals, those
         from snippet ``needed_from`` on, beside the outer region of a run that opens now."""
-        k, c = np.nonzero(self._open)
-        columns = self._start, self._start_position, self._peak, self._start_total
-        values = [k.tolist(), c.tolist(), *(each[k, c].tolist() for each in columns)]
+        open_runs = []
+        for label_index, nested in self._open.items():
+            peak = 0.0
+            for k, run in reversed([*enumerate(nested)]):
+                peak = max(peak, run.peak)
+                place = (k, label_index, run.start, run.start_position, peak, run.start_total)
+                open_runs.append((place, run.left_sums))
+        open_runs.sort()
         first = min(needed_from, self.next_index - self._config.border_limit)
         first = max(first, self._totals.oldest)
         return {
             "first_index": self.first_index,
             "next_index": self.next_index,
             "previous": self._previous.tobytes(),
-            "open": list(zip(*values, strict=True)),
-            "left_sums": self._left_sums[k, c].tobytes(),
+            "open": [place for place, _ in open_runs],
+            "left_sums": np.array([sums for _, sums in open_runs], dtype=np.float64).tobytes(),
             "totals_from": first,
             "totals": self._totals.read(first, self._totals.next_index).tobytes(),
         }
@@ -157,89 +154,100 @@ class RunDetector:
         capacity = detector._totals.capacity
         detector._totals = Ring(capacity, (class_count,), state["totals_from"], np.float64)
         detector._totals.append(totals)
+        detector._total = totals[-1]
         width = config.border_limit + 1
-        left_sums = np.frombuffer(state["left_sums"]).reshape(-1, width)
-        for (k, c, start, position, peak, total), left in zip(
-            state["open"], left_sums, strict=True
-        ):
-            detector._open[k, c] = True
-            detector._start[k, c] = start
-            detector._start_position[k, c] = position
-            detector._peak[k, c] = peak
-            detector._start_total[k, c] = total
-            detector._left_sums[k, c] = left
-        detector.is_idle = not state["open"]
+        left_sums = np.frombuffer(state["left_sums"]).reshape(-1, width).tolist()
+        detector._levels = np.zeros(class_count, dtype=np.intp)
+        # The lowest thresholds come first.
+        for values, left in zip(state["open"], left_sums, strict=True):
+            _, c, start, position, peak, total = values
+            run = _OpenRun(start, position, total, left, peak)
+            detector._open.setdefault(c, []).append(run)
+            detector._levels[c] += 1
         return detector
 
     def earliest_start(self) -> int:
         """Where the earliest open run of any class starts; ``next_index`` if none is open."""
-        starts = self._start[self._open]
-        return int(starts.min()) if len(starts) else self.next_index
+        return min([nested[0].start for nested in self._open.values()], default=self.next_index)
 
     def earliest_open_start(self, label_index: int) -> int:
         """Where the earliest open run of a class starts; ``next_index`` if none is open."""
-        open_runs = self._open[:, label_index]
-        starts = self._start[open_runs, label_index]
-        return int(starts.min()) if len(starts) else self.next_index
+        nested = self._open.get(label_index)
+        return nested[0].start if nested else self.next_index
 
     def outer_inner_contrast(self, run: Run) -> float:
         """p_OIC in [-1, 1]: mean of P inside minus mean of P in both outer regions.
 
         Exact from ``run.evidence_stop`` on; before, the right region is what has come of it.
         """
-        stop = min(run.stop + run.border, self.next_index)
-        right_sum = (self._totals.row(stop) - self._totals.row(run.stop))[run.label_index]
+        stop, label = min(run.stop + run.border, self.next_index), run.label_index
+        right_sum = self._totals.row(stop).item(label) - self._totals.row(run.stop).item(label)
         count = run.left_count + stop - run.stop
         outer_mean = (run.left_sum + right_sum) / count if count else 0.0
-        return float(run.inner_mean - outer_mean)
+        return run.inner_mean - outer_mean
 
-    def _open_runs(self, opened: NDArray[np.bool_], current: Floats) -> None:
-        t = self.next_index
-        k, c = np.nonzero(opened)
-        self._start[k, c] = t
-        self._peak[k, c] = 0.0
-        total = self._totals.row(t)
-        self._start_total[k, c] = total[c]
-        for width in range(1, self._config.border_limit + 1):
-            before = self._totals.row(max(t - width, self.first_index))
-            self._left_sums[k, c, width] = (total - before)[c]
-        if t == self.first_index:
-            self._start_position[k, c] = t
+    def _change(self, levels: NDArray[np.intp], current: Floats | None) -> list[Run]:
+        """Open and close runs, so that of each class (C,) so many are open; returns the closed
+        ones, the lowest threshold's first. Without ``current`` the stream is over."""
+        closed: list[tuple[int, Run]] = []
+        before, self._levels = self._levels, levels
+        for label_index in np.flatnonzero(levels != before).tolist():
+            level = levels.item(label_index)
+            if level < before.item(label_index):
+                closed += self._close_runs(label_index, level, current)
+            else:
+                self._open_runs(label_index, level, current)
+        closed.sort(key=lambda each: each[0])  # of one threshold, those of the first class
+        return [run for _, run in closed]
+
+    def _open_runs(self, label_index: int, level: int, current: Floats | None) -> None:
+        assert current is not None
+        t, width = self.next_index, self._config.border_limit
+        before, after = self._previous.item(label_index), current.item(label_index)
+        total = self._total.item(label_index)
+        firsts = [max(t - n, self.first_index) for n in range(width + 1)]
+        left_sums = [total - self._totals.row(first).item(label_index) for first in firsts]
+        nested = self._open.setdefault(label_index, [])
+        for threshold in self._config.thresholds[len(nested) : level]:
+            position = float(t)
+            if t > self.first_index:
+                position = t - 0.5 + (threshold - before) / (after - before)
+            nested.append(_OpenRun(t, position, total, left_sums))
+
+    def _close_runs(
+        self, label_index: int, level: int, current: Floats | None
+    ) -> list[tuple[int, Run]]:
+        """The closed ones, with their thresholds' numbers."""
+        t, nested, closed, peak = self.next_index, self._open[label_index], [], 0.0
+        before, total = self._previous.item(label_index), self._total.item(label_index)
+        while len(nested) > level:
+            run, k = nested.pop(), len(nested)
+            peak = max(peak, run.peak)
+            if peak <= self._config.peak_gate:
+                continue
+            position = float(t)
+            if current is not None:
+                step = current.item(label_index) - before
+                position = t - 0.5 + (self._config.thresholds[k] - before) / step
+            closed.append((k, self._closed(label_index, run, position, total)))
+        if nested:
+            nested[-1].peak = max(nested[-1].peak, peak)
         else:
-            self._start_position[k, c] = t - 0.5 + self._crossing(k, c, self._previous, current)
+            del self._open[label_index]
+        return closed
 
-    def _close_runs(self, closed: NDArray[np.bool_], current: Floats | None) -> list[Run]:
-        t = self.next_index
-        k, c = np.nonzero(closed & (self._peak > self._config.peak_gate))
-        if current is None:
-            stop_position = np.full(len(k), float(t))
-        else:
-            stop_position = t - 0.5 + self._crossing(k, c, self._previous, current)
-        inner_sum = self._totals.row(t)[c] - self._start_total[k, c]
-        return [
-            self._run(k[i], c[i], float(stop_position[i]), float(inner_sum[i]))
-            for i in range(len(k))
-        ]
-
-    def _run(self, k: int, c: int, stop_position: float, inner_sum: float) -> Run:
-        start, stop = int(self._start[k, c]), self.next_index
+    def _closed(self, label_index: int, run: _OpenRun, position: float, total: float) -> Run:
+        start, stop = run.start, self.next_index
         width = math.ceil(self._config.border_ratio * (stop - start))
         border = min(width, self._config.border_limit)
         return Run(
-            label_index=int(c),
+            label_index=label_index,
             start=start,
             stop=stop,
-            start_position=float(self._start_position[k, c]),
-            stop_position=stop_position,
+            start_position=run.start_position,
+            stop_position=position,
             border=border,
-            inner_mean=inner_sum / (stop - start),
-            left_sum=float(self._left_sums[k, c, border]),
+            inner_mean=(total - run.start_total) / (stop - start),
+            left_sum=run.left_sums[border],
             left_count=min(border, start - self.first_index),
         )
-
-    def _crossing(
-        self, k: NDArray[np.intp], c: NDArray[np.intp], before: Floats, after: Floats
-    ) -> Floats:
-        """Where between two centres, in (0, 1), the score crosses threshold k; shape (N,)."""
-        step = after[c] - before[c]
-        return (self._thresholds[k, 0] - before[c]) / step

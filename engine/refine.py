@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,7 @@ class InstanceScorer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A scored proposal: borders are positions in snippets, ``score`` is in [0, 1].
 
     ``run_stop`` is the end of the run that it came from.
@@ -54,10 +53,6 @@ class Proposal:
     def due_from(self) -> int:
         """The look-ahead counts from here: the end of its run, or its own where that is earlier."""
         return min(self.run_stop, int(self.end))
-
-
-# The fields in their order.
-proposal_values = attrgetter(*(each.name for each in fields(Proposal)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +113,10 @@ def _answers(questions: Sequence[Question]) -> list[Scored]:
         block = slice(n, n + _PROPOSALS_AT_ONCE)
         of_block = () if stretch is None else (stretch[block],)
         outputs.append(scorer.score_instances(embedding, proposals[block], *of_block))
-    ends = np.cumsum(counts)[:-1]
-    parts = [np.split(_joined(each), ends) for each in zip(*outputs, strict=True)]
-    return [(a, b, c) for a, b, c in zip(*parts, strict=True)]
+    a, b, c = (_joined(each) for each in zip(*outputs, strict=True))
+    ends = itertools.accumulate(counts)
+    blocks = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [(a[block], b[block], c[block]) for block in blocks]
 
 
 def _joined(arrays: Sequence[Floats]) -> Floats:
@@ -156,7 +152,8 @@ def refine_runs(
     completeness, refined, refined_completeness = yield Question(scorer, stretch, relative)
     labels = [run.label_index for run in runs]
     rows = np.arange(len(runs))
-    refined = np.clip(refined.astype(np.float64) + first, detector.first_index, detector.next_index)
+    refined = np.maximum(refined.astype(np.float64) + first, detector.first_index)
+    refined = np.minimum(refined, detector.next_index)
     score = fuse(contrast, refined_completeness[rows, labels], weight)
     proposals = _proposals(runs, refined, score)
     if config.keep_unrefined:
@@ -176,7 +173,7 @@ def _proposals(
     runs: Sequence[Run], borders: NDArray[np.float64], scores: NDArray[np.float64]
 ) -> list[Proposal]:
     return [
-        Proposal(run.label_index, float(start), float(end), float(score), run.stop)
-        for run, (start, end), score in zip(runs, borders, scores, strict=True)
+        Proposal(run.label_index, start, end, score, run.stop)
+        for run, (start, end), score in zip(runs, borders.tolist(), scores.tolist(), strict=True)
         if end > start
     ]

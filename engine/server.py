@@ -529,6 +529,7 @@ class Server:
             tuple(stream_statuses(self._pipeline, self._feeds)),
             all_counters(self._pipeline, self.counters, self.refused),
             self._waits_for and self._waits_for[: protocol.MAX_ERROR_CHARACTERS],
+            self._pipeline.deployments.current.provider,
         )
 
     # ---- sending -------------------------------------------------------------------------------

@@ -36,22 +36,32 @@ def soft_nms(start: Floats, end: Floats, score: Floats, sigma: float) -> Floats:
     order = np.lexsort((end, start))
     starts, ends, scores = start[order], end[order], score[order].astype(np.float64)
     # For few all the factors are computed at once; those of many would need much memory.
-    factors = None
     if len(scores) <= _FEW:
         factors = _kept(starts[:, None], ends[:, None], starts, ends, sigma)
+        result = np.empty_like(scores)
+        result[order] = _decayed(scores.tolist(), factors.tolist())
+        return result
     remaining = np.ones(len(scores), dtype=bool)
     for _ in range(len(scores)):
         best = int(np.where(remaining, scores, -np.inf).argmax())
         remaining[best] = False
-        of_best = (
-            _kept(starts[best], ends[best], starts, ends, sigma)
-            if factors is None
-            else factors[best]
-        )
+        of_best = _kept(starts[best], ends[best], starts, ends, sigma)
         np.multiply(scores, of_best, out=scores, where=remaining)
     result = np.empty_like(scores)
     result[order] = scores
     return result
+
+
+def _decayed(scores: list[float], factors: list[list[float]]) -> list[float]:
+    """What is left of scores (N,), given what each leaves of each other (N, N)."""
+    remaining = list(range(len(scores)))
+    while remaining:
+        best = max(remaining, key=scores.__getitem__)  # the first of equal ones
+        remaining.remove(best)
+        of_best = factors[best]
+        for n in remaining:
+            scores[n] *= of_best[n]
+    return scores
 
 
 def _kept(start_a: Floats, end_a: Floats, start_b: Floats, end_b: Floats, sigma: float) -> Floats:

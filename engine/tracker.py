@@ -10,17 +10,17 @@ Each start is followed by one `end` or `retract`, and by nothing of its id after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.messages import EventKind
-from hrpro.engine.refine import Proposal, proposal_values
+from hrpro.engine.refine import Proposal
 
 
 @dataclass(slots=True)
@@ -59,8 +59,7 @@ class Action:
         return min(stop, proposal.end) - max(self.first_index, proposal.start)
 
 
-@dataclass(frozen=True, slots=True)
-class ActionChange:
+class ActionChange(NamedTuple):
     """What is to be said of an action: borders in snippets, ``end`` None until it is over.
 
     ``score`` is the mean of P until it is final, and then the score of its best final proposal.
@@ -131,22 +130,17 @@ class ActionTracker:
         self._next_index += 1
         changes: list[ActionChange] = []
         for label_index, action in list(self._open.items()):
-            if current[label_index] < self.config.event_end:
+            score = current.item(label_index)
+            if score < self.config.event_end:
                 action.stop = t
                 self._ending.append(self._open.pop(label_index))
-            else:
-                changes += self._grow(action, float(current[label_index]))
-        if current.max() > self.config.event_start:
-            for label_index in np.flatnonzero(current > self.config.event_start).tolist():
-                if label_index not in self._open:
-                    changes.append(self._start(label_index, t, current))
+            elif (grown := self._grow(action, score)) is not None:
+                changes.append(grown)
+        if current.item(current.argmax()) > self.config.event_start:
+            above = np.flatnonzero(current > self.config.event_start).tolist()
+            changes += [self._start(each, t, current) for each in above if each not in self._open]
         self._previous = current
         return changes
-
-    def skip(self, scores: NDArray[np.float32]) -> None:
-        """Take P of snippets (n, C) in which no action starts, while none is open: as n `push`."""
-        self._next_index += len(scores)
-        self._previous = scores[-1].astype(np.float64)
 
     def assign(self, proposal: Proposal) -> int | None:
         """The id of the action that a final proposal belongs to, if there is one."""
@@ -218,14 +212,14 @@ class ActionTracker:
         action.score_sum, action.snippets = float(now), 1
         return self._change("start", action)
 
-    def _grow(self, action: Action, score: float) -> list[ActionChange]:
+    def _grow(self, action: Action, score: float) -> ActionChange | None:
         action.score_sum += score
         action.snippets += 1
         grown = action.next_index - action.told_until
         changed = abs(action.mean_score - action.told_score)
         if grown < self.config.event_update_snippets and changed < self.config.event_update_score:
-            return []
-        return [self._change("update", action)]
+            return None
+        return self._change("update", action)
 
     def _conclude(self, action: Action) -> ActionChange:
         best = action.best
@@ -256,12 +250,7 @@ class ActionTracker:
 
 
 # Many times faster than `dataclasses.astuple`, and a state is made with nearly each event.
-_all_but_best = attrgetter(*[each.name for each in fields(Action)][:-1])
-
-
-def _values(action: Action) -> tuple[Any, ...]:
-    best = None if action.best is None else proposal_values(action.best)
-    return (*_all_but_best(action), best)
+_values: Callable[[Action], tuple[Any, ...]] = attrgetter(*(each.name for each in fields(Action)))
 
 
 def _action(values: Sequence[Any]) -> Action:

@@ -118,6 +118,8 @@ SAMPLES: dict[str, Message] = {
         "serving",
         ({"stream": "cam1", "session": 1, "next_index": 1843, "fed_by": True},),
         {"snippets_in": 1843, "proposals": 17},
+        None,
+        "cpu",
     ),
     "deploy": DeployRequest("/bundles/thumos-1f3a", ("cam1",)),
     "roll_back": RollBackRequest(),

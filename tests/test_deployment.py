@@ -409,8 +409,8 @@ def same_runs(
     detector: RunDetector, got: list[Run], reference: RunDetector, expected: list[Run]
 ) -> None:
     """Equal in all values, and in what is known of their contrast, but for rounding."""
-    assert [replace(run, left_sum=0.0, inner_mean=0.0) for run in got] == [
-        replace(run, left_sum=0.0, inner_mean=0.0) for run in expected
+    assert [run._replace(left_sum=0.0, inner_mean=0.0) for run in got] == [
+        run._replace(left_sum=0.0, inner_mean=0.0) for run in expected
     ]
     for one, other in zip(got, expected, strict=True):
         assert one.left_sum == pytest.approx(other.left_sum, abs=1e-9)

@@ -27,7 +27,8 @@ from tiny_model import (
 from hrpro.clients.bench_memory import resident_bytes
 from hrpro.engine.backends import device_pool
 from hrpro.engine.backends.device_pool import DevicePool, PooledSession
-from hrpro.engine.backends.onnxruntime import CPU_PROVIDER, InstanceStage, OnnxRuntimeBackend
+from hrpro.engine.backends.onnxruntime import InstanceStage, OnnxRuntimeBackend
+from hrpro.engine.backends.session import CPU_PROVIDER
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.incremental import Floats, Pool, Stepped, new_pool, runs_by_steps

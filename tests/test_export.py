@@ -31,10 +31,10 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.export import export, verify
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, replaced_folder
+from hrpro.export.tracing import ExportError
 from hrpro.export.verify import (
     TOLERANCES,
     Exactness,
-    ExportError,
     torch_instances,
     verify_graphs,
 )

@@ -196,51 +196,6 @@ def test_any_chunking_gives_the_same_decisions(
     assert decisions + chunked.flush() == run_all(new_pair(wait, scorer), track)
 
 
-class EverySnippet(StreamLocalizer):
-    """Takes each snippet by itself, however quiet it is."""
-
-    @property
-    def _is_idle(self) -> bool:
-        return False
-
-
-# Sums of these depend on the order in which they are added up.
-quiet = st.floats(0, 0.125, width=32)
-stretches = st.one_of(
-    st.lists(st.tuples(quiet, quiet), min_size=1, max_size=40),
-    st.lists(st.tuples(levels, st.floats(0, 1, width=32)), min_size=1, max_size=6),
-)
-
-
-@given(
-    st.lists(stretches, max_size=6).map(lambda parts: [row for part in parts for row in part]),
-    st.data(),
-    st.sampled_from([None, 1, 5]),
-    st.sampled_from([MANY, MANY.model_copy(update={"thresholds": (0.75,), "event_start": 0.25})]),
-    st.booleans(),
-)
-def test_what_is_quiet_is_taken_at_once_with_the_same_outcome(
-    rows_: list[tuple[float, float]],
-    data: st.DataObject,
-    wait: int | None,
-    config: LocalizationConfig,
-    swaps: bool,
-) -> None:
-    track = np.array(rows_, np.float32).reshape(-1, 2)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(track)), max_size=4)))
-    outcomes = []
-    for kind in (StreamLocalizer, EverySnippet):
-        localizer = kind(2, 2, config, MeanScorer(), wait, 3)
-        decisions: list[Decision] = []
-        for part in np.split(track, cuts):
-            decisions += localizer.advance(part, part)
-            if swaps:  # the detector is made anew from the scores that are remembered
-                swapped = config.model_copy(update={"thresholds": (0.0625, 0.5)})
-                localizer.use(swapped, MeanScorer(), None)
-        outcomes.append(decisions + localizer.flush())
-    assert outcomes[0] == outcomes[1]
-
-
 def test_a_quiet_stretch_may_be_longer_than_any_buffer() -> None:
     config = MANY.model_copy(update={"history_snippets": 32})
     track = np.zeros((5000, 1), np.float32)
