@@ -2,6 +2,7 @@
 # make demo     train, export and stream the example recordings
 # make test     the tests, against the installed wheel
 # make check    ruff, mypy and the tests
+# make docs     the site of docs/, in build/site; a link that leads nowhere is an error
 # make js       what the client in JavaScript needs, by npm (Node 18 or newer)
 # make triton-server   a Triton server for the tests that need one (55 MB, Linux on 64-bit x86)
 # make format   let ruff write the code's form
@@ -11,8 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# By file, on all cores: what a file shares is made once.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# By file, on all cores: what a file shares is made once. In the order of tests/conftest.py.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # Folders stand beside files, so that a file that goes is noticed too.
 SOURCES := $(shell find clients engine export training -path clients/js -prune -o \
@@ -21,7 +22,7 @@ SOURCES := $(shell find clients engine export training -path clients/js -prune -
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check lint typecheck js triton-server format clean
+.PHONY: setup demo test check lint typecheck docs js triton-server format clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -44,6 +45,9 @@ typecheck: setup
 	$(PIP) install -q --no-deps --target build/typecheck build/wheel/*.whl
 	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" hrpro
+
+docs: setup
+	$(BIN)/properdocs build --strict --clean --config-file mkdocs.yml --site-dir build/site
 
 # Prebuilt, from the lock file; nothing is compiled and no install script runs (clients/js/.npmrc).
 js:
@@ -69,7 +73,8 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	    echo "'$(PYTHON)' cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation ".[dev,mqtt,sign,train,triton]"
+	$(PIP) install -c constraints.txt --no-build-isolation \
+	    ".[camera,dashboard,dev,docs,extract,i3d,label,mqtt,sign,train,triton]"
 	$(PIP) check
 	touch $@
 

@@ -70,7 +70,7 @@ def main() -> None:
         for recording in data.recordings:
             here = draw_gaps(len(recording.features), burst, rate, seed)
             features = np.where(here[:, None], recording.features, np.float32(0))
-            scores, embedding = (
+            scores, embedding, _ = (
                 each[0] for each in backend.score_snippets(features[None], here[None])
             )
             filled = fill(scores, here, stand_in)

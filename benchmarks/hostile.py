@@ -186,7 +186,7 @@ class GoodStreams:
     @property
     def identities(self) -> tuple[bytes, ...]:
         """The names of the feeders' connections, which nobody else can know."""
-        sockets = [each._connection.socket for each in self._feeders]  # noqa: SLF001 - a spy's view
+        sockets = [each._line.socket for each in self._feeders]  # noqa: SLF001 - a spy's view
         return tuple(each.get(zmq.ROUTING_ID) for each in sockets)
 
     def run(self, over: Callable[[], bool]) -> NDArray[np.float64]:

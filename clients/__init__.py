@@ -4,8 +4,9 @@ Needs numpy, pyzmq and msgpack alone.
 """
 
 from hrpro.clients.control import request_drain, request_status
-from hrpro.clients.feeder import FeatureFeeder
-from hrpro.clients.subscriber import EventSubscriber, ReplayError
+from hrpro.clients.feeder import AsyncFeatureFeeder, FeatureFeeder
+from hrpro.clients.score_subscriber import AsyncScoreSubscriber, ScoreSubscriber
+from hrpro.clients.subscriber import AsyncEventSubscriber, EventSubscriber, ReplayError
 from hrpro.engine.client_key import ClientKey, KeyFileError, read_client_key
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -14,6 +15,7 @@ from hrpro.engine.protocol import (
     HrproError,
     NoReplyError,
     ProtocolError,
+    SnippetScores,
     StreamError,
     StreamNotice,
     Welcome,
@@ -22,6 +24,9 @@ from hrpro.engine.timebase import SnippetClock
 
 __all__ = [
     "ActionEvent",
+    "AsyncEventSubscriber",
+    "AsyncFeatureFeeder",
+    "AsyncScoreSubscriber",
     "ClientKey",
     "Ended",
     "EventSubscriber",
@@ -32,7 +37,9 @@ __all__ = [
     "NoReplyError",
     "ProtocolError",
     "ReplayError",
+    "ScoreSubscriber",
     "SnippetClock",
+    "SnippetScores",
     "StreamError",
     "StreamNotice",
     "Welcome",

@@ -163,5 +163,5 @@ def _highest_score(backend: Backend, feature: Floats) -> float:
     """P of the best class, in the middle of a window that holds nothing but this feature (D,)."""
     T = _CONSTANT_SNIPPETS
     window = np.repeat(feature[None, None], T, axis=1)  # (1, T, D)
-    scores, _ = backend.score_snippets(window, np.ones((1, T), dtype=np.bool_))
+    scores, _, _ = backend.score_snippets(window, np.ones((1, T), dtype=np.bool_))
     return float(scores[0, -2].max())

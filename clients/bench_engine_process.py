@@ -29,7 +29,8 @@ from hrpro.export.bundle import read_bundle
 
 if TYPE_CHECKING:
     from hrpro.engine.config import EngineConfig
-    from hrpro.engine.inference import Backend
+    from hrpro.engine.incremental import Stepped
+    from hrpro.engine.inference import Backend, Outputs
     from hrpro.engine.pipeline import Pipeline
     from hrpro.export.bundle import Bundle, Manifest
 
@@ -95,25 +96,25 @@ class _StandIn:
     """Answers at once that nothing happens."""
 
     def __init__(self, manifest: Manifest, instance_stage: Backend) -> None:
-        self._widths = (len(manifest.classes), manifest.embedding_width)
+        self._widths = (len(manifest.classes),), (manifest.embedding_width,), ()
         self._state = {} if manifest.step is None else manifest.step.state
         self.score_instances = instance_stage.score_instances
 
-    def score_snippets(self, features: Floats, _: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    def score_snippets(self, features: Floats, _: NDArray[np.bool_]) -> Outputs:
         B, T, _ = features.shape
-        scores, embedding = (np.zeros((B, T, width), np.float32) for width in self._widths)
-        return scores, embedding
+        scores, embedding, attention = (
+            np.zeros((B, T, *width), np.float32) for width in self._widths
+        )
+        return scores, embedding, attention
 
-    def score_step(
-        self, features: Floats, valid: NDArray[np.bool_], *_: object
-    ) -> tuple[Floats, Floats, list[Floats]]:
+    def score_step(self, features: Floats, valid: NDArray[np.bool_], *_: object) -> Stepped:
         B, n, _ = features.shape
         new = [
             # Keys and values (H, capacity, W / H) have as many rows as there are new snippets.
             np.zeros((B, shape[0], n, shape[2]) if len(shape) == 3 else (B, *shape), np.float32)
             for shape in self._state.values()
         ]
-        return *self.score_snippets(features, valid), new
+        return self.score_snippets(features, valid), new
 
 
 def main() -> None:

@@ -20,9 +20,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import Connection
+from hrpro.clients.connection import Connection, Line
+from hrpro.clients.feed_talk import FeedTalk
 from hrpro.clients.feeder import FeatureFeeder
+from hrpro.clients.kept_snippets import KeptSnippets
 from hrpro.clients.subscriber import EventSubscriber
+from hrpro.engine.protocol import Hello
 from hrpro.engine.timebase import SnippetClock
 
 _CHUNK_SNIPPETS = 16
@@ -74,7 +77,7 @@ def features_of(recording: NDArray[np.float32], stream: str, snippets: int) -> N
 class _RoughConnection(Connection):
     """Some chunks leave twice, and some after the one behind."""
 
-    def __init__(self, inner: Connection, seed: str) -> None:
+    def __init__(self, inner: Line, seed: str) -> None:
         self.__dict__.update(inner.__dict__)
         self._random = random.Random(seed)  # noqa: S311 - of faults, not of secrets
         self._late: list[bytes] | None = None
@@ -93,6 +96,12 @@ class _RoughConnection(Connection):
         return True
 
 
+class _ForgetfulTalk(FeedTalk):
+    def _forget(self) -> None:
+        super()._forget()
+        self.kept.forget(self.sent, self.sent)
+
+
 class _RoughFeeder(FeatureFeeder):
     def __init__(self, feeding: Feeding, stream: str, feature_dim: int) -> None:
         clock = SnippetClock(feeding.frames_per_s, feeding.snippet_frames)
@@ -100,13 +109,11 @@ class _RoughFeeder(FeatureFeeder):
         self._rough_seed = f"{feeding.seed} {stream}"
         super().__init__(feeding.address, stream, feature_dim, clock, timeout_s=None)
 
-    def _new_connection(self, address: str) -> Connection:
-        return _RoughConnection(super()._new_connection(address), self._rough_seed)
+    def _new_line(self) -> Line:
+        return _RoughConnection(super()._new_line(), self._rough_seed)
 
-    def _forget_history(self) -> None:
-        super()._forget_history()
-        while self._forgets and self._kept and self._oldest < self._sent:
-            del self._kept[self._oldest]
+    def _new_talk(self, hello: Hello, kept: KeptSnippets) -> FeedTalk:
+        return _ForgetfulTalk(hello, kept) if self._forgets else FeedTalk(hello, kept)
 
 
 def _feed(feeding: Feeding, stream: str, features: NDArray[np.float32]) -> None:

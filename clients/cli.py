@@ -20,11 +20,16 @@ from hrpro.clients import (
     cli_bench,
     cli_bundle,
     cli_bundle_triton,
+    cli_camera,
     cli_chaos,
+    cli_dashboard,
     cli_data,
     cli_deploy,
     cli_events,
+    cli_features,
+    cli_feed,
     cli_keys,
+    cli_label,
     cli_plot,
     cli_record,
     cli_status,
@@ -36,16 +41,12 @@ from hrpro.clients.cli_shared import (
     Assignments,
     ConfigFile,
     JsonFlag,
-    KeyFile,
     address_errors,
     console,
-    progress,
     say,
     speed_factor,
 )
 from hrpro.engine.logs import LogFormat, LogLevel, configure_logs
-from hrpro.engine.protocol import Policy
-from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
@@ -64,15 +65,20 @@ feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an e
 app.add_typer(feed_app, name="feed")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_features.features_app, name="features")
 app.add_typer(cli_bundle.bundle_app, name="bundle")
 app.add_typer(cli_keys.keys_app, name="keys")
 cli_bundle.bundle_app.command()(cli_bundle_triton.triton)
+feed_app.command("features")(cli_feed.features)
+feed_app.command("camera")(cli_camera.feed_camera)
 
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.export)
 app.command()(cli_ablate.ablate)
 app.command()(cli_chaos.chaos)
+app.command()(cli_label.label)
+app.command()(cli_dashboard.dashboard)
 app.command()(cli_plot.plot)
 app.command()(cli_deploy.deploy)
 app.command()(cli_events.events)
@@ -225,56 +231,6 @@ def _ready_lines(
         *([f"metrics  {metrics}"] if metrics else []),
         "READY",
     ]
-
-
-@feed_app.command("features")
-def feed_features(
-    paths: Annotated[list[Path], typer.Argument(help=".npy files, or data folders (test split).")],
-    to: Annotated[str, typer.Option("--to", help="Feed address of the engine.")],
-    speed: Annotated[str, typer.Option(help="Times the pace of the snippet clock, or max.")] = "1",
-    frames_per_s: Annotated[
-        float, typer.Option(help="Frame rate of the snippet clock.")
-    ] = SnippetClock.frames_per_s,
-    snippet_frames: Annotated[
-        int, typer.Option(help="Frames in a snippet.")
-    ] = SnippetClock.snippet_frames,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds without progress after which to give up.", min=0)
-    ] = 60.0,
-    policy: Annotated[
-        Policy, typer.Option(help="What becomes of snippets that the engine has no room for.")
-    ] = "wait",
-    key: KeyFile = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Feed recorded features as live streams, named after their files, and end them."""
-    from hrpro.clients.feeding import feed_sources, read_sources
-
-    try:
-        clock = SnippetClock(frames_per_s, snippet_frames)
-    except ValueError as error:
-        raise HrproError(str(error)) from None
-    factor = speed_factor(speed)
-    sources = read_sources(paths)
-    total = sum(len(source.features) for source in sources)
-    with address_errors(to), progress(total, "snippets") as advance:
-        ended = feed_sources(
-            sources,
-            to,
-            clock,
-            factor,
-            chunk_snippets=8 if factor is None else 1,
-            timeout_s=timeout,
-            policy=policy,
-            progress=advance,
-            key=key,
-        )
-    if as_json:
-        streams = {name: said.next_index for name, said in ended.items()}
-        print(json.dumps({"streams": streams, "snippets": total}))
-        return
-    for name, said in ended.items():
-        say(f"{name}: {said.next_index} snippets, {said.proposals} proposals, {said.events} events")
 
 
 @app.command()

@@ -25,7 +25,8 @@ DataAssignments = Annotated[
 ]
 
 
-def _config(preset: str | None, assignments: list[str] | None) -> DataConfig:
+def data_config(preset: str | None, assignments: list[str] | None) -> DataConfig:
+    """The data settings that the options of a command name."""
     from hrpro.engine.settings import load_settings
     from hrpro.training.data_config import DataConfig
 
@@ -44,7 +45,7 @@ def check(
     """Read all that training and evaluation would, and tell everything that is wrong."""
     from hrpro.training.data_check import check_data
 
-    found = check_data(data, _config(preset, set_))
+    found = check_data(data, data_config(preset, set_))
     if as_json:
         print(json.dumps({"errors": found.errors, "warnings": found.warnings, **found.summary}))
     else:
@@ -100,7 +101,7 @@ def points(
             param_hint="--distribution",
         )
     path = out or data / "point_labels" / f"point_{distribution}.csv"
-    count = write_points(data, path, distribution, seed, _config(preset, set_), force)
+    count = write_points(data, path, distribution, seed, data_config(preset, set_), force)
     say(f"{count} points in {path}")
     if path.resolve().parent == (data / "point_labels").resolve():
         known = f" --set data.preset={preset}" if preset else ""
@@ -123,7 +124,7 @@ def simulate(
     """SIMULATED features over published timelines, for work on scale and speed alone."""
     from hrpro.training.simulate import simulate_data
 
-    config = _config(preset, set_)
+    config = data_config(preset, set_)
     with progress(None, "recordings") as advance:
         count = simulate_data(annotations, out, config, dim, seed, advance)
     say(f"SIMULATED features (D = {dim}) of {count} recordings in {out}; they say nothing of")

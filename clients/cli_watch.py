@@ -23,6 +23,17 @@ def watch(
     from_: Annotated[str, typer.Option("--from", help="Events address of the engine.")],
     stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
     label: Annotated[str | None, typer.Option(help="Only this class.")] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            help="Only scores of at least this, 0 to 1; of an action once seen, all that follows.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="Only final proposals, which are never changed.")
+    ] = False,
     jsonl: Annotated[
         Path | None,
         typer.Option(help="Write JSON lines to this file (- for stdout); goes on where it ends."),
@@ -73,10 +84,14 @@ def watch(
     """Watch actions as they start, grow and end: a live table, or one of JSON lines, a webhook, an
     MQTT broker and a command, which go on where they were stopped."""
     from hrpro.clients import sinks
-    from hrpro.clients.subscriber import EventSubscriber
+    from hrpro.clients.subscriber import KINDS, EventSubscriber
     from hrpro.clients.watching import show_table
 
-    _check_sinks(jsonl, {"--webhook": webhook, "--mqtt": mqtt, "--exec": exec_}, resume)
+    others = {"--webhook": webhook, "--mqtt": mqtt, "--exec": exec_}
+    _check_sinks(jsonl, others, resume)
+    # The table counts the streams that are live, whatever else it shows.
+    is_table = jsonl is None and not any(others.values())
+    kinds = ("final", *(("stream",) if is_table else ())) if final else KINDS
     is_file = jsonl is not None and str(jsonl) != "-"
     kept = sinks.PositionFile(resume) if resume else None
     begin = sinks.end_of_lines(jsonl) if jsonl and is_file else sinks.Position()
@@ -87,13 +102,22 @@ def watch(
     with (
         contextlib.suppress(KeyboardInterrupt),
         address_errors(from_),
-        EventSubscriber(from_, stream, label, since=since, key=key, instance=begin.instance) as by,
+        EventSubscriber(
+            from_,
+            stream,
+            label,
+            kinds=kinds,
+            min_score=min_score,
+            since=since,
+            key=key,
+            instance=begin.instance,
+        ) as by,
         contextlib.closing(kept) if kept else contextlib.nullcontext(),
         _sink(jsonl, webhook, mqtt, exec_, resume, retry_s) as sink,
     ):
         _wait_for_engine(by, from_)
         if sink is None:
-            show_table(by, console(), until_idle)
+            show_table(by, console(), until_idle, finals=final)
         else:
             _say_what_cannot_resume(by, kept)
             sinks.run(by, sink, kept, until_idle)

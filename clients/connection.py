@@ -1,4 +1,4 @@
-"""A client's one connection: its ZeroMQ options, and waiting with a deadline.
+"""A client's one connection: its ZeroMQ options, and waiting, in a thread or in an event loop.
 
 ZeroMQ's own heartbeats stay off, as in the engine: in libzmq 4.3.5 they can abort a process that
 reads too slowly (docs/PROTOCOL.md, "Connections").
@@ -7,14 +7,21 @@ reads too slowly (docs/PROTOCOL.md, "Connections").
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import zmq
 
 from hrpro.engine.client_key import ClientKey, read_client_key
 
+if TYPE_CHECKING:
+    import asyncio
+
+Context = zmq.Context[zmq.Socket[bytes]]
 Key = Path | ClientKey | None
 
 KEEPALIVE_IDLE_S = 10
@@ -44,6 +51,43 @@ class Deadline:
         return time.monotonic() >= self.at_s
 
 
+class Line(Protocol):
+    """What carries a client's messages: a `Connection`, or one in memory (memory_line.py)."""
+
+    doubt: str
+    """What to add where the engine is silent."""
+
+    def receive(self) -> list[bytes] | None:
+        """The frames of the next message that has come, or None."""
+
+    def try_send(self, frames: list[bytes], /) -> bool:
+        """Whether the frames were handed over; False while there is no connection or no room."""
+
+    def subscribe(self, topic: bytes, /) -> None:
+        """Ask for the publications whose topic begins with this."""
+
+    def unsubscribe(self, topic: bytes, /) -> None:
+        """Take back what `subscribe` has asked for."""
+
+    def wait(self, until_s: float, for_room: bool = False, /) -> None:
+        """Returns when a message has come or at the monotonic time `until_s`.
+
+        With `for_room`, returns as well when something can be sent.
+        """
+
+    async def wait_async(self, until_s: float, for_room: bool = False, /) -> None:
+        """As `wait`, for one task at a time; returns at `wake`, too."""
+
+    def wake(self) -> None:
+        """Lets the task go on that is in `wait_async`."""
+
+    def close(self, linger_ms: int | None = None) -> None:
+        """Closes it; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
+
+    async def close_async(self) -> None:
+        """As `close`; the loop goes on."""
+
+
 class Connection:
     """One connected socket with a context of its own, so that closing it leaves nothing behind;
     or with one that is shared with others, and closed by who made it.
@@ -59,7 +103,7 @@ class Connection:
         address: str,
         options: Mapping[int, int | bytes],
         key: Key = None,
-        shared: zmq.Context[zmq.Socket[bytes]] | None = None,
+        shared: Context | None = None,
     ) -> None:
         if isinstance(key, Path):
             key = read_client_key(key)
@@ -68,6 +112,7 @@ class Connection:
         """What to add where the engine is silent: it does not answer who has no key of its."""
         context = shared or zmq.Context()
         self._own_context = None if shared else context
+        self._waiter: asyncio.Future[bool] | None = None
         self.socket = context.socket(kind)
         common: dict[int, int | bytes] = {
             zmq.TCP_KEEPALIVE: 1,
@@ -96,8 +141,31 @@ class Connection:
     def close(self, linger_ms: int | None = None) -> None:
         """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
         self.socket.close(linger_ms)
-        if self._own_context is not None:
-            self._own_context.term()
+        context = self._leave_context()
+        if context is not None:
+            context.term()
+
+    async def close_async(self) -> None:
+        """As `close`; the loop goes on."""
+        import asyncio
+
+        self.wake()
+        self.socket.close()
+        context = self._leave_context()
+        if context is not None:
+            await asyncio.to_thread(context.term)
+
+    def _leave_context(self) -> Context | None:
+        """The context, if it is for this connection to end it."""
+        return self._own_context
+
+    def subscribe(self, topic: bytes) -> None:
+        """Ask for the publications whose topic begins with this."""
+        self.socket.subscribe(topic)
+
+    def unsubscribe(self, topic: bytes) -> None:
+        """Take back what `subscribe` has asked for."""
+        self.socket.unsubscribe(topic)
 
     def receive(self) -> list[bytes] | None:
         """The frames of the next message that has come, or None."""
@@ -122,3 +190,107 @@ class Connection:
         events = zmq.POLLIN | (zmq.POLLOUT if for_room else 0)
         left_s = until_s - time.monotonic()
         self.socket.poll(None if left_s == math.inf else max(0, math.ceil(left_s * 1000)), events)
+
+    async def wait_async(self, until_s: float, for_room: bool = False) -> None:
+        """As `wait`, for one task at a time; returns at `wake`, too.
+
+        Needs a loop that can watch files, which Windows' default one cannot.
+        """
+        import asyncio
+
+        wanted = zmq.POLLIN | (zmq.POLLOUT if for_room else 0)
+        loop, socket = asyncio.get_running_loop(), self.socket
+        file = int(socket.get(zmq.FD))
+        # The file says that something has changed, and EVENTS what; asking makes it silent again.
+        while not socket.closed and not int(socket.get(zmq.EVENTS)) & wanted:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            waiter = self._waiter = loop.create_future()
+            timer = None if left_s == math.inf else loop.call_later(left_s, _set, waiter, False)
+            loop.add_reader(file, _set, waiter, False)
+            try:
+                if await waiter:
+                    return
+            finally:
+                self._waiter = None
+                loop.remove_reader(file)
+                if timer is not None:
+                    timer.cancel()
+
+    def wake(self) -> None:
+        """Lets the task go on that is in `wait_async`."""
+        if self._waiter is not None:
+            _set(self._waiter, True)
+
+
+def _set(waiter: asyncio.Future[bool], value: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(value)
+
+
+class _SharedContext:
+    """One ZeroMQ context for many connections, which goes with the last of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: Context | None = None
+        self._process = os.getpid()
+        self._users = 0
+
+    def enter(self) -> Context:
+        """The context, for one more connection."""
+        with self._lock:
+            if self._context is None or self._process != os.getpid():  # it is of no use to a fork
+                self._context, self._users, self._process = zmq.Context(), 0, os.getpid()
+                self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
+            self._users += 1
+            return self._context
+
+    def leave(self, context: Context) -> Context | None:
+        """One connection less; the context, if that was the last one and it is to be ended."""
+        with self._lock:
+            if context is not self._context:
+                return None
+            self._users -= 1
+            if self._users:
+                return None
+            self._context = None
+            return context
+
+
+_of_loops = _SharedContext()
+
+
+class LoopConnection(Connection):
+    """A connection of an event loop. A loop may have many: they share a context and with it one I/O
+    thread, where each context would take two threads and six files."""
+
+    def __init__(
+        self, kind: int, address: str, options: Mapping[int, int | bytes], key: Key = None
+    ) -> None:
+        key = read_client_key(key) if isinstance(key, Path) else key  # or it raises
+        self._shared: Context | None = _of_loops.enter()
+        super().__init__(kind, address, options, key, self._shared)
+
+    def _leave_context(self) -> Context | None:
+        shared, self._shared = self._shared, None  # once, however often it is closed
+        return None if shared is None else _of_loops.leave(shared)
+
+
+def open_line(
+    connection: type[Connection],
+    kind: int,
+    address: str,
+    options: Mapping[int, int | bytes],
+    key: Key = None,
+) -> Line:
+    """A line to an address: a connection, or one to an engine in memory (testing.py).
+
+    Raises KeyFileError and ZMQError.
+    """
+    if address.startswith("memory:"):
+        from hrpro.clients import testing
+
+        return testing.connect(address)
+    return connection(kind, address, options, key)

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.clients.connection import Key
-from hrpro.clients.feeder import FeatureFeeder
+from hrpro.clients.feeder import AsyncFeatureFeeder, FeatureFeeder
 from hrpro.engine.protocol import Ended, HrproError, NoReplyError, Policy
 from hrpro.engine.timebase import SnippetClock
 
-_LEAVE_TIMEOUT_S = 2.0
+LEAVE_TIMEOUT_S = 2.0
 
 _logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ def feed_sources(
                     key=key,
                 )
                 feeders[source.stream] = stack.enter_context(feeder)
-                _warn_of_resumption(feeder)
+                if feeder.welcome is not None and feeder.welcome.next_index > 0:
+                    warn_of_resumption(feeder, "continuing behind them")
             started_s = time.monotonic()
             for source, first in _in_turn(sources, chunk_snippets):
                 chunk = source.features[first : first + chunk_snippets]
@@ -131,7 +132,7 @@ def feed_sources(
                     progress(len(chunk))
                 if first + len(chunk) == len(source.features):
                     ended[source.stream] = feeders[source.stream].end()
-                    _warn_of_drops(feeders[source.stream])
+                    warn_of_drops(feeders[source.stream])
         except BaseException:
             _end_all(feeder for name, feeder in feeders.items() if name not in ended)
             raise
@@ -147,16 +148,19 @@ def _in_turn(sources: Sequence[Source], chunk_snippets: int) -> Iterator[tuple[S
                 yield source, first
 
 
-def _warn_of_resumption(feeder: FeatureFeeder) -> None:
-    if feeder.welcome is not None and feeder.welcome.next_index > 0:
-        _logger.warning(
-            "stream %r: the engine has %d snippets of it already; continuing behind them",
-            feeder.stream,
-            feeder.welcome.next_index,
-        )
+def warn_of_resumption(feeder: FeatureFeeder | AsyncFeatureFeeder, what: str) -> None:
+    """The engine has the stream already, of a feeder that was killed; say what becomes of it."""
+    assert feeder.welcome is not None
+    _logger.warning(
+        "stream %r: the engine has %d snippets of it already; %s",
+        feeder.stream,
+        feeder.welcome.next_index,
+        what,
+    )
 
 
-def _warn_of_drops(feeder: FeatureFeeder) -> None:
+def warn_of_drops(feeder: FeatureFeeder | AsyncFeatureFeeder) -> None:
+    """Say how many snippets there was no room for, if there were any."""
     if feeder.dropped:
         _logger.warning("stream %r: %d snippets dropped", feeder.stream, feeder.dropped)
 
@@ -165,7 +169,7 @@ def _end_all(feeders: Iterable[FeatureFeeder]) -> None:
     """End streams as far as the engine still answers."""
     for feeder in feeders:
         try:
-            feeder.end(timeout_s=_LEAVE_TIMEOUT_S)
+            feeder.end(timeout_s=LEAVE_TIMEOUT_S)
         except NoReplyError:
             return
         except HrproError:

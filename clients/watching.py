@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from hrpro.clients.subscriber import STREAMS_REMEMBERED, EventSubscriber
+from hrpro.clients.score_filter import STREAMS_REMEMBERED
+from hrpro.clients.subscriber import EventSubscriber
 from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, StreamNotice
 
 _POLL_S = 0.25  # how often the idle time is looked at
@@ -51,10 +52,14 @@ def to_json(
 
 
 def show_table(
-    subscriber: EventSubscriber, console: Console, until_idle_s: float | None = None
+    subscriber: EventSubscriber,
+    console: Console,
+    until_idle_s: float | None = None,
+    finals: bool = False,
 ) -> None:
-    """Show actions as they start, grow and end, until interrupted or idle."""
-    board = EventBoard()
+    """Show actions as they start, grow and end, or the newest final proposals, until interrupted or
+    idle."""
+    board = EventBoard(finals)
     with Live(board.table(), console=console, refresh_per_second=8) as live:
         instance = subscriber.instance
         for publication in publications(subscriber, until_idle_s):
@@ -92,13 +97,14 @@ def _cells(publication: Publication) -> tuple[str, ...]:
 
 
 class EventBoard:
-    """The newest actions of all streams, as a table.
+    """The newest actions of all streams as a table, or, with `finals`, the newest final proposals.
 
     An action is open for as long as its stream's session is: where the session's end or the next
     session is heard of, the action's own end was missed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finals: bool = False) -> None:
+        self._newest_finals = deque[FinalProposal](maxlen=_ROWS if finals else 0)
         self._actions: dict[tuple[str, int, int], ActionEvent] = {}
         self._sessions: OrderedDict[str, int] = OrderedDict()  # of the live streams
         self._finals = 0
@@ -117,6 +123,7 @@ class EventBoard:
                     del self._actions[old]
             case FinalProposal():
                 self._finals += 1
+                self._newest_finals.append(publication)
             case StreamNotice(kind="ended"):
                 self._forget(publication.stream)
 
@@ -148,7 +155,9 @@ class EventBoard:
         for name in ("stream", "action", "from", "to", "score", ""):
             table.add_column(name, justify="right" if name in {"from", "to", "score"} else "left")
         newest = list(reversed(self._actions.values()))
-        for action in sorted(newest, key=lambda each: each.is_last)[:_ROWS]:
+        actions = sorted(newest, key=lambda each: each.is_last)[:_ROWS]
+        shown: list[ActionEvent | FinalProposal] = [*actions, *reversed(self._newest_finals)]
+        for action in shown:
             table.add_row(
                 action.stream,
                 escape(action.label),
@@ -161,8 +170,10 @@ class EventBoard:
         return table
 
 
-def _state(action: ActionEvent) -> str:
+def _state(action: ActionEvent | FinalProposal) -> str:
     """What is shown of an action: one that is over has its last event still to come."""
+    if isinstance(action, FinalProposal):
+        return "final"
     match action.kind:
         case "end":
             return "ended"

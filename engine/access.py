@@ -30,7 +30,7 @@ MAX_TOPICS_IN_ALL = 200_000
 _BUCKETS = 1024
 BURST_S = 10
 
-_OF_STREAMS = (b"event/", b"final/", b"stream/")
+_OF_STREAMS = (b"event/", b"final/", b"stream/", b"scores/")
 _ID = rb"[A-Za-z0-9._:-]{1,64}"
 _OWN_TOPIC = re.compile(rb"welcome/" + _ID + rb"/|mark/.*", re.DOTALL)
 # Answers to one subscriber, about one stream or all.
@@ -141,10 +141,14 @@ def _said(frame: Frame, name: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """What of a subscription or its end is to be done for the connection that it came from."""
+    """What of a subscription or its end is to be done for the connection that it came from.
+
+    There are ``more`` subscriptions to the topic by it, refused ones among them: 1, -1 or 0.
+    """
 
     peer: str
     topic: bytes
+    more: int
     add: Collection[bytes] = ()
     remove: Collection[bytes] = ()
     refused: bool = False
@@ -302,12 +306,14 @@ class Access:
             )
 
     def subscription(self, first: Frame) -> Change:
-        """What to do about a message on events, where there are keys.
+        """What to do about a message on events; without keys ZeroMQ has done it.
 
         Raises Misuse for one that no subscriber sends, and bans the key.
         """
-        assert self.keyring is not None
-        content, connection = first.bytes, _said(first, "User-Id")
+        content = first.bytes
+        if self.keyring is None:
+            return Change("", content[1:], {b"\1": 1, b"\0": -1}.get(content[:1], 0))
+        connection = _said(first, "User-Id")
         public = connection.partition(" ")[2]
         record = self.keyring.clients.get(public)
         peer = str(Peer(b"", public, "", record))
@@ -316,17 +322,19 @@ class Access:
             raise Misuse(peer)
         topic = content[1:]
         if content[:1] == b"\0":
-            # Without a User-Id: the connection is gone, and ZeroMQ has ended all of it.
-            return Change(peer, topic, remove=self.subscriptions.remove(connection, topic))
+            if not connection:  # it is gone, and ZeroMQ has ended all of it
+                return Change(peer, topic, -1)
+            remove = self.subscriptions.remove(connection, topic)
+            return Change(peer, topic, -1 if remove else 0, remove=remove)
         permitted = permitted_topics(record, topic) if record is not None else ()
         if (
             self._asked_by_another(topic, public)
             or not permitted
             or not self.subscriptions.add(connection, topic, permitted)
         ):
-            return Change(peer, topic, refused=True)
+            return Change(peer, topic, 1, refused=True)
         sees = None if record is None or record.sees_all else record.may_see
-        return Change(peer, topic, add=permitted, sees=sees)
+        return Change(peer, topic, 1, add=permitted, sees=sees)
 
     def _asked_by_another(self, topic: bytes, public: str) -> bool:
         """Whether an answer on this topic is for another key, which may see more.

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Batcher, Job
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.incremental import Steps, StepScorer, most_in_a_call, runs_by_steps
-from hrpro.engine.inference import Backend, Inference, Windows
+from hrpro.engine.inference import Backend, Inference, Outputs, Windows
 from hrpro.engine.localizer import StreamLocalizer
 from hrpro.engine.publish import Publisher
 from hrpro.engine.windows import plan_windows
@@ -74,11 +73,12 @@ class Deployment:
             )
 
     @property
-    def no_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """P (1, C) and embedding (1, W) where nothing has been seen."""
-        widths = len(self.manifest.classes), self.manifest.embedding_width
-        scores, embedding = (np.zeros((1, width), dtype=np.float32) for width in widths)
-        return scores, embedding
+    def no_scores(self) -> Outputs:
+        """P (1, C), embedding (1, W) and attention (1,) where nothing has been seen."""
+        C, W = len(self.manifest.classes), self.manifest.embedding_width
+        shapes = (1, C), (1, W), (1,)
+        scores, embedding, attention = (np.zeros(shape, dtype=np.float32) for shape in shapes)
+        return scores, embedding, attention
 
     def new_localizer(self, first_index: int, next_action_id: int = 0) -> StreamLocalizer:
         """For a stream that begins, or goes on anew, with this snippet."""

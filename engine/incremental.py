@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.inference import Backend, Scored
+from hrpro.engine.inference import Backend, Outputs, Scored
 from hrpro.engine.settings import SettingsError
 from hrpro.engine.stream import Stream
 from hrpro.export.bundle import Manifest, StepLayout
 
 Floats = NDArray[np.float32]
-Stepped = tuple[Floats, Floats, list[Floats]]
+Stepped = tuple[Outputs, list[Floats]]
 
 _NOWHERE = -1
 # Slots so many times as far apart as those of a batch need be are still read as they lie.
@@ -47,8 +47,8 @@ class StepScorer(Backend, Protocol):
         state: Sequence[Floats],
     ) -> Stepped:
         """The n newest snippets (B, n, D), their flags after those of the past (B, history + n),
-        the arrival index (B,) of the first, and the state -> P (B, n, C) and embedding (B, n, W) of
-        the positions that are final by them, and what is new of the state."""
+        the arrival index (B,) of the first, and the state -> P (B, n, C), embedding (B, n, W) and
+        attention (B, n) of the positions that are final by them, and what is new of the state."""
         ...
 
 
@@ -111,10 +111,11 @@ class Pool(ABC):
         flags: NDArray[np.bool_],
         slots: NDArray[np.int64],
         arrival: NDArray[np.int64],
-    ) -> tuple[Floats, Floats]:
+    ) -> Outputs:
         """The n newest snippets (B, n, D) of streams, in ascending order of their slots (B,), the
-        flags (B, history + n) and the arrival index (B,) of the first -> P (B, n, C) and embedding
-        (B, n, W) of the positions that are final by them. What is new of the state is kept."""
+        flags (B, history + n) and the arrival index (B,) of the first -> P (B, n, C), embedding
+        (B, n, W) and attention (B, n) of the positions that are final by them. What is new of the
+        state is kept."""
 
     def _places(self, arrival: NDArray[np.int64], n: int) -> NDArray[np.int64]:
         """Rows of the rings for the snippets from ``arrival`` on, (B, min(n, capacity)): of more
@@ -162,16 +163,14 @@ class StatePool(Pool):
         flags: NDArray[np.bool_],
         slots: NDArray[np.int64],
         arrival: NDArray[np.int64],
-    ) -> tuple[Floats, Floats]:
+    ) -> Outputs:
         """See `Pool`."""
         first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
         if len(slots) < span <= _SPARSE * len(slots):
             return self._step_over_gaps(features, flags, slots, arrival, first, span)
-        scores, embedding, new = self._scorer.score_step(
-            features, flags, arrival, self.gather(slots)
-        )
+        outputs, new = self._scorer.score_step(features, flags, arrival, self.gather(slots))
         self.scatter(slots, arrival, new, flags)
-        return scores, embedding
+        return outputs
 
     def _step_over_gaps(
         self,
@@ -181,7 +180,7 @@ class StatePool(Pool):
         arrival: NDArray[np.int64],
         first: int,
         span: int,
-    ) -> tuple[Floats, Floats]:
+    ) -> Outputs:
         """With the few slots between them, of which nothing is kept: to compute these takes less
         time than to copy the states of all."""
         rows = slots - first
@@ -191,11 +190,12 @@ class StatePool(Pool):
             wide[rows] = values
             return wide
 
-        scores, embedding, new = self._scorer.score_step(
+        outputs, new = self._scorer.score_step(
             spread(features), spread(flags), spread(arrival), self.gather(np.arange(span) + first)
         )
         self.scatter(slots, arrival, [each[rows] for each in new], flags)
-        return scores[rows], embedding[rows]
+        scores, embedding, attention = outputs
+        return scores[rows], embedding[rows], attention[rows]
 
     def gather(self, slots: NDArray[np.int64]) -> list[Floats]:
         """The state (B, ...) of slots in ascending order; to be read only, until the next call."""
@@ -324,12 +324,13 @@ class Steps:
         def score() -> Scored:
             scored: Scored = []
             for batch in batches:
-                scores, embedding = self._step(pool, batch)
+                outputs = self._step(pool, batch)
                 for row, feed in enumerate(batch.feeds):
                     first = feed.start - self._delay  # the position of the first scores
                     for job in feed.jobs:
                         counted = slice(job.first - first, job.until - first)
-                        scored.append((job, scores[row, counted], embedding[row, counted]))
+                        scores, embedding, attention = (each[row, counted] for each in outputs)
+                        scored.append((job, scores, embedding, attention))
             return scored
 
         return score
@@ -356,7 +357,7 @@ class Steps:
             feed.jobs[0].stream.read_snippets(feed.start, features[row], here[row])
         return _Batch(feeds, features, here)
 
-    def _step(self, pool: Pool, batch: _Batch) -> tuple[Floats, Floats]:
+    def _step(self, pool: Pool, batch: _Batch) -> Outputs:
         slots = np.array([feed.slot for feed in batch.feeds], dtype=np.int64)
         arrival = np.array([feed.start for feed in batch.feeds], dtype=np.int64)
         for feed in batch.feeds:

@@ -25,8 +25,10 @@ from hrpro.engine.windows import WindowPlan
 from hrpro.engine.wire import HrproError
 
 Rows = NDArray[np.float32]
-# P (n, C) and embedding (n, W) of the snippets of each job; those of a stream are in order.
-Scored = list[tuple[Job, Rows, Rows]]
+# P (B, T, C), embedding (B, T, W) and attention (B, T) of windows, or of the positions of a step.
+Outputs = tuple[Rows, Rows, Rows]
+# The same of the n snippets of each job; those of a stream are in order.
+Scored = list[tuple[Job, Rows, Rows, Rows]]
 
 
 class BackendError(HrproError):
@@ -36,10 +38,9 @@ class BackendError(HrproError):
 class Backend(InstanceScorer, Protocol):
     """Where inference runs: both stages of a bundle."""
 
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W).
+    def score_snippets(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T).
 
         One on another machine raises BackendError, in a bounded time, and may be asked by several
         threads.
@@ -66,12 +67,11 @@ class Windows:
 
         def score() -> Scored:
             try:
-                scores, embedding = self._backend.score_snippets(features, valid)
+                outputs = self._backend.score_snippets(features, valid)
             finally:
                 self._unused.append(both)
             return [
-                (job, *stitch(job, *of_job))
-                for job, *of_job in zip(jobs, scores, embedding, strict=True)
+                (job, *stitch(job, *of_job)) for job, *of_job in zip(jobs, *outputs, strict=True)
             ]
 
         return score

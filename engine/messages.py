@@ -303,6 +303,45 @@ class Mark(Message):
 Publication = ActionEvent | FinalProposal | StreamNotice
 
 
+@dataclass(frozen=True, eq=False)
+class SnippetScores(Message):
+    """Scores of consecutive snippets from `first_index`, as they have become final.
+
+    `curves` is (n, 1 + C) float32, all in [0, 1]: the class-agnostic attention A, and for each of
+    the `classes` P = A * S, where S is the class activation sequence. They are no publication:
+    sent only to who has subscribed, and neither numbered nor logged. Compared by identity.
+    """
+
+    TYPE: ClassVar[str] = "scores"
+    stream: str = _wire(wire.stream_id)
+    session: int = _wire(wire.count)
+    first_index: int = _wire(wire.index)
+    frames_per_s: float = _wire(wire.positive_number)
+    snippet_frames: int = _wire(wire.size)
+    classes: tuple[str, ...] = _wire(wire.listing(wire.label))
+    bundle_id: str = _wire(wire.text(256))
+    curves: NDArray[np.float32] = _wire(lambda value: value)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width = 1 + len(self.classes)
+        if self.curves.ndim != 2 or self.curves.shape[1] != width or not len(self.curves):
+            raise ProtocolError(
+                f"scores of stream {self.stream!r}, snippet {self.first_index}: expected shape "
+                f"(n, {width}), came {self.curves.shape}"
+            )
+
+    @property
+    def attention(self) -> NDArray[np.float32]:
+        """A of each snippet, (n,)."""
+        return self.curves[:, 0]
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """P of each snippet and class, (n, C)."""
+        return self.curves[:, 1:]
+
+
 @dataclass(frozen=True)
 class Page(Message):
     """The answer to a subscription to `replay/{token}/{since}/{stream}/` or to
@@ -390,6 +429,7 @@ class StatusReply(Message):
     streams: tuple[dict[str, int | str | bool], ...] = _wire(wire.listing(wire.plain_map))
     counters: dict[str, int | str | bool] = _wire(wire.plain_map)
     waits_for: str | None = _wire(wire.optional(wire.text(MAX_ERROR_CHARACTERS)), None)
+    provider: str | None = _wire(wire.optional(wire.text(64)), None)
 
 
 @dataclass(frozen=True)

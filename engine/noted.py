@@ -10,8 +10,14 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.incremental import Floats, Pool, PoolKeeper, Stepped, StepScorer
-from hrpro.engine.inference import Backend
+from hrpro.engine.incremental import (
+    Floats,
+    Pool,
+    PoolKeeper,
+    Stepped,
+    StepScorer,
+)
+from hrpro.engine.inference import Backend, Outputs
 
 Stage = Literal["snippet", "instance"]
 # Of which stage, how many windows, streams or proposals, from when to when (monotonic seconds).
@@ -33,7 +39,7 @@ class NotedBackend:
         self._inner = inner
         self._note = note
 
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> Outputs:
         """See `hrpro.engine.inference.Backend`."""
         with _noted(self._note, "snippet", len(features)):
             return self._inner.score_snippets(features, valid)
@@ -84,7 +90,7 @@ class NotedPool(Pool):
         flags: NDArray[np.bool_],
         slots: NDArray[np.int64],
         arrival: NDArray[np.int64],
-    ) -> tuple[Floats, Floats]:
+    ) -> Outputs:
         """See `hrpro.engine.incremental.Pool`."""
         with _noted(self._note, "snippet", len(features)):
             return self._inner.step(features, flags, slots, arrival)

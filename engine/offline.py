@@ -19,7 +19,7 @@ def localize_recording(
 
     def score(piece: Floats) -> tuple[Floats, ...]:
         valid = np.ones((1, len(piece)), dtype=np.bool_)
-        return tuple(each[0] for each in backend.score_snippets(piece[None], valid))
+        return tuple(each[0] for each in backend.score_snippets(piece[None], valid)[:2])
 
     if manifest.exact:
         context, lookahead = manifest.context_snippets, manifest.lookahead_snippets

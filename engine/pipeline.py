@@ -9,13 +9,14 @@ backend on another machine answers in a later step: `wake` is called, in any thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
+from hrpro.engine.curves import Curves
 from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.inference import Scored
 from hrpro.engine.messages import NoticeKind, Policy, Publication
@@ -45,6 +46,7 @@ class Pipeline:
         self.streams: dict[str, Stream] = {}
         self.moved: set[str] = set()  # streams that were processed further; the server clears it
         self.is_durable = False  # whether streams outlive the engine, see `hrpro.engine.recovery`
+        self.curves = Curves()
         self.batches = 0  # inference calls
         self.snippets_scored = 0  # positions stitched, each of them once
         self.clock = manifest.clock
@@ -201,32 +203,35 @@ class Pipeline:
         return self.streams[stream]
 
     def _advance_all(self, scored: Scored) -> Iterator[Publication]:
-        """Scores (n, C) and embedding (n, W) of each job; those of a stream are in order. What
-        stage 2 is asked by streams side by side, it is asked in one call."""
-        by_stream: dict[Stream, list[tuple[Job, Rows, Rows]]] = {}
+        """What stage 1 gave for each job; those of a stream are in order. What stage 2 is asked by
+        streams side by side, it is asked in one call."""
+        by_stream: dict[Stream, Scored] = {}
         for each in scored:
             by_stream.setdefault(each[0].stream, []).append(each)
         advancing = [self._advance(parts) for parts in by_stream.values()]
         for published in together(advancing):
             yield from published
 
-    def _advance(self, parts: Sequence[tuple[Job, Rows, Rows]]) -> Asking[list[Publication]]:
+    def _advance(self, parts: Scored) -> Asking[list[Publication]]:
         """What comes of the next snippets of a stream, job by job."""
         published: list[Publication] = []
-        for job, scores, embedding in parts:
+        for job, *rows in parts:
             assert job.first == job.stream.processed, "the jobs of a stream are taken in order"
-            published += yield from self._advance_by(job.stream, scores, embedding)
+            published += yield from self._advance_by(job.stream, *rows)
         return published
 
     def _advance_by(
-        self, stream: Stream, scores: Rows, embedding: Rows
+        self, stream: Stream, scores: Rows, embedding: Rows, attention: Rows
     ) -> Asking[list[Publication]]:
         publisher, until = stream.deployment.publisher, stream.processed + len(scores)
         waits = stream.skips or stream.known_until < stream.next_index
         published: list[Publication] = [
             publisher.notice(stream, "gap", span) for span in stream.gaps_to(until)
         ]
-        decisions = yield from stream.advancing(scores, embedding)
+        first_index = stream.processed
+        decisions = yield from stream.advancing(scores, embedding, attention)
+        if self.curves.wanted(stream.stream):
+            self.curves.add(publisher.scores(stream, first_index, scores, attention))
         self.snippets_scored += len(scores)
         self.moved.add(stream.stream)
         if decisions:

@@ -5,7 +5,7 @@ socket and lets only those messages pass that belong there:
 
     feed      feeder -> engine   Hello  Chunk  Gap  End
               engine -> feeder   Welcome  Ack  Ended  Error
-    events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Mark
+    events    engine -> all      ActionEvent  FinalProposal  StreamNotice  Mark  SnippetScores
               engine -> one      Subscribed  Page
     control   client -> engine   StatusRequest  DrainRequest  DeployRequest  RollBackRequest
               engine -> client   StatusReply  DrainReply  DeployReply  Error
@@ -43,6 +43,7 @@ from hrpro.engine.messages import (
     Policy,
     Publication,
     RollBackRequest,
+    SnippetScores,
     StatusReply,
     StatusRequest,
     StreamNotice,
@@ -91,6 +92,7 @@ __all__ = [
     "ProtocolError",
     "Publication",
     "RollBackRequest",
+    "SnippetScores",
     "StatusReply",
     "StatusRequest",
     "StreamError",
@@ -122,11 +124,12 @@ M = TypeVar("M", bound=Message)
 _FEED: tuple[type[Hello | Chunk | Gap | End], ...] = (Hello, Chunk, Gap, End)
 _FEED_REPLY: tuple[type[Welcome | Ack | Ended | Error], ...] = (Welcome, Ack, Ended, Error)
 _PUBLICATIONS: tuple[type[Publication], ...] = (ActionEvent, FinalProposal, StreamNotice)
-_EVENTS: tuple[type[Publication | Subscribed | Mark | Page], ...] = (
+_EVENTS: tuple[type[Publication | Subscribed | Mark | Page | SnippetScores], ...] = (
     *_PUBLICATIONS,
     Subscribed,
     Mark,
     Page,
+    SnippetScores,
 )
 _CONTROL: tuple[type[ControlRequest], ...] = (
     StatusRequest,
@@ -140,7 +143,9 @@ _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, Deplo
 _SHAPE = wire.listing(wire.size)
 _LITTLE_ENDIAN = np.dtype("<f4")
 # What of a message are frames of their own.
-_IN_FRAMES = {"features", "publications"}
+_IN_FRAMES = {"features", "curves", "publications"}
+# Messages whose second frame is an array, and its name.
+_ARRAYS: dict[type[Message], str] = {Chunk: "features", SnippetScores: "curves"}
 # The fields in the header of each kind of message, and whether a peer has to give them.
 _FIELDS = {
     kind.TYPE: tuple(
@@ -156,24 +161,24 @@ def encode(message: Message, **given: object) -> list[bytes]:
     Fields that are ``given`` take the place of the message's own, and are not checked.
     """
     header: dict[str, object] = {"v": VERSION, "type": message.TYPE, **vars(message), **given}
-    if isinstance(message, Chunk):
-        del header["features"]
-        header |= {"dtype": "float32", "shape": message.features.shape}
-        return [wire.pack_header(header), message.features.astype("<f4", copy=False).tobytes()]
-    if isinstance(message, Page):
+    behind: list[bytes] = []
+    if (array_name := _ARRAYS.get(type(message))) is not None:
+        array: NDArray[np.float32] = header.pop(array_name)  # type: ignore[assignment]
+        header |= {"dtype": "float32", "shape": array.shape}
+        behind = [array.astype("<f4", copy=False).tobytes()]
+    elif isinstance(message, Page):
         del header["publications"]
+        behind = [encode(publication)[1] for publication in message.publications]
     topic = _topic(message) if isinstance(message, _EVENTS) else None
     frames = [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
-    if isinstance(message, Page):
-        frames += [encode(publication)[1] for publication in message.publications]
-    return frames
+    return frames + behind
 
 
 def _topic(message: Message) -> bytes | None:
     match message:
         case ActionEvent() | FinalProposal():
             return topic_prefix(message.TYPE, message.stream, message.label)
-        case StreamNotice():
+        case StreamNotice() | SnippetScores():
             return topic_prefix(message.TYPE, message.stream)
         case Subscribed():
             return topic_prefix("welcome", message.token)
@@ -230,7 +235,9 @@ def decode_control_reply(frames: Sequence[bytes]) -> ControlReply:
     return _decode(frames, _CONTROL_REPLY, MAX_REPLY_HEADER_BYTES)
 
 
-def decode_publication(frames: Sequence[bytes]) -> Publication | Subscribed | Mark | Page:
+def decode_publication(
+    frames: Sequence[bytes],
+) -> Publication | Subscribed | Mark | Page | SnippetScores:
     """What came to a subscriber: a topic and a header that agree."""
     message = _decode(frames[1:], _EVENTS, MAX_REPLY_HEADER_BYTES)
     if frames[0] != _topic(message):
@@ -267,10 +274,10 @@ def _decode(frames: Sequence[bytes], allowed: tuple[type[M], ...], longest_heade
     body: dict[str, Any] = {}
     if kind is Page:
         body["publications"] = tuple(decode_logged(frame) for frame in frames[1:])
-    elif len(frames) != (frame_count := 2 if kind is Chunk else 1):
+    elif len(frames) != (frame_count := 2 if kind in _ARRAYS else 1):
         raise ProtocolError(f"{name}: expected {frame_count} frames, came {len(frames)}")
-    elif kind is Chunk:
-        body["features"] = _features(header, frames[1])
+    elif kind in _ARRAYS:
+        body[_ARRAYS[kind]] = _array(name, header, frames[1])
     for field_name, is_required in _FIELDS[name]:
         if field_name in header:
             body[field_name] = header[field_name]
@@ -283,23 +290,23 @@ def _missing(field_name: str, message_name: str) -> ProtocolError:
     return ProtocolError(f"{message_name}: expected a field {field_name!r}, came none")
 
 
-def _features(header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
-    """The (n, D) features of a chunk's second frame, looked at only once its length fits."""
+def _array(name: str, header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
+    """The (n, D) values of a message's second frame, looked at only once its length fits."""
     for each in ("dtype", "shape"):
         if each not in header:
-            raise _missing(each, "chunk")
+            raise _missing(each, name)
     dtype = header["dtype"]
     if dtype != "float32":
         raise ProtocolError(
-            f"chunk.dtype: expected 'float32', came {wire.shown(dtype)}", "wrong_dtype"
+            f"{name}.dtype: expected 'float32', came {wire.shown(dtype)}", "wrong_dtype"
         )
-    shape = wire.checked("chunk.shape", _SHAPE, header["shape"])
+    shape = wire.checked(f"{name}.shape", _SHAPE, header["shape"])
     if len(shape) != 2:
-        raise ProtocolError(f"chunk.shape: expected [n, D], came {wire.shown(shape)}")
+        raise ProtocolError(f"{name}.shape: expected [n, D], came {wire.shown(shape)}")
     expected_bytes = shape[0] * shape[1] * 4
     if len(frame) != expected_bytes:
         raise ProtocolError(
-            f"chunk: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
+            f"{name}: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
         )
     return np.ndarray(shape, _LITTLE_ENDIAN, frame).astype(np.float32, copy=False)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.messages import (
     ActionEvent,
     FinalProposal,
     NoticeKind,
     Publication,
+    SnippetScores,
     StreamNotice,
 )
 from hrpro.engine.stream import Stream
@@ -22,7 +26,7 @@ class Publisher:
 
     def __init__(self, clock: SnippetClock, classes: Sequence[str], bundle_id: str) -> None:
         self._clock = clock
-        self._classes = classes
+        self._classes = tuple(classes)
         self._bundle_id = bundle_id
 
     def publish(
@@ -50,6 +54,25 @@ class Publisher:
             next_index=next_index,
             proposals=stream.proposals,
             events=stream.events,
+        )
+
+    def scores(
+        self,
+        stream: Stream,
+        first_index: int,
+        scores: NDArray[np.float32],
+        attention: NDArray[np.float32],
+    ) -> SnippetScores:
+        """P (n, C) and attention (n,) of the snippets from ``first_index`` on."""
+        return SnippetScores.known(
+            stream.stream,
+            stream.session,
+            first_index,
+            self._clock.frames_per_s,
+            self._clock.snippet_frames,
+            self._classes,
+            self._bundle_id,
+            np.column_stack([attention, scores]),
         )
 
     def _event(self, stream: Stream, change: ActionChange, newest_index: int) -> ActionEvent:

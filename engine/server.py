@@ -340,6 +340,8 @@ class Server:
         steps = self._pipeline.step() if not holds and self._pipeline.pending() else ()
         for publication in self._outbox.publish(steps, partial(save, self._pipeline)):
             self._on_published(publication)
+        for scores in self._pipeline.curves.take():
+            sockets.try_send(self._events, protocol.encode(scores))
         self._report_waiting()
 
     def _on_published(self, publication: Publication) -> None:
@@ -396,10 +398,9 @@ class Server:
         self._feeds.handle(peer, message)
 
     def _on_subscription(self, first: zmq.Frame, frames: list[bytes]) -> None:
-        change = None if self._keyring is None else self._subscribe(first)
-        if change is None:
-            self._outbox.answer(frames[0])
-        elif not change.refused:
+        change = self._subscribe(first)
+        self._pipeline.curves.subscribed(change.topic, change.more)
+        if not change.refused:
             self._outbox.answer(frames[0], change.sees)
 
     def _on_control(self, first: zmq.Frame, frames: list[bytes]) -> None:
@@ -441,7 +442,7 @@ class Server:
             # manual mode): another key's subscription to the one that sent it.
             _log.error("%s: sent what is no subscription; refused from now on", misuse)
             self._reopen_events()
-            return Change(str(misuse), first.bytes, refused=True)
+            return Change(str(misuse), first.bytes, 0, refused=True)
         for topic in change.add:
             self._events.set(zmq.SUBSCRIBE, topic)
         for topic in change.remove:
@@ -469,6 +470,7 @@ class Server:
         self._events = sockets.bind_again(self._events, self._bind_events)
         self._poller.register(self._events, zmq.POLLIN)
         self._outbox.send_on(self._events)
+        self._pipeline.curves.forget()
 
     # ---- bundles -------------------------------------------------------------------------------
 
@@ -527,6 +529,7 @@ class Server:
             tuple(stream_statuses(self._pipeline, self._feeds)),
             all_counters(self._pipeline, self.counters, self.refused),
             self._waits_for and self._waits_for[: protocol.MAX_ERROR_CHARACTERS],
+            self._pipeline.deployments.current.provider,
         )
 
     # ---- sending -------------------------------------------------------------------------------

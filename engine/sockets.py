@@ -94,14 +94,15 @@ def bind_publisher(
     max_frame_bytes: int,
     guard: Guard | None = None,
 ) -> zmq.Socket[bytes]:
-    """A bound XPUB that reads every subscription and drops for a subscriber that is too slow.
+    """A bound XPUB that reads every subscription, and the end of each, and drops for a subscriber
+    that is too slow.
 
     XPUB_NODROP stays off: one subscriber that does not read must not hold up the engine. It
     finds the gap in the sequence numbers. With a guard a subscription has no effect but what is
     set with SUBSCRIBE and UNSUBSCRIBE, which belong to the connection whose message was read last.
     """
     publisher = context.socket(zmq.XPUB)
-    publisher.set(zmq.XPUB_VERBOSE, 1)
+    publisher.set(zmq.XPUB_VERBOSER, 1)
     if guard is not None:
         publisher.set(zmq.XPUB_MANUAL, 1)
     return _bind(publisher, address, max_frame_bytes, EVENTS_TO_SEND, guard)

@@ -17,6 +17,7 @@ from hrpro.engine.wire import StreamError
 
 if TYPE_CHECKING:
     from hrpro.engine.deployment import Deployment
+    from hrpro.engine.inference import Outputs
 
 Rows = NDArray[np.float32]
 Span = tuple[int, int]
@@ -79,7 +80,7 @@ class Stream:
         self._gone_until = first_index  # no snippet from here on is given up
         self._gap_start: int | None = None  # of the gap that processing is in
         self._skip: Span | None = None  # dropped, to be passed over once processing is there
-        self._last_rows: tuple[Rows, Rows] | None = None
+        self._last_rows: Outputs | None = None
         self._known_gaps: list[Span] = []  # of before it was restored, where snippets come again
         self.needed_from: int | None = None
         """No snippet below is ever needed again; None where the engine is stateless."""
@@ -300,7 +301,8 @@ class Stream:
     def forget_embedding(self) -> None:
         """What comes from here on is embedded by another model, of ``deployment``."""
         if self._last_rows is not None:
-            self._last_rows = self._last_rows[0], self.deployment.no_scores[1]
+            scores, _, attention = self._last_rows
+            self._last_rows = scores, self.deployment.no_scores[1], attention
 
     def restart(self) -> None:
         """What comes from here on begins anew, but for what stage 1 sees and the ids."""
@@ -345,14 +347,16 @@ class Stream:
             until = self._skip[0]
         return 0 if until <= first else self._plan.windows(first, until)
 
-    def pass_over(self) -> tuple[Rows, Rows] | None:
-        """Scores P (n, C) and embedding (n, W) in the place of dropped snippets that are next, for
-        which none are computed: the last ones before them."""
+    def pass_over(self) -> Outputs | None:
+        """P (n, C), embedding (n, W) and attention (n,) in the place of dropped snippets that are
+        next, for which none are computed: the last ones before them."""
         if self._skip is None or self.processed < self._skip[0]:
             return None
         n = self._skip[1] - self.processed
-        scores, embedding = self._last_rows or self.deployment.no_scores
-        return np.repeat(scores, n, axis=0), np.repeat(embedding, n, axis=0)
+        scores, embedding, attention = (
+            np.repeat(each, n, axis=0) for each in self._last_rows or self.deployment.no_scores
+        )
+        return scores, embedding, attention
 
     def gaps_to(self, until: int) -> list[Span]:
         """The gaps that end between ``processed`` and this index."""
@@ -382,10 +386,10 @@ class Stream:
         start, self._gap_start = self._gap_start, None
         return [] if start is None else [(start, self.processed)]
 
-    def advancing(self, scores: Rows, embedding: Rows) -> Asking[list[Decision]]:
-        """Scores P (n, C) and embedding (n, W) of the next snippets are final."""
+    def advancing(self, scores: Rows, embedding: Rows, attention: Rows) -> Asking[list[Decision]]:
+        """Scores P (n, C), embedding (n, W) and attention (n,) of the next snippets are final."""
         decisions = yield from self.localizer.advancing(scores, embedding)
-        self._keep_last(scores[-1:], embedding[-1:])
+        self._keep_last(scores[-1:], embedding[-1:], attention[-1:])
         self.processed += len(scores)
         self.asked = max(self.asked, self.processed)
         if self._skip is not None and self._skip[1] <= self.processed:
@@ -394,13 +398,14 @@ class Stream:
             self._snippets.settle(self.send_until)
         return decisions
 
-    def _keep_last(self, scores: Rows, embedding: Rows) -> None:
+    def _keep_last(self, *rows: Rows) -> None:
         """By value: the rows are a part of all that came of a batch."""
         if self._last_rows is None:
-            self._last_rows = scores.copy(), embedding.copy()
-        else:
-            self._last_rows[0][:] = scores
-            self._last_rows[1][:] = embedding
+            scores, embedding, attention = rows
+            self._last_rows = scores.copy(), embedding.copy(), attention.copy()
+            return
+        for kept, row in zip(self._last_rows, rows, strict=True):
+            kept[:] = row
 
     def _error(self, code: str, index: int, text: str) -> StreamError:
         where = f"stream {self.stream!r}, snippet {index}"

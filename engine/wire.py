@@ -10,13 +10,15 @@
     +-- TrainingError           training.instance_stage  training cannot go on
     +-- RunError                training.run             no finished run (also a ValueError)
     +-- BundleError             export.bundle            no usable bundle (also a ValueError)
-    +-- ExportError             export.verify            the export computes something else
+    +-- ExportError             export.tracing           the export computes something else
+    +-- WeightsError            export.i3d               other weights (also a ValueError)
     +-- ProviderError           engine.backends.onnxruntime   no GPU where one was asked for
     +-- LogError                engine.event_reader      the event log cannot be used
     +-- DeployError             engine.deployment        a bundle that cannot take over
     +-- ReplayError             clients.subscriber       the engine cannot send events again
     +-- RecordingError          clients.recording        no recording (also a ValueError)
     +-- FeatureFileError        clients.feeding          no feature array (also a ValueError)
+    +-- ExtractorError          clients.cameras.manifest no feature extractor (also a ValueError)
     +-- EngineFailedError       clients.engine_process   an engine process that died
 
 `ProtocolError` and `StreamError` carry a `code`, one of `ERROR_CODES`: what is sent to the peer

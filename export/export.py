@@ -36,9 +36,9 @@ from hrpro.export.golden import write_golden
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph, export_step_graph
 from hrpro.export.precision import GOLDEN_TOLERANCES, convert
 from hrpro.export.step import StepModel
+from hrpro.export.tracing import ExportError
 from hrpro.export.verify import (
     Exactness,
-    ExportError,
     compare_graphs,
     golden_features,
     verify_graphs,

@@ -31,7 +31,7 @@ def write_golden(path: Path, backend: Backend, features: Floats) -> None:
     B, T, _ = features.shape
     valid = np.ones((B, T), dtype=np.bool_)
     valid[0, : T // 3] = False
-    scores, embedding = backend.score_snippets(features, valid)
+    scores, embedding, _ = backend.score_snippets(features, valid)
     random = np.random.default_rng(0)
     start = random.uniform(0, T, _PROPOSALS)
     borders = np.stack([start, start + random.uniform(0.5, 20, _PROPOSALS)], axis=1)
@@ -52,7 +52,7 @@ def check_golden(bundle: Bundle, backend: Backend) -> dict[str, float]:
     if bundle.golden is None:
         return {}
     with np.load(bundle.golden, allow_pickle=False) as golden:
-        scores, embedding = backend.score_snippets(golden["features"], golden["valid"])
+        scores, embedding, _ = backend.score_snippets(golden["features"], golden["valid"])
         completeness, refined, again = backend.score_instances(
             golden["stretch"], golden["proposals"]
         )

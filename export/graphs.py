@@ -15,27 +15,22 @@ snippet.onnx and step.onnx; ONNX Runtime computes their keys and values when it 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx.numpy_helper
-import onnxscript.optimizer
 import torch
 from torch import Tensor
 from torch.export import Dim
 
 from hrpro.export.step import StepModel
+from hrpro.export.tracing import save, trace
 from hrpro.training.instance import InstanceModel
 from hrpro.training.model import SnippetModel, SnippetOutput
 
-OPSET = 18
 SNIPPET_OUTPUTS = ("scores", "cas", "attention", "embedding")
 INSTANCE_OUTPUTS = ("completeness", "refined", "refined_completeness")
 PROTOTYPES = "prototypes"
-_ANY_SIZE = 2**40
 
 
 def export_snippet_graph(model: SnippetModel, path: Path) -> None:
@@ -44,14 +39,14 @@ def export_snippet_graph(model: SnippetModel, path: Path) -> None:
     features = torch.zeros(2, 11, model.feature_dim)
     valid = torch.ones(2, 11, dtype=torch.bool)
     batch, length = Dim("batch"), Dim("length")
-    graph = _trace(
+    graph = trace(
         _WithPrototypes(model),
         (features, valid, model.prototypes),
         inputs=("features", "valid", PROTOTYPES),
         outputs=SNIPPET_OUTPUTS,
         shapes=({0: batch, 1: length}, {0: batch, 1: length}, {}),
     )
-    _save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
+    save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
 
 
 def export_step_graph(step: StepModel, path: Path) -> None:
@@ -60,7 +55,7 @@ def export_step_graph(step: StepModel, path: Path) -> None:
     state = step.empty_state(2)
     names = step.state_names()
     batch, length = Dim("batch"), Dim("length")
-    graph = _trace(
+    graph = trace(
         step,
         (
             torch.zeros(2, 3, model.feature_dim),
@@ -79,7 +74,7 @@ def export_step_graph(step: StepModel, path: Path) -> None:
             {},
         ),
     )
-    _save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
+    save(_with_initializer(graph, PROTOTYPES, model.prototypes), path)
 
 
 def export_instance_graph(model: InstanceModel, width: int, path: Path) -> None:
@@ -88,14 +83,14 @@ def export_instance_graph(model: InstanceModel, width: int, path: Path) -> None:
     proposals = torch.tensor([[1.0, 4.0], [2.5, 9.0], [3.0, 11.5]])
     stretch = torch.tensor([[0, 12], [0, 12], [0, 12]])
     count = Dim("count")
-    graph = _trace(
+    graph = trace(
         model,
         (embedding, proposals, stretch),
         inputs=("features", "proposals", "stretch"),
         outputs=INSTANCE_OUTPUTS,
         shapes=({0: Dim("length")}, {0: count}, {0: count}),
     )
-    _save(graph, path)
+    save(graph, path)
 
 
 class _WithPrototypes(torch.nn.Module):
@@ -109,40 +104,6 @@ class _WithPrototypes(torch.nn.Module):
         return self.model.attend_to(features, valid, prototypes)
 
 
-def _trace(
-    model: torch.nn.Module,
-    arguments: tuple[Any, ...],
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    shapes: tuple[Any, ...],
-) -> onnx.ModelProto:
-    # The exporter prints its progress, and warns of its own internals.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model.eval(),
-                arguments,
-                input_names=inputs,
-                output_names=outputs,
-                opset_version=OPSET,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
-    assert program is not None
-    # The exporter leaves what becomes of large weights (a transposition) to the run time: int8
-    # needs the weights themselves. The prototypes are an input still, and stay what they are.
-    return onnxscript.optimizer.optimize(
-        program.model_proto, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE
-    )
-
-
 def _with_initializer(graph: onnx.ModelProto, name: str, value: Tensor) -> onnx.ModelProto:
     """Turn the graph's input ``name`` into an initializer."""
     inputs = [each for each in graph.graph.input if each.name != name]
@@ -151,8 +112,3 @@ def _with_initializer(graph: onnx.ModelProto, name: str, value: Tensor) -> onnx.
     array = value.detach().numpy()
     graph.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return graph
-
-
-def _save(graph: onnx.ModelProto, path: Path) -> None:
-    onnx.checker.check_model(graph, full_check=True)
-    onnx.save(graph, path)

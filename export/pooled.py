@@ -3,7 +3,7 @@
     features (B, n, D), valid (B, history + n), arrival (B,), as for step.onnx,
     slots (B,) of these streams, fresh (B,) where one begins, places (B, min(n, capacity)) of the
     newest rows in the rings, and for each part of the state pool/NAME (slots, ...)
-    -> scores (B, n, C), embedding (B, n, W), and for each part pool/new_NAME
+    -> scores (B, n, C), embedding (B, n, W), attention (B, n), and for each part pool/new_NAME
 
 A pool is bound to its input and to its output. ONNX Runtime's ScatterND does not copy where these
 are the same memory, on the CPU as on CUDA (core/providers/*/tensor/scatter_nd.cc): then a step
@@ -20,6 +20,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from hrpro.export.bundle import StepLayout
 
+# Outputs for the host.
+_KEPT = ("scores", "embedding", "attention")
 _TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -132,7 +134,7 @@ def _constants(layout: StepLayout) -> list[TensorProto]:
 def _describe(graph: onnx.GraphProto, layout: StepLayout, half: bool) -> None:
     """Inputs and outputs in place of those of a step."""
     inputs = [each for each in graph.input if each.name not in layout.state]
-    outputs = [each for each in graph.output if each.name in ("scores", "embedding")]
+    outputs = [each for each in graph.output if each.name in _KEPT]
     describe = helper.make_tensor_value_info
     inputs.append(describe("slots", TensorProto.INT64, ["batch"]))
     inputs.append(describe("fresh", TensorProto.BOOL, ["batch"]))

@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 
 import onnxruntime
 
-from hrpro.engine.backends.onnxruntime import CPU_PROVIDER
+from hrpro.engine.backends.session import CPU_PROVIDER
 from hrpro.export.bundle import MANIFEST, Bundle, BundleError, Manifest, replaced_folder
 
 Backend = Literal["onnxruntime", "python"]

@@ -20,11 +20,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, StepLayout
 from hrpro.export.graphs import SNIPPET_OUTPUTS
 from hrpro.export.step import StepModel
 from hrpro.export.steps import Floats, Step, onnx_step, run_steps
+from hrpro.export.tracing import ExportError
 from hrpro.training.train import TrainedModel
 
 # Largest absolute difference. P, S, A and completeness are in [0, 1], borders in snippets.
@@ -45,10 +45,6 @@ _OF_SNIPPETS = ("scores", "embedding")
 
 # Windows (B, T, D), validity (B, T) -> the outputs, one window after the other: (B * T, ...).
 Scorer = Callable[[Floats, NDArray[np.bool_]], list[Floats]]
-
-
-class ExportError(HrproError):
-    """An exported graph that does not compute what the trained model computes."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -77,11 +79,28 @@ def one_line(stderr: str) -> str:
     return lines[0].removeprefix("hrpro: ")
 
 
-def command_lines(document: Path) -> list[str]:
+def command_lines(document: Path, section: str = "") -> list[str]:
     """The `hrpro` command lines of a document's indented blocks, each in one line."""
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)  # what commands say
+    if section:
+        text = re.split(rf"^## {re.escape(section)}\n", text, flags=re.MULTILINE)[1]
+        text = text.split("\n## ")[0]
     indented = (line.strip() for line in text.splitlines() if line.startswith("    "))
     return [line for line in indented if line.startswith("hrpro ")]
+
+
+def words_of(line: str) -> list[str]:
+    """A command line's words behind `hrpro`, as a shell hands them over."""
+    words = shlex.split(line, comments=True)[1:]
+    return words[: words.index(">")] if ">" in words else words
+
+
+def program(document: Path, name: str) -> str:
+    """The python program that a document marks with a name."""
+    pattern = rf"<!-- example: {name} -->\n```python\n(.*?)```\n"
+    (found,) = re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)
+    return str(found)
 
 
 @dataclass(frozen=True)

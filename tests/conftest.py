@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from hrpro.export.bundle import Bundle
 
 
+# Begun first, so that none of them is left to one worker at the end: each takes a minute or more.
+LONG_FILES = ("test_accuracy", "test_chaos", "test_recovery", "test_first_camera", "test_dashboard")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))  # else as they stand
+
+
 def pytest_configure() -> None:
     # The workers of pytest-xdist ignore Ctrl-C, and so would the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -57,6 +57,12 @@ def reweighted_bundle(source: Path, target: Path, seed: int) -> Bundle:
     return _described(target, {})
 
 
+def rewritten_bundle(source: Path, target: Path, changes: dict[str, object]) -> Bundle:
+    """The same graphs under a manifest that says something else."""
+    shutil.copytree(source, target)
+    return _described(target, changes)
+
+
 def widened_bundle(source: Path, target: Path) -> Bundle:
     """The same model with each feature of its embedding twice, of which stage 2 reads one."""
     shutil.copytree(source, target)

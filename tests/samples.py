@@ -29,6 +29,7 @@ from hrpro.engine.protocol import (
     Message,
     Page,
     RollBackRequest,
+    SnippetScores,
     StatusReply,
     StatusRequest,
     StreamNotice,
@@ -39,6 +40,7 @@ from hrpro.engine.protocol import (
 Decoder = Callable[[list[bytes]], Message]
 
 FEATURES = np.array([[0.0, 1.0, -2.5], [0.25, 3.0, 1e-3]], np.float32)
+CURVES = np.array([[0.75, 0.5, 0.0], [1.0, 0.875, 0.125]], np.float32)
 NOTICE = StreamNotice("cam1", 1, 69, "ended", 0, 1843, 17, 51, 40_013, 40_012)
 SAMPLES: dict[str, Message] = {
     "hello": Hello("cam1", 2048, 25.0, 16, 0),
@@ -101,6 +103,9 @@ SAMPLES: dict[str, Message] = {
         40_009,
     ),
     "stream": NOTICE,
+    "scores": SnippetScores(
+        "cam1", 1, 1841, 25.0, 16, ("Long Jump", "Pole Vault"), "thumos-1f3a", CURVES
+    ),
     "subscribed": Subscribed("1f2e3d4c", "00112233aabbccdd", 40_012),
     "mark": Mark("00112233aabbccdd", 40_012),
     "page": Page("5a6b7c8d", 40_010, "cam1", 40_013, 17_001, 40_013, (NOTICE,)),
@@ -113,6 +118,8 @@ SAMPLES: dict[str, Message] = {
         "serving",
         ({"stream": "cam1", "session": 1, "next_index": 1843, "fed_by": True},),
         {"snippets_in": 1843, "proposals": 17},
+        None,
+        "cpu",
     ),
     "deploy": DeployRequest("/bundles/thumos-1f3a", ("cam1",)),
     "roll_back": RollBackRequest(),
@@ -135,6 +142,7 @@ DECODERS: dict[type[Message], Decoder] = {
     Subscribed: protocol.decode_publication,
     Mark: protocol.decode_publication,
     Page: protocol.decode_publication,
+    SnippetScores: protocol.decode_publication,
     StatusRequest: protocol.decode_control,
     DrainRequest: protocol.decode_control,
     DeployRequest: protocol.decode_control,
@@ -153,6 +161,9 @@ def same(left: Message, right: Message) -> bool:
     if isinstance(left, Chunk) and isinstance(right, Chunk):
         place = (left.stream, left.first_index) == (right.stream, right.first_index)
         return place and np.array_equal(left.features, right.features, equal_nan=True)
+    if isinstance(left, SnippetScores) and isinstance(right, SnippetScores):
+        place = (left.stream, left.first_index) == (right.stream, right.first_index)
+        return place and np.array_equal(left.curves, right.curves, equal_nan=True)
     return left == right
 
 

@@ -24,6 +24,7 @@ from hrpro.engine.config import EngineConfig, LimitsConfig
 from hrpro.engine.deployer import Deployer
 from hrpro.engine.deployment import DeployError, Deployment
 from hrpro.engine.event_log import EventLog
+from hrpro.engine.inference import Outputs
 from hrpro.engine.keys import Keyring
 from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
@@ -42,13 +43,11 @@ PATIENCE_S = 10.0
 
 
 class TinyBackend:
-    """Both scores of a snippet are its first feature."""
+    """Both scores of a snippet are its first feature, its attention the second."""
 
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def score_snippets(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
         first = features[:, :, :1]
-        return np.repeat(first, 2, axis=2), first
+        return np.repeat(first, 2, axis=2), first, features[:, :, 1]
 
     def score_instances(self, *_: object) -> NoReturn:
         raise AssertionError("there is no stage 2")

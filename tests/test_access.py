@@ -51,7 +51,7 @@ CAMS = record("cam*", "door")
     ("key", "topic", "permitted"),
     [
         # Everything, narrowed to each kind and pattern.
-        (CAM1, b"", [b"event/cam1/", b"final/cam1/", b"stream/cam1/", b"mark/"]),
+        (CAM1, b"", [b"event/cam1/", b"final/cam1/", b"stream/cam1/", b"scores/cam1/", b"mark/"]),
         (CAMS, b"final/", [b"final/cam", b"final/door/"]),
         (CAMS, b"e", [b"event/cam", b"event/door/"]),
         # Prefixes of ids: never more than the id, and nothing of another one.

@@ -14,6 +14,7 @@ from tiny_model import CONTEXT, DIM, LOOKAHEAD
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.bare import BareSteps, BareWindows, new_bare
 from hrpro.engine.incremental import Floats, Stepped
+from hrpro.engine.inference import Outputs
 from hrpro.export.bundle import Bundle
 
 
@@ -25,10 +26,11 @@ class Remembering:
         self.features = self.scores = np.zeros(0, np.float32)
         self._inner = inner
 
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> Outputs:
         self.features = features.copy()
-        self.scores, embedding = self._inner.score_snippets(features, valid)
-        return self.scores, embedding
+        outputs = self._inner.score_snippets(features, valid)
+        self.scores = outputs[0]
+        return outputs
 
     def score_step(
         self,
@@ -39,7 +41,7 @@ class Remembering:
     ) -> Stepped:
         self.features = features.copy()
         stepped = self._inner.score_step(features, valid, arrival, state)
-        self.scores = stepped[0]
+        self.scores = stepped[0][0]
         return stepped
 
 
@@ -57,7 +59,7 @@ def test_steps_go_on_from_what_was_kept(
         bare.run(3)
     assert remembering.features.shape == (3, hop, DIM)
     window = np.tile(remembering.features, (1, steps, 1))
-    scores, _ = backend.score_snippets(window, np.ones(window.shape[:2], np.bool_))
+    scores, _, _ = backend.score_snippets(window, np.ones(window.shape[:2], np.bool_))
     final = slice(scores.shape[1] - LOOKAHEAD - hop, scores.shape[1] - LOOKAHEAD)
     np.testing.assert_allclose(remembering.scores, scores[:, final], atol=1e-5)
     assert len(np.unique(remembering.scores)) > 1

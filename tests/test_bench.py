@@ -141,7 +141,7 @@ def test_material_has_quiet_and_loud_stretches(bundle: Bundle, backend: OnnxRunt
         recording = material(bundle, backend, quiet_share, 600)
         assert recording.shape == (600, bundle.manifest.feature_dim)
         assert recording.dtype == np.float32
-        scores, _ = backend.score_snippets(recording[None], np.ones((1, 600), dtype=np.bool_))
+        scores, _, _ = backend.score_snippets(recording[None], np.ones((1, 600), dtype=np.bool_))
         highest = scores[0].max(axis=1)
         shares.append(float(np.mean(highest > 0.5 * highest.max())))
     assert shares[0] < 0.35 < 0.65 < shares[1]

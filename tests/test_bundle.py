@@ -37,7 +37,8 @@ from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
 from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.precision import GOLDEN_TOLERANCES
-from hrpro.export.verify import ExportError, compare_graphs
+from hrpro.export.tracing import ExportError
+from hrpro.export.verify import compare_graphs
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -187,8 +187,8 @@ TRAINING: dict[str, tuple[Damage, str]] = {
         r"classes\.txt: expected text in UTF-8",
     ),
     "behind-the-end": (
-        points(*WHOLE, "run,two,64"),
-        r"p\.csv, line 4: recording 'two': the point at frame 64 \(snippet 4\) lies outside the "
+        points(*WHOLE, "run,two,80"),
+        r"p\.csv, line 4: recording 'two': the point at frame 80 \(snippet 5\) lies outside the "
         r"recording, which has the snippets 0 to 3",
     ),
     "before-the-start": (points(*WHOLE, "run,two,-1"), r"line 4: recording 'two': .*frame -1 "),

@@ -67,7 +67,7 @@ class Loaded:
     def whole(self, features: Floats) -> tuple[Floats, Floats]:
         """Scores and embedding of a recording in one piece."""
         valid = np.ones((1, len(features)), np.bool_)
-        scores, embedding = self.backend.score_snippets(features[None], valid)
+        scores, embedding, _ = self.backend.score_snippets(features[None], valid)
         return scores[0], embedding[0]
 
 

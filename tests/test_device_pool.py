@@ -27,7 +27,8 @@ from tiny_model import (
 from hrpro.clients.bench_memory import resident_bytes
 from hrpro.engine.backends import device_pool
 from hrpro.engine.backends.device_pool import DevicePool, PooledSession
-from hrpro.engine.backends.onnxruntime import CPU_PROVIDER, InstanceStage, OnnxRuntimeBackend
+from hrpro.engine.backends.onnxruntime import InstanceStage, OnnxRuntimeBackend
+from hrpro.engine.backends.session import CPU_PROVIDER
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.incremental import Floats, Pool, Stepped, new_pool, runs_by_steps
@@ -81,22 +82,22 @@ class Streams:
     arrival: NDArray[np.int64] = field(default_factory=lambda: np.zeros(SLOTS, np.int64))
 
     def step(self, pools: list[Pool], slots: list[int], n: int, begin: bool) -> list[Floats]:
-        """The next n snippets of these slots, a third of which are missing; the scores by pool."""
+        """The next n snippets of these slots, a third of which are missing; all outputs by pool."""
         own = np.array(slots)
         if begin:
             self.arrival[own] = self.random.integers(0, 1000, len(own))
         features = self.random.standard_normal((len(own), n, DIM)).astype(np.float32)
         new = self.random.random((len(own), n)) < 2 / 3
-        scores = []
+        outputs = []
         for pool in pools:
             if begin:
                 for slot in slots:
                     pool.reset(slot)
             flags = np.concatenate([pool.flags(own), new], axis=1)
-            outputs = pool.step(features, flags, own, self.arrival[own])
-            scores.append(np.concatenate(outputs, axis=-1))
+            scores, embedding, attention = pool.step(features, flags, own, self.arrival[own])
+            outputs.append(np.concatenate([scores, embedding, attention[..., None]], axis=-1))
         self.arrival[own] += n
-        return scores
+        return outputs
 
 
 # Which slots, how many snippets (the rings hold 7), whether these streams begin.
@@ -151,7 +152,7 @@ def test_results_are_not_written_over(session: PooledSession) -> None:
     streams = Streams(np.random.default_rng(0))
     features = np.ones((1, 3, DIM), np.float32)
     flags, slot = np.ones((1, pool.flags(np.array([0])).shape[1] + 3), np.bool_), np.array([0])
-    first, _ = pool.step(features, flags, slot, np.array([0]))
+    first, _, _ = pool.step(features, flags, slot, np.array([0]))
     copy = first.copy()
     streams.step([pool], [0], 3, begin=False)
     np.testing.assert_array_equal(first, copy)

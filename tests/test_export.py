@@ -31,10 +31,10 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.export import export, verify
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, replaced_folder
+from hrpro.export.tracing import ExportError
 from hrpro.export.verify import (
     TOLERANCES,
     Exactness,
-    ExportError,
     torch_instances,
     verify_graphs,
 )
@@ -106,7 +106,7 @@ def test_the_graphs_compute_what_the_model_does(bundle: Bundle, model: TrainedMo
     backend = OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
     features = tiny_recording(33)
     expected = snippet_scores(model.snippet, features)
-    scores, embedding = backend.score_snippets(features[None], np.ones((1, 33), np.bool_))
+    scores, embedding, _ = backend.score_snippets(features[None], np.ones((1, 33), np.bool_))
     np.testing.assert_allclose(scores[0], expected.scores, atol=1e-5)
     np.testing.assert_allclose(embedding[0], expected.embedding, atol=1e-5)
     for proposals in (np.zeros((0, 2)), [[-2.0, 3.5]], [[4.0, 9.0], [30.0, 40.0], [1.0, 1.5]]):

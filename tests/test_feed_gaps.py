@@ -431,8 +431,8 @@ def test_what_is_lost_on_the_way_is_sent_again_when_the_engine_says_so() -> None
     with serving(pipeline) as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
         feeder.send(rows(0, 4))
         feeder.flush()
-        feeder._keep(rows(4, 5)[0])
-        feeder._sent = 5  # as if it had been lost with a connection
+        feeder._talk.give(rows(4, 5))
+        feeder._talk.sent = 5  # as if it had been lost with a connection
         feeder.send(rows(5, 8))
         assert feeder.end() == Ended("cam", 8, 8, 8)
     assert sorted(pipeline.received["cam"]) == [(at, at + 1.0) for at in range(8)]
@@ -443,13 +443,12 @@ def test_what_is_missing_is_sent_again_once() -> None:
     with serving() as server, FeatureFeeder(server.feed_address, "cam", 2) as feeder:
         feeder.send(rows(0, 8))
         feeder.flush()
-        feeder._keep(rows(8, 9)[0])
-        feeder._keep(rows(9, 10)[0])
-        feeder._sent = 10
+        feeder._talk.give(rows(8, 10))
+        feeder._talk.sent = 10
         for expected in (8, 10):
-            feeder._on_ack(Ack("cam", 8, 24, 9))
-            assert feeder._sent == expected
-            feeder._sent = 10
+            feeder._talk._on_ack(Ack("cam", 8, 24, 9))
+            assert feeder._talk.sent == expected
+            feeder._talk.sent = 10
 
 
 @pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
@@ -488,8 +487,8 @@ def test_while_the_engine_is_away_a_camera_keeps_no_more_than_its_buffer(policy:
     with feeder:
         for at in range(2, 60):
             feeder.send(rows(at, at + 1))
-            assert len(feeder._kept) <= 16 + 5  # the credit that it had, and its buffer
-            assert len(feeder._dropped) <= 1
+            assert len(feeder._talk.kept) <= 16 + 5  # the credit that it had, and its buffer
+            assert len(feeder._talk.kept._dropped) <= 1
         with serving(again, feed=address):
             assert feeder.end().next_index == 60
     assert len(again.received["cam"]) == 60 - 2 - feeder.dropped

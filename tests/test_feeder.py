@@ -75,11 +75,11 @@ def test_only_as_much_is_kept_as_a_restarted_engine_needs() -> None:
     with serving() as server, feeder_to(server.feed_address) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
-        assert (feeder.lag, len(feeder._kept)) == (0, 16 + 4 + 2 + 1)
+        assert (feeder.lag, len(feeder._talk.kept)) == (0, 16 + 4 + 2 + 1)
     with serving() as server, feeder_to(server.feed_address, history_snippets=0) as feeder:
         feeder.send(rows(0, 500))
         feeder.flush()
-        assert (feeder.lag, len(feeder._kept)) == (0, 0)
+        assert (feeder.lag, len(feeder._talk.kept)) == (0, 0)
 
 
 def test_a_stream_may_begin_anywhere() -> None:
@@ -281,6 +281,31 @@ def test_a_line_that_is_lost_is_given_up_for_another() -> None:
         feeder.send(rows(4, 12))
         feeder.flush()
     assert pipeline.received["cam"] == expected(0, 12)
+
+
+class StalledPipeline(TinyPipeline):
+    """Stands still for once, and the engine with it."""
+
+    stall_s = 0.0
+
+    def step(self) -> Iterator[Publication]:
+        stall_s, self.stall_s = self.stall_s, 0.0
+        time.sleep(stall_s)
+        return super().step()
+
+
+def test_an_engine_that_stood_still_reads_the_old_lines_after_the_new_one() -> None:
+    """The Hellos that waited there take the stream from the newest one: no other feeder has."""
+    for _ in range(5):
+        pipeline = StalledPipeline()
+        with serving(pipeline) as server, feeder_to(server.feed_address, retry_s=0.05) as feeder:
+            feeder.send(rows(0, 8))
+            feeder.flush()
+            pipeline.stall_s = 0.5
+            for first in range(8, 80, 8):
+                feeder.send(rows(first, first + 8))
+            assert feeder.end().next_index == 80
+        assert sorted(pipeline.received["cam"]) == expected(0, 80)
 
 
 def test_a_connection_that_is_cut_while_the_end_is_awaited() -> None:

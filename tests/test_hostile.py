@@ -94,7 +94,7 @@ def test_a_peer_under_the_name_of_another_takes_nothing_from_it() -> None:
         serving(pipeline) as server,
         FeatureFeeder(server.feed_address, "good", DIM, CLOCK, retry_s=0.2) as feeder,
     ):
-        name = feeder._connection.socket.get(zmq.ROUTING_ID)
+        name = feeder._line.socket.get(zmq.ROUTING_ID)
         for first in range(0, 12, 4):
             feeder.send(rows(first, first + 2))
             with thief(server.feed_address, name):

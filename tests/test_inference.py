@@ -14,7 +14,7 @@ from tiny_model import tiny_recording
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig, TritonConfig
 from hrpro.engine.deployment import Deployment
-from hrpro.engine.inference import BackendError
+from hrpro.engine.inference import BackendError, Outputs
 from hrpro.export.bundle import Bundle, Manifest
 
 
@@ -29,7 +29,7 @@ class Elsewhere:
         self._backend = backend
         self.score_instances = backend.score_instances
 
-    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    def score_snippets(self, features: Floats, valid: NDArray[np.bool_]) -> Outputs:
         self.calls.append(len(features))
         assert self.gate.wait(PATIENCE_S)
         if self.failures:

@@ -60,7 +60,7 @@ def changed_header(name: str, **changes: Any) -> list[bytes]:
 def test_each_missing_field_is_named() -> None:
     for name, message in SAMPLES.items():
         for field in dataclasses.fields(message):
-            wire_name = "shape" if field.name == "features" else field.name
+            wire_name = "shape" if field.name in ("features", "curves") else field.name
             if field.default is not dataclasses.MISSING or field.name == "publications":
                 continue
             with pytest.raises(ProtocolError, match=f"expected a field '{wire_name}', came none"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,9 @@ from commands import (
     engine,
     environment,
     hrpro,
+    program,
     published_in_process,
+    words_of,
 )
 from driving import finals
 from tiny_model import tiny_recording
@@ -36,13 +37,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def example(name: str) -> str:
-    """The python program that README marks with a name."""
-    pattern = rf"<!-- example: {name} -->\n```python\n(.*?)```\n"
-    (program,) = re.findall(pattern, README.read_text(encoding="utf-8"), re.DOTALL)
-    return str(program)
 
 
 def commands() -> list[str]:
@@ -64,8 +58,8 @@ def test_the_examples_run_as_they_stand(bundle: Bundle, served: Engine, tmp_path
     np.save(tmp_path / "recording.npy", recording)
     programs = {}
     for name in ("feeder", "subscriber"):
-        program = example(name).replace("tcp://127.0.0.1:5555", served.feed)
-        programs[name] = program.replace("tcp://127.0.0.1:5556", served.events)
+        text = program(README, name).replace("tcp://127.0.0.1:5555", served.feed)
+        programs[name] = text.replace("tcp://127.0.0.1:5556", served.events)
     connected = "subscriber.wait_connected()"
     assert programs["subscriber"].count(connected) == 1
     # The only change: the feeder must not begin before the subscriber says so.
@@ -115,7 +109,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_a_command_line_of_the_readme_is_one(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = words_of(line)
     command = get_command(app)
     while hasattr(command, "commands"):  # a group, such as `hrpro feed`
         assert words[0] in command.commands, line

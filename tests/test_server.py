@@ -260,6 +260,7 @@ def test_status() -> None:
                 "subscriptions_refused": 0,
             },
             "waits_for": None,
+            "provider": "cpu",
         }
 
 

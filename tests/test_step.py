@@ -20,7 +20,8 @@ from tiny_model import CONTEXT, LOOKAHEAD, tiny_config, tiny_model, tiny_recordi
 from hrpro.export.bundle import Bundle, StepLayout
 from hrpro.export.step import StepModel
 from hrpro.export.steps import Flags, Floats, Step, onnx_step, run_steps
-from hrpro.export.verify import Exactness, ExportError, compare_graphs, verify_graphs
+from hrpro.export.tracing import ExportError
+from hrpro.export.verify import Exactness, compare_graphs, verify_graphs
 from hrpro.training.config import ModelConfig
 from hrpro.training.model import SnippetModel
 

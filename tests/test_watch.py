@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import (
     PATIENCE_S,
@@ -21,6 +22,7 @@ from commands import (
     Trained,
     engine,
     environment,
+    hrpro,
     published_in_process,
     read_json_lines,
     running,
@@ -28,10 +30,12 @@ from commands import (
 )
 from driving import assert_same
 from rich.console import Console
+from serving import serving
 
 from hrpro.clients import FeatureFeeder
 from hrpro.clients.feeding import Source, feed_sources
 from hrpro.clients.watching import EventBoard, show_table
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.timebase import SnippetClock
 
@@ -139,6 +143,31 @@ def test_one_label(trained: Trained, served: Engine, tmp_path: Path) -> None:
         assert_same(got[name], wanted)
 
 
+def test_scores_and_final_proposals(tmp_path: Path) -> None:
+    """Of a log, whose scores are those of the snippets: 0.25, 0.5, 0.75 and 1."""
+    features = np.repeat(np.linspace(0.25, 1, 4, dtype=np.float32)[:, None], 2, axis=1)
+    with EventLog(tmp_path / "state") as log, serving(log=log) as server:
+        with FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+            feeder.send(features)
+            feeder.end()
+        said = {}
+        for options in ((), ("--min-score", 0.5), ("--final",), ("--final", "--min-score", 0.75)):
+            file = tmp_path / "written.jsonl"
+            hrpro("watch", "--from", server.events_address, "--since", 0, "--jsonl", file,
+                  "--until-idle", 0.5, *options)  # fmt: skip
+            said[options] = [(each.TYPE, getattr(each, "score", None))
+                             for each in read_json_lines(file)]  # fmt: skip
+            file.unlink()
+    pairs = [(kind, score) for score in (0.25, 0.5, 0.75, 1.0) for kind in ("event", "final")]
+    notice = ("stream", None)
+    assert list(said.values()) == [
+        [notice, *pairs, notice],
+        [notice, *pairs[2:], notice],
+        pairs[1::2],
+        pairs[5::2],
+    ]
+
+
 def test_until_idle(served: Engine, tmp_path: Path) -> None:
     file = tmp_path / "idle.jsonl"
     with watching(served, file, "cam1", "--until-idle", 0.5) as process:
@@ -208,6 +237,16 @@ def test_the_board_shows_open_actions_first() -> None:
         ["cam1", "climb", "0.4 s", "1.1 s", "0.20", "retracted"],
         ["1 live streams, 2 final proposals"],
     ]
+
+
+def test_the_board_of_final_proposals() -> None:
+    board = EventBoard(finals=True)
+    for at in range(30):
+        board.take(final(id=at, start_s=float(at), end_s=at + 0.5))
+    shown = rows(board)
+    assert shown[0] == ["cam1", "jump", "29.0 s", "29.5 s", "0.90", "final"]
+    assert [row[2] for row in shown[:-1]] == [f"{at}.0 s" for at in range(29, 5, -1)]
+    assert shown[-1] == ["1 live streams, 30 final proposals"]
 
 
 def test_the_board_keeps_the_newest_ended_actions_and_all_open_ones() -> None:

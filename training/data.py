@@ -5,6 +5,7 @@
       split_train.txt, split_test.txt    one recording name a line
       point_labels/*.csv                 class, video_id, point (a frame); others are ignored
       classes.txt                        one class a line (or else all labels, sorted)
+      features.json                      where they were made by `hrpro features extract`
       gt_full.json                       database: {NAME: {"annotations": [{"label", "segment"}]}}
 
 Training reads the training split's features and points; of ``gt_full.json``, which is read for
@@ -28,6 +29,7 @@ from hrpro.engine.wire import ProtocolError, checked
 from hrpro.engine.wire import label as wire_label
 from hrpro.training.annotations import point_rates
 from hrpro.training.data_config import DataConfig, DataError, Split, read_text
+from hrpro.training.feature_source import check_clock
 from hrpro.training.points import Point, point_arrays, read_points
 
 _ROWS_AT_ONCE = 4096  # when all values are looked at
@@ -89,6 +91,7 @@ class DataSet:
 def read_training_split(folder: Path, config: DataConfig | None = None) -> DataSet:
     """Features and points of the training recordings."""
     config = config or DataConfig()
+    check_clock(folder, config)
     names = read_names(folder, "train", config)
     points = read_points(folder, config)
     classes = read_classes(folder, points, names, config)
@@ -117,6 +120,7 @@ def read_test_split(
     Raises DataError where D is not ``feature_dim``, if that is given.
     """
     config = config or DataConfig()
+    check_clock(folder, config)
     none = np.zeros(0, dtype=np.int64)
     names = read_names(folder, "test", config)
     check_features_are_there(folder, "test", names, config)

@@ -19,6 +19,7 @@ from hrpro.training.data import (
     read_names,
 )
 from hrpro.training.data_config import SPLITS, DataConfig, DataError, Split
+from hrpro.training.feature_source import check_clock
 from hrpro.training.points import point_arrays, read_points
 from hrpro.training.simulate import is_simulated
 
@@ -44,6 +45,7 @@ def check_data(folder: Path, config: DataConfig) -> Findings:
     found.summary["simulated"] = is_simulated(folder)
     lengths: dict[Split, dict[str, int]] = {"train": {}, "test": {}}
     dims: dict[str, int] = {}
+    _try(found, check_clock, folder, config)
     for split in SPLITS:
         names = _try(found, read_names, folder, split, config) or []
         _check_size(found, config, split, len(names))

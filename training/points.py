@@ -41,8 +41,13 @@ def points_file(folder: Path, config: DataConfig) -> Path:
 def read_points(folder: Path, config: DataConfig) -> dict[str, list[Point]]:
     """The rows of the file of point labels by recording, whatever their class and frame."""
     path = points_file(folder, config)
+    return parse_points(read_text(path, "one point label a line"), path)
+
+
+def parse_points(text: str, path: Path) -> dict[str, list[Point]]:
+    """The rows of such a file's text by recording. Raises DataError, which names ``path``."""
     points: dict[str, list[Point]] = defaultdict(list)
-    rows = csv.DictReader(io.StringIO(read_text(path, "one point label a line")))
+    rows = csv.DictReader(io.StringIO(text))
     try:
         missing = {"class", "video_id", "point"} - set(rows.fieldnames or ())
         if missing:
@@ -78,7 +83,8 @@ def point_arrays(
     """Snippet index and class of each point of one recording, sorted by time.
 
     ``rate`` is the frame rate of its points. Points of one class in the same snippet say the same
-    and count once. Raises DataError for a point outside.
+    and count once; one in what a video has left behind its last whole snippet counts for that.
+    Raises DataError for a point outside.
     """
     rows = []
     path = points_file(folder, config) if points else None
@@ -87,6 +93,8 @@ def point_arrays(
         if point.label not in classes:
             raise DataError(f"{where}: class {point.label!r} is not one of {', '.join(classes)}")
         index = _snippet_of(point.frame, rate, config)
+        if index == length:  # features end with the last whole snippet, and videos a little later
+            index -= 1
         if not 0 <= index < length:
             raise DataError(
                 f"{where}: the point at frame {point.frame:g} (snippet {index}) lies outside the "

@@ -1,6 +1,7 @@
 """The state of streams in memory of the device that computes, updated there in place.
 
-    host: features, flags, slots -> device: gather -> step -> write -> host: scores, embedding
+    host: features, flags, slots -> device: gather -> step -> write
+        -> host: scores, embedding, attention
 
 Written from ONNX Runtime's documentation and run on the CPU alone, whose memory can be bound as
 that of a GPU can.
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.incremental import Floats, Pool, cache_dtype
+from hrpro.engine.inference import Outputs
 from hrpro.export.bundle import Bundle, StepLayout
 
-_OUTPUTS = ("scores", "embedding")
+_OUTPUTS = ("scores", "embedding", "attention")
 _ROWS_BOUND = 8192  # snippets, of all batches whose memory is kept
 
 
@@ -50,10 +52,11 @@ class PooledSession:
         """An empty one."""
         return DevicePool(self.session, self._layout, slots, self._dtype, self._device)
 
-    def whole(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W): each as a
-        stream that begins with it, in several steps, so that golden windows see the state, too.
-        In one, where it is kept as float16: that is not what the export computed."""
+    def whole(self, features: Floats, valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T): each as a stream that begins with it, in several steps, so that golden windows see
+        the state, too. In one, where it is kept as float16: that is not what the export
+        computed."""
         B, T, _ = features.shape
         pool, slots = self.new_pool(B), np.arange(B)
         features = np.pad(features, ((0, 0), (0, self._delay), (0, 0)))
@@ -65,8 +68,10 @@ class PooledSession:
             new = features[:, first : first + portion]
             flags = valid[:, first : first + self._layout.history + portion]
             steps.append(pool.step(new, flags, slots, np.full(B, first)))
-        scores, embedding = (np.concatenate(each, axis=1) for each in zip(*steps, strict=True))
-        return scores[:, self._delay :], embedding[:, self._delay :]
+        scores, embedding, attention = (
+            np.concatenate(each, axis=1)[:, self._delay :] for each in zip(*steps, strict=True)
+        )
+        return scores, embedding, attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ class DevicePool(Pool):
         super().__init__(layout, slots)
         self._session, self._device = session, device
         self._inputs = {each.name for each in session.get_inputs()}
-        self._widths = {each.name: each.shape[-1] for each in session.get_outputs()}
+        self._widths = {each.name: each.shape[2:] for each in session.get_outputs()}
         self._fresh = np.zeros(slots, dtype=np.bool_)
         # Zeros: what is masked is multiplied by 0, and must be a number.
         self._parts = {
@@ -115,7 +120,7 @@ class DevicePool(Pool):
         flags: NDArray[np.bool_],
         slots: NDArray[np.int64],
         arrival: NDArray[np.int64],
-    ) -> tuple[Floats, Floats]:
+    ) -> Outputs:
         """See `Pool`."""
         n = features.shape[1]
         given: dict[str, NDArray[Any]] = {
@@ -135,8 +140,8 @@ class DevicePool(Pool):
         self._fresh[slots] = False
         self._flags[slots] = flags[:, n:]
         # Copies: on the CPU this would be memory that the next step writes to.
-        scores, embedding = (np.array(each.numpy()) for each in bound.outputs)
-        return scores, embedding
+        scores, embedding, attention = (np.array(each.numpy()) for each in bound.outputs)
+        return scores, embedding, attention
 
     def _bound_for(self, given: dict[str, NDArray[Any]]) -> _Bound:
         B, n, _ = given["features"].shape
@@ -153,7 +158,7 @@ class DevicePool(Pool):
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         B, n, _ = given["features"].shape
-        outputs = {name: self._empty((B, n, self._widths[name]), np.float32) for name in _OUTPUTS}
+        outputs = {name: self._empty((B, n, *self._widths[name]), np.float32) for name in _OUTPUTS}
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         for name, pool in self._parts.items():

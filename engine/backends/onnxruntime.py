@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,25 +16,28 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from hrpro.engine.backends.device_pool import DevicePool, PooledSession
+from hrpro.engine.backends.session import (
+    CPU_PROVIDER,
+    CUDA_OPTIONS,
+    CUDA_PROVIDER,
+    session_options,
+)
 from hrpro.engine.backends.step import StepSession
 from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
+from hrpro.engine.inference import Outputs
 from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
 
 _log = logging.getLogger(__name__)
 
-CPU_PROVIDER = "CPUExecutionProvider"
 _PROVIDERS: dict[Provider, str] = {
     "cpu": CPU_PROVIDER,
-    "cuda": "CUDAExecutionProvider",
+    "cuda": CUDA_PROVIDER,
     "tensorrt": "TensorrtExecutionProvider",
 }
-# Golden windows are held to float32, not to TF32; a search for the best convolution takes long, and
-# each new shape would begin one.
-_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-_SNIPPET_OUTPUTS = ["scores", "embedding"]
+_SNIPPET_OUTPUTS = ["scores", "embedding", "attention"]
 _INSTANCE_OUTPUTS = ["completeness", "refined", "refined_completeness"]
 Providers = list[str | tuple[str, dict[str, Any]]]
 
@@ -53,7 +55,7 @@ class InstanceStage:
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         self._instance = onnxruntime.InferenceSession(
-            bundle.instance_graph, _options(config), [CPU_PROVIDER]
+            bundle.instance_graph, session_options(config.threads), [CPU_PROVIDER]
         )
         # Bundles of schema versions 1 and 2 know of one stretch alone.
         self._has_stretches = len(self._instance.get_inputs()) > 2
@@ -100,7 +102,9 @@ class OnnxRuntimeBackend(InstanceStage):
             self.provider = self._load_steps(bundle, config)
             return
         self._snippet = onnxruntime.InferenceSession(
-            bundle.snippet_graph, _options(config), _providers(bundle.manifest, config)
+            bundle.snippet_graph,
+            session_options(config.threads),
+            _providers(bundle.manifest, config),
         )
         self.provider = _provider_in_use(self._snippet, config)
         self._bound = None if self.provider == "cpu" else BoundSession(self._snippet, "cuda")
@@ -108,12 +112,14 @@ class OnnxRuntimeBackend(InstanceStage):
     def _load_steps(self, bundle: Bundle, config: EngineConfig) -> Provider:
         if config.provider != "cpu":
             providers = _providers(bundle.manifest, config)
-            pooled = PooledSession(bundle, config, _options(config), providers, "cuda")
+            pooled = PooledSession(
+                bundle, config, session_options(config.threads), providers, "cuda"
+            )
             provider = _provider_in_use(pooled.session, config)
             if provider != "cpu":
                 self._pooled = pooled
                 return provider
-        self._step = StepSession(bundle, _options(config), [CPU_PROVIDER])
+        self._step = StepSession(bundle, session_options(config.threads), [CPU_PROVIDER])
         return "cpu"
 
     def device_pool(self, slots: int) -> DevicePool | None:
@@ -131,19 +137,18 @@ class OnnxRuntimeBackend(InstanceStage):
         assert self._step is not None, "windows are computed, or the state is on a device"
         return self._step.step(features, valid, arrival, state)
 
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+    def score_snippets(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T)."""
         by_steps = self._step or self._pooled
         if by_steps is not None:
             return by_steps.whole(features, valid)
         inputs = {"features": features, "valid": valid}
         if self._bound is not None:
-            scores, embedding = self._bound.run(inputs)
+            scores, embedding, attention = self._bound.run(inputs)
         else:
-            scores, embedding = self._snippet.run(_SNIPPET_OUTPUTS, inputs)
-        return scores, embedding
+            scores, embedding, attention = self._snippet.run(_SNIPPET_OUTPUTS, inputs)
+        return scores, embedding, attention
 
 
 class BoundSession:
@@ -180,26 +185,14 @@ class BoundSession:
         }
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        widths = {each.name: each.shape[-1] for each in self._session.get_outputs()}
+        widths = {each.name: each.shape[2:] for each in self._session.get_outputs()}
         for name in _SNIPPET_OUTPUTS:
-            shape = (*inputs["valid"].shape, widths[name])
+            shape = (*inputs["valid"].shape, *widths[name])
             value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
                 shape, np.float32, self._device, 0
             )
             binding.bind_ortvalue_output(name, value)
         return binding, values
-
-
-def _options(config: EngineConfig) -> onnxruntime.SessionOptions:
-    """Threads and their manners, as configured."""
-    options = onnxruntime.SessionOptions()
-    # The pool would count the machine's cores, not the ones this process may use.
-    options.intra_op_num_threads = config.threads or _usable_cores()
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # Threads that spin between calls take the cores that feeders and subscribers need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
 
 
 def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
@@ -208,7 +201,7 @@ def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
     if config.provider == "cpu":
         return [cpu]
     if config.provider == "cuda":
-        return [(cuda, _CUDA_OPTIONS), cpu]
+        return [(cuda, CUDA_OPTIONS), cpu]
     return [(_PROVIDERS["tensorrt"], _tensorrt_options(manifest, config)), cuda, cpu]
 
 
@@ -247,9 +240,3 @@ def _provider_in_use(session: onnxruntime.InferenceSession, config: EngineConfig
         )
     _log.warning("%s, as fall_back_to_cpu allows", problem)
     return next(name for name, full in _PROVIDERS.items() if full == used)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

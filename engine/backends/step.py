@@ -9,6 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from hrpro.engine.incremental import Floats, Stepped
+from hrpro.engine.inference import Outputs
 from hrpro.export.bundle import Bundle
 
 
@@ -31,7 +32,12 @@ class StepSession:
         )
         # A model without attention has no rings, and its graph no use for an arrival.
         self._has_arrival = any(each.name == "arrival" for each in self._session.get_inputs())
-        self._outputs = ["scores", "embedding", *(f"new_{name}" for name in layout.state)]
+        self._outputs = [
+            "scores",
+            "embedding",
+            "attention",
+            *(f"new_{name}" for name in layout.state),
+        ]
 
     def step(
         self,
@@ -45,18 +51,18 @@ class StepSession:
         inputs |= dict(zip(self._layout.state, state, strict=True))
         if not self._has_arrival:
             del inputs["arrival"]
-        scores, embedding, *new = self._session.run(self._outputs, inputs)
-        return scores, embedding, new
+        scores, embedding, attention, *new = self._session.run(self._outputs, inputs)
+        return (scores, embedding, attention), new
 
-    def whole(self, features: Floats, valid: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W): each as a
-        stream that begins with it, in one step."""
+    def whole(self, features: Floats, valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T): each as a stream that begins with it, in one step."""
         B, delay = len(features), self._delay
         state = [np.zeros((B, *shape), dtype=np.float32) for shape in self._layout.state.values()]
-        scores, embedding, _ = self.step(
+        (scores, embedding, attention), _ = self.step(
             np.pad(features, ((0, 0), (0, delay), (0, 0))),
             np.pad(valid, ((0, 0), (self._layout.history, delay))),
             np.zeros(B, dtype=np.int64),
             state,
         )
-        return scores[:, delay:], embedding[:, delay:]
+        return scores[:, delay:], embedding[:, delay:], attention[:, delay:]

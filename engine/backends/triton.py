@@ -19,7 +19,7 @@ from hrpro.engine.backends.onnxruntime import InstanceStage
 from hrpro.engine.backends.triton_connection import CallError, Connection
 from hrpro.engine.backends.triton_memory import Region, Regions, padded_bytes
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.inference import BackendError
+from hrpro.engine.inference import BackendError, Outputs
 from hrpro.engine.windows import window_length
 from hrpro.export.bundle import Bundle, Manifest
 
@@ -44,8 +44,9 @@ class TritonBackend(InstanceStage):
         super().__init__(bundle, config)
         self._bundle_id = bundle.manifest.bundle_id
         self._outputs = {
-            "scores": len(bundle.manifest.classes),
-            "embedding": bundle.manifest.embedding_width,
+            "scores": (len(bundle.manifest.classes),),
+            "embedding": (bundle.manifest.embedding_width,),
+            "attention": (),
         }
         self._model = f"{config.triton.name}-snippet"
         self._address = config.triton.address
@@ -55,28 +56,25 @@ class TritonBackend(InstanceStage):
         self._connection: Connection | None = None
         self._pause_s = 0.0
 
-    def score_snippets(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Windows (B, T, D) and validity (B, T) -> P (B, T, C) and embedding (B, T, W)."""
+    def score_snippets(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
+        """Windows (B, T, D) and validity (B, T) -> P (B, T, C), embedding (B, T, W) and attention
+        (B, T)."""
         time.sleep(self._pause_s)
         try:
-            scores, embedding = self._infer(features, valid)
+            outputs = self._infer(features, valid)
         except (BackendError, ValueError) as error:
             # A ValueError comes from an answer that is not what it says.
             what = f"{self._model}: " if isinstance(error, CallError) else ""
             reason = f"Triton at {self._address}: {what}{error}"
         else:
             self._pause_s = 0.0
-            return scores, embedding
+            return outputs
         # Not closed here: another thread may wait for its answer, which is as good as ever.
         self._connection = None
         self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
         raise BackendError(reason)
 
-    def _infer(
-        self, features: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _infer(self, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> Outputs:
         connection = self._connection or Connection(self._address, self._deadline_s)
         if time.monotonic() - connection.answered_s > _SILENCE_S:
             connection.version = self._find_version(connection)
@@ -91,14 +89,14 @@ class TritonBackend(InstanceStage):
                 *_add_input(request, "features", "FP32", features, region),
                 *_add_input(request, "valid", "BOOL", valid, region),
             ]
-            shapes = {name: (*valid.shape, size) for name, size in self._outputs.items()}
+            shapes = {name: (*valid.shape, *width) for name, width in self._outputs.items()}
             places = {name: _add_output(request, name, shapes[name], region) for name in shapes}
             response = connection.infer(request, contents)
             connection.answered_s = time.monotonic()
-            scores, embedding = (
+            scores, embedding, attention = (
                 _output(response, name, shapes[name], places[name]) for name in shapes
             )
-        return scores, embedding
+        return scores, embedding, attention
 
     def _find_version(self, connection: Connection) -> str:
         """The newest version that has the bundle."""
@@ -133,7 +131,7 @@ def _new_regions(manifest: Manifest, config: EngineConfig) -> Regions | None:
     B = max(config.batch_limit, 2)  # there are two golden windows
     T = max(own, manifest.window_length)
     widths = (manifest.feature_dim, len(manifest.classes), manifest.embedding_width)
-    size_bytes = padded_bytes((B, T), np.bool_)
+    size_bytes = padded_bytes((B, T), np.bool_) + padded_bytes((B, T), np.float32)
     size_bytes += sum(padded_bytes((B, T, each), np.float32) for each in widths)
     return Regions(address, size_bytes, config.triton.batches_in_flight, mode == "always")
 

@@ -1,0 +1,1 @@
+"""Cameras and videos: frames, feature extractors, live streams. Needs the extra `camera`."""

@@ -1,0 +1,41 @@
+// Says which actions have started, for who does not see them: not more often than can be heard.
+
+import { byId, element } from "./dom.js";
+
+const EVERY_MS = 5000;
+const MOST_NAMED = 3;
+const KEPT = 5;
+
+export class Announcer {
+  #waiting = [];
+  #timer = null;
+  #isOn = true;
+
+  constructor() {
+    const button = byId("announce");
+    button.addEventListener("click", () => {
+      this.#isOn = !this.#isOn;
+      button.setAttribute("aria-pressed", String(this.#isOn));
+      this.#waiting = [];
+    });
+  }
+
+  take(started) {
+    if (!this.#isOn) return;
+    this.#waiting.push(...started.map((each) => `${each.label} in ${each.stream}`));
+    if (this.#waiting.length && this.#timer === null) this.#say();
+  }
+
+  #say() {
+    const named = this.#waiting.splice(0, MOST_NAMED);
+    const more = this.#waiting.length;
+    this.#waiting = [];
+    this.#timer = null;
+    if (!named.length) return;
+    const said = `Started: ${named.join(", ")}${more ? ` and ${more} more` : ""}`;
+    const log = byId("announcements");
+    log.append(element("p", {}, said));
+    while (log.children.length > KEPT) log.firstChild.remove();
+    this.#timer = setTimeout(() => this.#say(), EVERY_MS);
+  }
+}

@@ -1,0 +1,70 @@
+"""`hrpro label` as it runs: on this machine alone, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from hrpro.clients.label.app import Labelling, create_app
+from hrpro.clients.label.classes import ClassFile
+from hrpro.clients.label.point_file import PointFile, locked, point_file_path
+from hrpro.clients.label.videos import open_videos
+from hrpro.engine.wire import HrproError
+from hrpro.training.annotations import point_rates
+from hrpro.training.data_config import DataConfig
+
+# Pages that do not go when they are asked to: a browser keeps its connections.
+_GOODBYE_S = 1
+
+
+def serve(
+    paths: Sequence[Path],
+    folder: Path,
+    config: DataConfig,
+    classes: Sequence[str],
+    port: int,
+    ready: Callable[[str, Labelling], None],
+) -> None:
+    """Serve the page until the program is told to stop; ``ready`` is told its URL.
+
+    Raises HrproError for what does not fit: videos, points, classes, or the port.
+    """
+    stopping = threading.Event()
+    videos = open_videos(paths, stopping)
+    path = point_file_path(folder, config)
+    with locked(path), contextlib.closing(_listening(port)) as listener:
+        points = PointFile(path, point_rates(folder, [each.name for each in videos], config))
+        labelling = Labelling(videos, points, ClassFile(folder, config, points.counts(), classes))
+        port = listener.getsockname()[1]
+        token = secrets.token_urlsafe(18)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(labelling, token, port),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_GOODBYE_S,
+            )
+        )
+        try:
+            ready(f"http://127.0.0.1:{port}/{token}/", labelling)
+            server.run(sockets=[listener])
+        finally:
+            stopping.set()
+            for video in videos:
+                video.join()
+
+
+def _listening(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise HrproError(f"--port {port}: cannot listen there: {error.strerror}") from None
