@@ -541,7 +541,11 @@ def test_fifty_streams(page: Page, served: Engine, shown: Dashboard) -> None:
         page.wait_for_selector("[data-stream=many0] canvas")
         drawn = page.locator("canvas").count()
         assert 3 < drawn < 20  # those in sight, and some beside
-        assert page.locator("[data-stream=many49] canvas").count() == 0
+        last = page.locator("[data-stream=many49]")
+        assert last.locator("canvas").count() == 0
+        until(page, "each => each.textContent", last.locator(".chip").element_handle())
+        said = last.locator("figure").get_attribute("aria-label") or ""
+        assert said.startswith("Timeline of many49, the last 2 min: ")
         page.locator("[data-stream=many49]").scroll_into_view_if_needed()
         page.wait_for_selector("[data-stream=many49] canvas")
         until(page, "!document.querySelector('[data-stream=many0] canvas')")

@@ -178,8 +178,12 @@ def test_a_silent_engine_is_away_since_it_answered_last() -> None:
     engine = board.changes(0)["engine"]
     assert engine["away_since"] == answered_at
     assert engine["problem"] == "no answer"
+    board.take_refusal("not for this key")
+    engine = board.changes(0)["engine"]
+    assert (engine["away_since"], engine["problem"]) == (None, "not for this key")
     board.take_status(status())
-    assert board.changes(0)["engine"]["away_since"] is None
+    engine = board.changes(0)["engine"]
+    assert (engine["away_since"], engine["problem"]) == (None, None)
 
 
 # ---- bounds ------------------------------------------------------------------------------------

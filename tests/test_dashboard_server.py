@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import pytest
-from commands import PATIENCE_S, Engine, environment, hrpro, refusal, wait_for
+from commands import PATIENCE_S, Engine, engine, environment, hrpro, refusal, wait_for
 from dashboards import (
     JPEG,
     ONE,
@@ -28,10 +29,12 @@ from dashboards import (
     request,
     websocket_headers,
 )
+from tiny_model import DIM, tiny_recording
 
+from hrpro.clients import FeatureFeeder
 from hrpro.clients.dashboard.app import create_app
 from hrpro.clients.dashboard.board import Board
-from hrpro.clients.dashboard.door import Door, checked_token
+from hrpro.clients.dashboard.door import Door, checked_token, parse_http_address
 from hrpro.clients.dashboard.server import new_server
 from hrpro.clients.dashboard.thumbnails import (
     LONGEST_PICTURE_BYTES,
@@ -41,6 +44,9 @@ from hrpro.clients.dashboard.thumbnails import (
 )
 from hrpro.engine.protocol import HrproError
 from hrpro.engine.serve import Addresses
+
+if TYPE_CHECKING:
+    from hrpro.export.bundle import Bundle
 
 NOWHERE = "tcp://127.0.0.1:9"
 SIDES = ("--events", NOWHERE, "--control", NOWHERE)
@@ -79,16 +85,23 @@ def guarded_address() -> Iterator[str]:
 # ---- the command -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("http", ["0.0.0.0:0", "[::]:0", "192.0.2.1:8080", "example.org:80"])
-def test_nobody_else_is_let_in_without_a_token(http: str) -> None:
-    said = refusal("dashboard", *SIDES, "--http", http)
-    assert "give a token by --token-file or HRPRO_DASHBOARD_TOKEN" in said
+def test_nobody_else_is_let_in_without_a_token() -> None:
+    said = refusal("dashboard", *SIDES, "--http", "0.0.0.0:0")
+    assert said.startswith("--http 0.0.0.0: others could reach it; give a token by --token-file")
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example.org"):
+        with pytest.raises(HrproError, match="others could reach it"):
+            Door(host, None)
+        assert not Door(host, TOKEN).is_open
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        assert Door(host, None).is_open
 
 
-@pytest.mark.parametrize("http", ["8080", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:65536"])
-def test_an_address_is_host_and_port(http: str) -> None:
-    said = refusal("dashboard", *SIDES, "--http", http)
-    assert said == f"--http: expected HOST:PORT, such as 127.0.0.1:8080, came {http}"
+def test_an_address_is_host_and_port() -> None:
+    for http in ("8080", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:65536"):
+        with pytest.raises(HrproError, match=f"expected HOST:PORT, .* came {http}"):
+            parse_http_address(http)
+    assert parse_http_address("[::1]:80") == ("::1", 80)
+    assert parse_http_address(":0") == ("127.0.0.1", 0)
 
 
 def test_a_port_that_is_taken(open_address: str) -> None:
@@ -106,12 +119,10 @@ def test_a_token_is_long(tmp_path: Path) -> None:
             checked_token(token, "here")
 
 
-@pytest.mark.parametrize(
-    "url", ["127.0.0.1:80", "https://127.0.0.1:80", "http://", "http://a:b", "http://a/path"]
-)
-def test_a_camera_client_is_a_url(url: str) -> None:
-    said = refusal("dashboard", *SIDES, "--thumbnails", url)
-    assert said == f"--thumbnails: expected http://HOST:PORT, came {url}"
+def test_a_camera_client_is_a_url() -> None:
+    for url in ("127.0.0.1:80", "https://127.0.0.1:80", "http://", "http://a:b", "http://a/path"):
+        with pytest.raises(HrproError, match="--thumbnails: expected http://HOST:PORT, came "):
+            CameraClient(url, None)
 
 
 def test_an_address_of_no_engine() -> None:
@@ -247,6 +258,39 @@ def test_forms_of_other_pages_are_refused(guarded_address: str) -> None:
     form = urlencode({"token": TOKEN}).encode()
     for origin in ("http://evil.example", "null"):
         assert ask(guarded_address, "/login", "POST", form, origin=origin).status == 403
+
+
+def test_a_key_shows_its_streams_and_no_more(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    for name, *options in (("producer", "--streams", "*"), ("subscriber", "--streams", "mine")):
+        out = ("--keys", folder, "--out", tmp_path / f"{name}.key")
+        hrpro("keys", "new", name, "--role", name, *options, *out)
+    key = tmp_path / "subscriber.key"
+    with (
+        engine(bundle.folder, "--keys", folder, quiet=False) as served,
+        dashboard(served, "--key", key) as shown,
+    ):
+        shown.wait_subscribed()
+        for stream in ("others", "mine"):
+            key = tmp_path / "producer.key"
+            with FeatureFeeder(served.feed, stream, DIM, key=key) as feeder:
+                feeder.send(tiny_recording(20))
+                feeder.end()
+        seen: set[str] = set()
+        problem = None
+        with live_page(shown.address) as live:
+            while seen != {"opened", "ended"} or problem is None:
+                message = live.receive()
+                seen |= {each["state"] for each in message["events"] if each["type"] == "notice"}
+                problem = message.get("engine", {}).get("problem", problem)
+                assert {each["stream"] for each in message["rows"]} <= {"mine"}
+    assert problem == "expected the key of an operator, came key 'subscriber', of a subscriber"
+
+
+def test_a_key_file_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "none.key"
+    said = refusal("dashboard", *SIDES, "--http", "127.0.0.1:0", "--key", file)
+    assert said == f"{file}: cannot be read: No such file or directory"
 
 
 # ---- many pages, and slow ones -----------------------------------------------------------------

@@ -190,12 +190,15 @@ class Board:
                     self._miss(stream, row, now_s)
 
     def take_silence(self, problem: str) -> None:
-        """The engine did not answer, or does not let us ask."""
+        """The engine did not answer."""
         with self._lock:
-            if self._engine["away_since"] is None:
-                self._change_engine(away_since=self._engine["answered_at"] or time.time())
-            if self._engine["problem"] != problem:
-                self._change_engine(problem=problem)
+            away_since = self._engine["away_since"] or self._engine["answered_at"] or time.time()
+            self._set_problem(problem, away_since)
+
+    def take_refusal(self, problem: str) -> None:
+        """The engine is there, and does not let us ask."""
+        with self._lock:
+            self._set_problem(problem, None)
 
     def take_hearing(self, what: str) -> None:
         """The engine has confirmed that events, or scores, are sent to us."""
@@ -218,6 +221,10 @@ class Board:
     def _change_engine(self, **changed: object) -> None:
         self._engine |= changed
         self._engine_revision = self._next_revision()
+
+    def _set_problem(self, problem: str, away_since: float | None) -> None:
+        if (self._engine["problem"], self._engine["away_since"]) != (problem, away_since):
+            self._change_engine(problem=problem, away_since=away_since)
 
     def _follow(self, instance: str | None) -> None:
         """In another instance, sessions and ids count from the beginning again."""

@@ -67,7 +67,7 @@ class EngineWatch:
                 if time.monotonic() - answered_s >= AWAY_S:
                     self._board.take_silence(f"no answer from {self._control}")
             except HrproError as error:
-                self._board.take_silence(str(error))
+                self._board.take_refusal(str(error))
             self._stopped.wait(_ASK_EVERY_S)
 
     def _follow_scores(self) -> None:

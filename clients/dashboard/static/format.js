@@ -40,7 +40,7 @@ export const score = (value) => value.toFixed(2);
 /** What is said of an event's state. */
 export const STATES = {
   now: "going on",
-  over: "over, not confirmed yet",
+  over: "over, unconfirmed",
   ended: "ended",
   retracted: "retracted",
   lost: "end was missed",

@@ -19,7 +19,8 @@ export class Health {
     const problem = byId("problem");
     problem.hidden = problems.length === 0;
     setText(problem, problems.join(" "));
-    document.body.classList.toggle("stale", problems.length > 0);
+    const isStale = lostSince !== null || engine.away_since || engine.events_problem;
+    document.body.classList.toggle("stale", Boolean(isStale));
     const [level, said] = this.#state(lostSince, status);
     byId("engine-state").dataset.level = level;
     setText(byId("engine-state"), said);
@@ -30,6 +31,7 @@ export class Health {
   #state(lostSince, status) {
     if (lostSince !== null) return ["bad", "dashboard away"];
     if (this.#model.engine.away_since) return ["bad", "engine away"];
+    if (!status && this.#model.engine.problem) return ["waiting", "health unknown"];
     if (!status) return ["waiting", "waiting for the engine"];
     if (!this.#model.engine.hears.includes("events")) return ["waiting", "waiting for events"];
     return [status.state === "serving" ? "good" : "waiting", status.state];
@@ -45,7 +47,7 @@ export class Health {
     if (engine.away_since && engine.answered_at) {
       problems.push(`Engine away since ${timeOfDay(engine.away_since)}: what is shown is from then.`);
     }
-    if (engine.away_since) problems.push(`${sentence(engine.problem)}.`);
+    if (engine.problem) problems.push(`${sentence(engine.problem)}.`);
     if (engine.events_problem) problems.push(`Events: ${engine.events_problem}.`);
     if (engine.status?.waits_for) problems.push(`The engine waits for: ${engine.status.waits_for}.`);
     return problems;

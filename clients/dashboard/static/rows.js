@@ -1,4 +1,5 @@
-// The streams as rows. Only those that can be seen have a canvas and are drawn.
+// The streams as rows. Only those that can be seen have a canvas and are drawn; the others are kept
+// up to date in words, for who does not see them, and less often.
 
 import { byId, element, setChildren, setText } from "./dom.js";
 import { byName, duration, score, stateOf, streamTime } from "./format.js";
@@ -6,6 +7,8 @@ import { Timeline } from "./timeline.js";
 
 // A stream that sends nothing for so long is said to.
 const QUIET_S = 5;
+const TELL_EVERY_MS = 2000;
+const MOST_IN_TABLE = 100;
 
 const ROW_STATES = {
   live: "live",
@@ -49,8 +52,10 @@ export class Rows {
     byId("rows-none").hidden = streams.length > 0;
     setText(byId("rows-none"), all ? "No stream has this name." : "No stream yet. Feeders open streams.");
     const events = this.#model.byStream();
-    for (const stream of this.#visible) {
-      this.#rows.get(stream)?.draw(this.#model, events.get(stream) ?? [], this.spanS);
+    for (const [stream, row] of this.#rows) {
+      const own = events.get(stream) ?? [];
+      if (this.#visible.has(stream)) row.draw(this.#model, own, this.spanS);
+      else row.tell(this.#model, own, this.spanS);
     }
   }
 
@@ -100,7 +105,7 @@ class Row {
   #facts = element("p", { className: "facts" });
   #body = element("tbody");
   #table;
-  #button;
+  #toldMs = -Infinity;
 
   constructor(stream, wake) {
     this.timeline = new Timeline();
@@ -116,7 +121,6 @@ class Row {
     const caption = element("caption", { className: "hidden" }, `Actions of ${stream}`);
     const table = element("table", {}, caption, element("thead", {}, head), this.#body);
     this.#table = element("div", { id, className: "row-table", hidden: true }, table);
-    this.#button = button;
     button.addEventListener("click", () => {
       this.#table.hidden = !this.#table.hidden;
       button.setAttribute("aria-expanded", String(!this.#table.hidden));
@@ -135,6 +139,19 @@ class Row {
 
   draw(model, events, spanS) {
     const row = model.rows.get(this.item.dataset.stream);
+    this.#tell(model, row, events, spanS);
+    this.timeline.draw(model, row, events, spanS);
+    if (!this.#table.hidden) this.#drawTable(events);
+  }
+
+  /** What is said of the row, if that was some time ago. */
+  tell(model, events, spanS) {
+    if (performance.now() - this.#toldMs < TELL_EVERY_MS) return;
+    this.#tell(model, model.rows.get(this.item.dataset.stream), events, spanS);
+  }
+
+  #tell(model, row, events, spanS) {
+    this.#toldMs = performance.now();
     const quietS = model.now - row.moved_at;
     const state = row.state === "live" && quietS > QUIET_S ? "quiet" : row.state;
     this.#state.dataset.state = state;
@@ -142,13 +159,13 @@ class Row {
     this.#state.title = state === "quiet" ? "no new snippet for so long" : "";
     setText(this.#facts, facts(model, row));
     this.item.classList.toggle("lagging", (row.lag_ms ?? 0) > 2000);
-    this.timeline.draw(model, row, events, spanS);
-    if (!this.#table.hidden) this.#drawTable(events);
+    this.timeline.tell(model, row, events, spanS);
   }
 
   #drawTable(events) {
-    const actions = events.filter((event) => event.type === "action").slice(-100).reverse();
-    const rows = actions.map((action) => {
+    const actions = events.filter((event) => event.type === "action");
+    actions.sort((a, b) => b.start_s - a.start_s);
+    const rows = actions.slice(0, MOST_IN_TABLE).map((action) => {
       const end = action.end_s === null ? "" : streamTime(action.end_s);
       const cells = [
         action.label, streamTime(action.start_s), end, score(action.score), stateOf(action),

@@ -35,7 +35,18 @@ export class Timeline {
     const shown = events.filter((event) => isWithin(event, this.#span, snippetS));
     this.#drawBars(model, shown, snippetS);
     this.#drawCurves(model, row, snippetS);
-    this.figure.setAttribute("aria-label", summary(row, shown, spanS));
+  }
+
+  /** Says the same in words. */
+  tell(model, row, events, spanS) {
+    const headS = row.head * (model.snippetS ?? 0);
+    const shown = events.filter(
+      (event) => event.type === "action" && (event.end_s ?? headS) > headS - spanS,
+    );
+    const text = summary(row, shown, spanS);
+    if (this.figure.getAttribute("aria-label") !== text) {
+      this.figure.setAttribute("aria-label", text);
+    }
   }
 
   /** Gives up the canvas of a row that is out of sight. */
@@ -177,7 +188,7 @@ function isWithin(event, [fromS, toS], snippetS) {
 }
 
 /** An action in words. */
-export function describe(action) {
+function describe(action) {
   const end = action.end_s === null ? "" : ` to ${streamTime(action.end_s)}`;
   const since = action.end_s === null ? "since " : "";
   return (
@@ -187,8 +198,7 @@ export function describe(action) {
 }
 
 /** What somebody hears who does not see the timeline. */
-function summary(row, events, spanS) {
-  const actions = events.filter((event) => event.type === "action");
+function summary(row, actions, spanS) {
   const open = actions.filter((action) => action.state === "now").map((action) => action.label);
   const ended = actions.filter((action) => action.state === "ended").length;
   const now = open.length ? `${open.join(", ")} going on` : "no action going on";
