@@ -39,6 +39,7 @@ class EngineWatch:
         self._events = events
         self._control = control
         self._key = read_client_key(key) if isinstance(key, Path) else key
+        self._no_answer = f"no answer from {events}"
         self._stopped = threading.Event()
         for kind, address in ((zmq.SUB, events), (zmq.DEALER, control)):
             Connection(kind, address, {zmq.LINGER: 0}, self._key).close()
@@ -123,7 +124,7 @@ class EngineWatch:
                 subscriber.wait_connected(_POLL_S)
             except NoReplyError:
                 if time.monotonic() - asked_s >= AWAY_S:
-                    self._board.take_events_problem(f"no answer from {self._events}")
+                    self._board.take_events_problem(self._no_answer)
             else:
                 self._board.take_events_problem(None)
                 self._board.take_hearing("events")
@@ -135,3 +136,5 @@ class EngineWatch:
             publication = subscriber.receive(_POLL_S)
             if publication is not None:
                 self._board.take(publication, subscriber.instance)
+            is_silent = subscriber.silent_s >= AWAY_S
+            self._board.take_events_problem(self._no_answer if is_silent else None)
