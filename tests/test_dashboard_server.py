@@ -302,7 +302,7 @@ def test_a_key_file_that_is_none(tmp_path: Path) -> None:
 def test_a_line_of_events_that_is_cut_is_noticed_and_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "AWAY_S", 1.5)  # a sign of life comes each second
+    monkeypatch.setattr(watch, "EVENTS_LOST_S", 1.5)  # a sign of life comes each second
     board = Board()
     with (
         EventLog(tmp_path / "state") as log,

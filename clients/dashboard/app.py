@@ -202,7 +202,7 @@ class _Pages:
 
     def _message(self, since: int, more: Mapping[str, Any]) -> tuple[int, str]:
         """What has changed, and up to which revision."""
-        message = self._board.changes(since) | more
+        message = {**self._board.changes(since), **more}
         return message["revision"], json.dumps(message, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -22,6 +22,8 @@ from hrpro.engine.protocol import HrproError, NoReplyError
 BACKFILL = 2_000
 # An engine that has not answered for so long is away.
 AWAY_S = 3.0
+# Where it answers, but nothing is heard on events for so long, it is the line.
+EVENTS_LOST_S = 6.0
 _POLL_S = 0.25
 _ASK_EVERY_S = 1.0
 _ANSWER_S = 1.0
@@ -136,5 +138,5 @@ class EngineWatch:
             publication = subscriber.receive(_POLL_S)
             if publication is not None:
                 self._board.take(publication, subscriber.instance)
-            is_silent = subscriber.silent_s >= AWAY_S
+            is_silent = subscriber.silent_s >= EVENTS_LOST_S
             self._board.take_events_problem(self._no_answer if is_silent else None)
