@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import zmq
 
 from hrpro.engine.client_key import ClientKey, read_client_key
+from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,6 +33,7 @@ UNCONFIRMED_MS = 10_000
 RECONNECT_FIRST_MS = 50
 RECONNECT_LONGEST_MS = 2_000
 LINGER_MS = 1_000
+CLOSED = "expected a client that is open, came one that was closed"
 
 
 class Deadline:
@@ -58,7 +60,7 @@ class Line(Protocol):
     """What to add where the engine is silent."""
 
     def receive(self) -> list[bytes] | None:
-        """The frames of the next message that has come, or None."""
+        """The frames of the next message that has come, or None. Raises HrproError once closed."""
 
     def try_send(self, frames: list[bytes], /) -> bool:
         """Whether the frames were handed over; False while there is no connection or no room."""
@@ -112,7 +114,7 @@ class Connection:
         """What to add where the engine is silent: it does not answer who has no key of its."""
         context = shared or zmq.Context()
         self._own_context = None if shared else context
-        self._waiter: asyncio.Future[bool] | None = None
+        self._watch: _Watch | None = None  # of the task that waits
         self.socket = context.socket(kind)
         common: dict[int, int | bytes] = {
             zmq.TCP_KEEPALIVE: 1,
@@ -140,6 +142,7 @@ class Connection:
 
     def close(self, linger_ms: int | None = None) -> None:
         """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
+        self.wake()
         self.socket.close(linger_ms)
         context = self._leave_context()
         if context is not None:
@@ -173,6 +176,10 @@ class Connection:
             return self.socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        except zmq.ZMQError:
+            if self.socket.closed:
+                raise HrproError(f"{self.address}: {CLOSED}") from None
+            raise
 
     def try_send(self, frames: list[bytes]) -> bool:
         """Whether the frames were handed over; False while there is no connection or no room."""
@@ -199,34 +206,49 @@ class Connection:
         import asyncio
 
         wanted = zmq.POLLIN | (zmq.POLLOUT if for_room else 0)
-        loop, socket = asyncio.get_running_loop(), self.socket
-        file = int(socket.get(zmq.FD))
+        loop = asyncio.get_running_loop()
         # The file says that something has changed, and EVENTS what; asking makes it silent again.
-        while not socket.closed and not int(socket.get(zmq.EVENTS)) & wanted:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
+        while not self.socket.closed and not int(self.socket.get(zmq.EVENTS)) & wanted:
+            if until_s <= time.monotonic():
                 return
-            waiter = self._waiter = loop.create_future()
-            timer = None if left_s == math.inf else loop.call_later(left_s, _set, waiter, False)
-            loop.add_reader(file, _set, waiter, False)
+            watch = self._watch = _Watch(loop, int(self.socket.get(zmq.FD)), until_s)
             try:
-                if await waiter:
-                    return
+                await watch.changed
             finally:
-                self._waiter = None
-                loop.remove_reader(file)
-                if timer is not None:
-                    timer.cancel()
+                watch.end()
+            if watch is not self._watch:
+                return
+            self._watch = None
 
     def wake(self) -> None:
         """Lets the task go on that is in `wait_async`."""
-        if self._waiter is not None:
-            _set(self._waiter, True)
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
 
-def _set(waiter: asyncio.Future[bool], value: bool) -> None:
-    if not waiter.done():
-        waiter.set_result(value)
+class _Watch:
+    """A task's eye on a socket's file, until it changes or the monotonic time `until_s`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, file: int, until_s: float) -> None:
+        self._loop, self._file = loop, file
+        self.changed: asyncio.Future[None] = loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        if until_s != math.inf:
+            self._timer = loop.call_later(until_s - time.monotonic(), self.end)
+        loop.add_reader(file, self.end)
+        self._is_over = False
+
+    def end(self) -> None:
+        """The task goes on. At once, for a file that is closed may be another's the next moment."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._loop.remove_reader(self._file)
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.changed.done():
+            self.changed.set_result(None)
 
 
 class _SharedContext:

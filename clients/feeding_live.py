@@ -16,6 +16,7 @@ import os
 import select
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -171,6 +172,8 @@ class _GrowingFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path.is_dir():
+            raise FeatureFileError(f"{path}: expected a file that grows, came a folder")
         self._file = os.open(path, os.O_RDONLY)
         self._position = 0
 
@@ -238,27 +241,19 @@ def feed_live(
         raise errors.exceptions[0] from None
 
 
+@dataclass
 class _Live:
-    def __init__(
-        self,
-        address: str,
-        clock: SnippetClock,
-        dim: int | None,
-        end_after_s: float | None,
-        timeout_s: float,
-        policy: Policy,
-        progress: Callable[[int], None],
-        key: Key,
-    ) -> None:
-        self._address = address
-        self._clock = clock
-        self._dim = dim
-        self._end_after_s = end_after_s
-        self._timeout_s = timeout_s
-        self._policy: Policy = policy
-        self._progress = progress
-        self._key = key
-        self._stop = asyncio.Event()
+    """How to feed, as `feed_live` was told."""
+
+    address: str
+    clock: SnippetClock
+    dim: int | None
+    end_after_s: float | None
+    timeout_s: float
+    policy: Policy
+    progress: Callable[[int], None]
+    key: Key
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def feed(self, paths: dict[str, Path]) -> dict[str, Ended]:
         """All of them, until they have ended."""
@@ -279,13 +274,13 @@ class _Live:
 
     def _interrupt(self) -> None:
         """The streams end; the next signal ends the process."""
-        self._stop.set()
+        self.stop.set()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(number)
 
     async def _feed(self, stream: str, path: Path, source: _Bytes) -> Ended:
         name = "stdin" if path == STDIN else str(path)
-        decoder = FeatureDecoder(name, self._dim)
+        decoder = FeatureDecoder(name, self.dim)
         rows = decoder.rows(b"")
         while decoder.dim is None:
             data = await self._next(source, None)
@@ -298,12 +293,12 @@ class _Live:
                 await _go_on(feeder, is_new=path == STDIN)
                 while True:
                     await feeder.send(rows)
-                    self._progress(len(rows))
+                    self.progress(len(rows))
                     data = await self._next(source, feeder)
                     if data is None:
                         break
                     rows = decoder.rows(data)
-                if path == STDIN and not self._stop.is_set():
+                if path == STDIN and not self.stop.is_set():
                     decoder.finish()
                 ended = await feeder.end()
             except BaseException:
@@ -315,26 +310,26 @@ class _Live:
 
     def _feeder(self, stream: str, dim: int) -> AsyncFeatureFeeder:
         return AsyncFeatureFeeder(
-            self._address,
+            self.address,
             stream,
             dim,
-            self._clock,
-            policy=self._policy,
-            timeout_s=self._timeout_s,
-            key=self._key,
+            self.clock,
+            policy=self.policy,
+            timeout_s=self.timeout_s,
+            key=self.key,
         )
 
     async def _next(self, source: _Bytes, feeder: AsyncFeatureFeeder | None) -> bytes | None:
         """The next bytes, or None at the end. While it waits, the feeder sees to it that what is
         sent arrives."""
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + (math.inf if self._end_after_s is None else self._end_after_s)
-        while not self._stop.is_set():
+        until_s = loop.time() + (math.inf if self.end_after_s is None else self.end_after_s)
+        while not self.stop.is_set():
             data = source.read()
             if data is not None:
                 return data or None
             more = asyncio.ensure_future(source.more())
-            ends = [more, asyncio.ensure_future(self._stop.wait())]
+            ends = [more, asyncio.ensure_future(self.stop.wait())]
             others = [asyncio.ensure_future(feeder.flush())] if feeder else []
             try:
                 while not any(each.done() for each in ends):

@@ -13,6 +13,9 @@ from collections import deque
 from threading import Condition, RLock
 from typing import Protocol
 
+from hrpro.clients.connection import CLOSED
+from hrpro.engine.wire import HrproError
+
 MARK_S = 1.0
 
 
@@ -46,6 +49,7 @@ class MemoryLine:
         self._changed = Condition(peer.lock)
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self._heard_s = time.monotonic()
+        self._is_closed = False
         self.topics: list[bytes] = []
 
     # ---- the client's side -----------------------------------------------------------------------
@@ -53,6 +57,8 @@ class MemoryLine:
     def receive(self) -> list[bytes] | None:
         """The frames of the next message that has come, or None."""
         with self._changed:
+            if self._is_closed:
+                raise HrproError(CLOSED)
             return self._came.popleft() if self._came else None
 
     def try_send(self, frames: list[bytes], /) -> bool:
@@ -112,16 +118,16 @@ class MemoryLine:
     def close(self, linger_ms: int | None = None) -> None:  # noqa: ARG002 - of a Line
         """Nothing comes any more."""
         with self._changed:
+            self._is_closed = True
             self._peer.leave(self)
-            self._came.clear()
+            self.wake()
 
     async def close_async(self) -> None:
         """As `close`."""
         self.close()
-        self.wake()
 
     def _is_ready(self, for_room: bool) -> bool:
-        return bool(self._came) or (for_room and self._peer.is_up)
+        return self._is_closed or bool(self._came) or (for_room and self._peer.is_up)
 
     def _mark_if_due(self) -> None:
         """A subscriber hears each second that the engine is there."""

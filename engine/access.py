@@ -7,6 +7,7 @@ it comes from. The routing id is the peer's own choice, and counts only together
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import time
@@ -119,6 +120,12 @@ class Frame(Protocol):
 def user_id(connection: int, public: str) -> str:
     """What the engine calls a connection that it has let in: unlike any other, and of which key."""
     return f"{connection} {public}"
+
+
+@functools.lru_cache(1024)
+def _peer(routing_id: bytes, address: str) -> Peer:
+    """One without a key; the same object for message after message."""
+    return Peer(routing_id, "", address)
 
 
 def _said(frame: Frame, name: str) -> str:
@@ -248,7 +255,7 @@ class Access:
     def peer(self, first: Frame) -> Peer:
         """Who sent the message whose first frame, the routing id, this is."""
         if self.keyring is None:
-            return Peer(first.bytes, "", _said(first, "Peer-Address") or "local")
+            return _peer(first.bytes, _said(first, "Peer-Address") or "local")
         public = _said(first, "User-Id").partition(" ")[2]
         return Peer(first.bytes, public or "none", "", self.keyring.clients.get(public))
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hrpro.engine.stream import Stream
 from hrpro.engine.windows import WindowPlan
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One window: it gives the scores of the snippets ``first <= t < until`` of a stream."""
 
     stream: Stream
@@ -53,10 +53,7 @@ class Batcher:
 
     def offer(self, stream: Stream) -> None:
         """Something of a stream has changed: it may have a window that can be computed, or not."""
-        self._offer_from(stream, stream.asked)
-
-    def _offer_from(self, stream: Stream, first: int) -> None:
-        windows = stream.windows_from(first)
+        windows = stream.windows_from(stream.asked)
         if not windows:
             self.withdraw(stream)
             return
@@ -87,10 +84,11 @@ class Batcher:
             return []
         jobs = self._jobs()
         jobs = jobs[: self.sizes[bisect.bisect(self.sizes, len(jobs)) - 1]]
-        for job in jobs:
-            self.withdraw(job.stream)
-        for stream, until in {job.stream: job.until for job in jobs}.items():  # its last one
-            self._offer_from(stream, until)
+        for name, taken in Counter([job.stream.stream for job in jobs]).items():
+            stream, _, windows = self._waiting.pop(name)
+            if windows > taken:
+                self._waiting[name] = stream, self._now_s(), windows - taken
+        self._windows -= len(jobs)
         return jobs
 
     def _jobs(self) -> list[Job]:

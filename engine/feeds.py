@@ -347,7 +347,8 @@ class Feeds:
         counters.snippets_in += stream.received - came
         counters.snippets_duplicate += stream.duplicates - duplicates
         self._count_dropped(stream, stream.dropped - dropped)
-        if stream.lag and stream.dropped == dropped and stream.missing_until is None:
+        missing_until = stream.missing_until
+        if missing_until is None and stream.dropped == dropped and stream.lag:
             self._untold.setdefault(chunk.stream, self._now_s())
         else:
             self._touched.add(chunk.stream)
@@ -357,7 +358,7 @@ class Feeds:
             self._counters.chunks_duplicate += 1
             feed.told = None  # whoever sends a chunk again has missed the Ack
             self._touched.add(chunk.stream)
-        if stream.missing_until is not None:
+        if missing_until is not None:
             self._holes.setdefault(chunk.stream, (stream.next_index, self._now_s()))
 
     def _count_dropped(self, stream: Stream, snippets: int) -> None:
@@ -433,13 +434,13 @@ class Feeds:
                 "unknown_stream", f"stream {name!r}: expected a Hello first, came {message.TYPE}"
             )
         feed = self.live[name]
-        if feed.identity == _NOBODY:
+        if feed.identity is _NOBODY:
             raise StreamError(
                 "unknown_stream",
                 f"stream {name!r}: expected a Hello since the engine was started, came"
                 f" {message.TYPE}",
             )
-        if feed.identity != identity:
+        if feed.identity is not identity and feed.identity != identity:  # often the same object
             raise StreamError(
                 "not_owner",
                 f"stream {name!r}: expected the connection whose Hello came last,"

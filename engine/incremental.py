@@ -16,7 +16,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,8 +235,7 @@ class StatePool(Pool):
         self._flags[slots] = flags[:, n:]
 
 
-@dataclass(frozen=True, slots=True)
-class _Feed:
+class _Feed(NamedTuple):
     """What a stream is fed in a step: so many snippets from ``start`` on, for its ``jobs``.
 
     A fresh one knows nothing of what is before.
@@ -272,8 +271,8 @@ class Steps:
         self._pool: Pool | None = None  # while a stream has a slot
         self._slots: dict[Stream, int] = {}
         self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
-        self._fed = np.full(config.max_streams, _NOWHERE, dtype=np.int64)  # up to this snippet
-        self._known = np.zeros(config.max_streams, dtype=np.int64)  # up to this one, at that time
+        self._fed = [_NOWHERE] * config.max_streams  # up to this snippet
+        self._known = [0] * config.max_streams  # up to this one, at that time
 
     @property
     def stream_bytes(self) -> int:
@@ -341,7 +340,7 @@ class Steps:
         not come about is noticed, since the next job then begins before."""
         slot, first, stop = self._slot(stream), jobs[0].first, jobs[-1].until + self._delay
         oldest = max(stream.first_index, first - self._context)
-        fed, known = int(self._fed[slot]), int(self._known[slot])
+        fed, known = self._fed[slot], self._known[slot]
         # What was not known yet was fed as missing, at the end or before a silence.
         is_true = fed <= known or known == stream.known_until
         goes_on = is_true and oldest <= fed <= first + self._delay

@@ -224,6 +224,7 @@ class Pipeline:
         self, stream: Stream, scores: Rows, embedding: Rows, attention: Rows
     ) -> Asking[list[Publication]]:
         publisher, until = stream.deployment.publisher, stream.processed + len(scores)
+        waits = stream.skips or stream.known_until < stream.next_index
         published: list[Publication] = [
             publisher.notice(stream, "gap", span) for span in stream.gaps_to(until)
         ]
@@ -237,7 +238,8 @@ class Pipeline:
             published += publisher.publish(stream, decisions, stream.newest_used(until))
         if stream.skips:
             published += yield from self._passing_over(stream)
-        self._offer(stream)
+        if waits:  # for what these scores make room for
+            self._offer(stream)
         return published
 
     def _passing_over(self, stream: Stream) -> Asking[list[Publication]]:

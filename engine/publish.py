@@ -77,38 +77,42 @@ class Publisher:
 
     def _event(self, stream: Stream, change: ActionChange, newest_index: int) -> ActionEvent:
         stream.events += 1
-        return ActionEvent(
-            stream=stream.stream,
-            session=stream.session,
-            sequence=_next_sequence(stream),
-            id=change.id,
-            kind=change.kind,
-            revision=change.revision,
-            label=self._classes[change.label_index],
-            start_s=self._clock.seconds(change.start),
-            end_s=None if change.end is None else self._clock.seconds(change.end),
-            score=change.score,
-            published_index=newest_index,
-            published_s=self._clock.seconds(newest_index + 1),
-            bundle_id=self._bundle_id,
+        return ActionEvent.known(
+            stream.stream,
+            stream.session,
+            _next_sequence(stream),
+            change.id,
+            change.kind,
+            change.revision,
+            self._classes[change.label_index],
+            self._clock.seconds(change.start),
+            None if change.end is None else self._clock.seconds(change.end),
+            change.score,
+            newest_index,
+            self._clock.seconds(newest_index + 1),
+            self._bundle_id,
+            None,  # number and previous are those of a log
+            None,
         )
 
     def _final(self, stream: Stream, final: Final, newest_index: int) -> FinalProposal:
         proposal_id = stream.proposals
         stream.proposals += 1
-        return FinalProposal(
-            stream=stream.stream,
-            session=stream.session,
-            sequence=_next_sequence(stream),
-            id=proposal_id,
-            label=self._classes[final.proposal.label_index],
-            start_s=self._clock.seconds(final.proposal.start),
-            end_s=self._clock.seconds(final.proposal.end),
-            score=final.proposal.score,
-            published_index=newest_index,
-            published_s=self._clock.seconds(newest_index + 1),
-            action_id=final.action_id,
-            bundle_id=self._bundle_id,
+        return FinalProposal.known(
+            stream.stream,
+            stream.session,
+            _next_sequence(stream),
+            proposal_id,
+            self._classes[final.proposal.label_index],
+            self._clock.seconds(final.proposal.start),
+            self._clock.seconds(final.proposal.end),
+            final.proposal.score,
+            newest_index,
+            self._clock.seconds(newest_index + 1),
+            final.action_id,
+            self._bundle_id,
+            None,  # number and previous are those of a log
+            None,
         )
 
 

@@ -23,13 +23,9 @@ class Ring:
         dtype: DTypeLike = np.float32,
     ) -> None:
         self._rows = np.zeros((capacity, *row_shape), dtype=dtype)
+        self.capacity = capacity  # rows that are kept
         self.first_index = first_index
         self.next_index = first_index
-
-    @property
-    def capacity(self) -> int:
-        """Rows that are kept."""
-        return len(self._rows)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -44,7 +40,8 @@ class Ring:
     @property
     def oldest(self) -> int:
         """Index of the oldest row that can be read."""
-        return max(self.first_index, self.next_index - self.capacity)
+        first, oldest = self.first_index, self.next_index - self.capacity
+        return first if first > oldest else oldest  # quicker than max
 
     def append(self, rows: NDArray[np.generic]) -> None:
         """Write ``rows`` (n, *row_shape) at ``next_index``; n is at most ``capacity``."""
@@ -58,7 +55,7 @@ class Ring:
 
     def push(self, row: NDArray[np.generic]) -> None:
         """Write one row (*row_shape) at ``next_index``."""
-        self._rows[self.next_index % len(self._rows)] = row
+        self._rows[self.next_index % self.capacity] = row
         self.next_index += 1
 
     def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -83,4 +80,4 @@ class Ring:
     def row(self, index: int) -> NDArray[Any]:
         """One row, as a view."""
         assert self.oldest <= index < self.next_index, (self.oldest, index, self.next_index)
-        return self._rows[index % len(self._rows)]
+        return self._rows[index % self.capacity]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _FEW = 256
+_LEAST = float(np.finfo(np.float64).tiny)
 
 
 def temporal_iou(start_a: Floats, end_a: Floats, start_b: Floats, end_b: Floats) -> Floats:
@@ -20,7 +21,7 @@ def temporal_iou(start_a: Floats, end_a: Floats, start_b: Floats, end_b: Floats)
     """
     intersection = np.maximum(np.minimum(end_a, end_b) - np.maximum(start_a, start_b), 0.0)
     union = (end_a - start_a) + (end_b - start_b) - intersection
-    return intersection / np.maximum(union, np.finfo(np.float64).tiny)
+    return intersection / np.maximum(union, _LEAST)
 
 
 def soft_nms(start: Floats, end: Floats, score: Floats, sigma: float) -> Floats:

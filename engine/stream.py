@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ class Stream:
         self.missing = 0  # snippets that were given up
         self._plan = plan = deployment.plan
         self._backlog = backlog = deployment.config.backlog_snippets
+        self._hop, self._room = plan.hop, plan.lookahead + backlog
         self._snippets = SnippetBuffer(
             plan.window + backlog, deployment.manifest.feature_dim, first_index
         )
@@ -168,7 +170,7 @@ class Stream:
     @property
     def send_until(self) -> int:
         """There is room for the snippets below this index."""
-        return self._plan.stop(self.processed) + self._backlog
+        return (self.processed // self._hop + 1) * self._hop + self._room
 
     @property
     def open_actions(self) -> int:
@@ -218,8 +220,10 @@ class Stream:
             raise self._error(
                 "no_credit", first_index, f"room up to snippet {taken_until}, got {n} snippets"
             )
-        is_finite = np.isfinite(features)
-        if np.count_nonzero(is_finite) < features.size:  # quicker than all()
+        if math.isfinite(np.vdot(features, features)):  # all but all that come
+            return
+        is_finite = np.isfinite(features)  # what is large has a square that is not
+        if not is_finite.all():
             at = first_index + int(is_finite.all(axis=1).argmin())
             raise self._error("not_finite", at, "expected finite features, got NaN or infinity")
 
@@ -315,21 +319,24 @@ class Stream:
             return self._flush_at
         if self.ended:
             return self.known_until
-        hop, lookahead = self._plan.hop, self._plan.lookahead
-        return (self.known_until - lookahead) // hop * hop
+        return (self._snippets.known_until - self._plan.lookahead) // self._hop * self._hop
 
     def read_snippets(
         self, start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]
     ) -> None:
         """Fill ``features`` (T, D) and ``valid`` (T,) with the snippets from ``start`` on; before
         the stream, and where nothing is known yet, there is none."""
-        last = max(start, min(start + len(valid), self.known_until))
-        first = min(max(start, self._snippets.first_index), last)
+        stop, snippets = start + len(valid), self._snippets
+        if snippets.first_index <= start and stop <= snippets.known_until:
+            snippets.read(start, stop, features, valid)
+            return
+        last = max(start, min(stop, snippets.known_until))
+        first = min(max(start, snippets.first_index), last)
         here = slice(first - start, last - start)
         features[: here.start] = 0
         valid[: here.start] = False
         if first < last:
-            self._snippets.read(first, last, features[here], valid[here])
+            snippets.read(first, last, features[here], valid[here])
         features[here.stop :] = 0
         valid[here.stop :] = False
 
@@ -382,7 +389,7 @@ class Stream:
     def advancing(self, scores: Rows, embedding: Rows, attention: Rows) -> Asking[list[Decision]]:
         """Scores P (n, C), embedding (n, W) and attention (n,) of the next snippets are final."""
         decisions = yield from self.localizer.advancing(scores, embedding)
-        self._last_rows = scores[-1:].copy(), embedding[-1:].copy(), attention[-1:].copy()
+        self._keep_last(scores[-1:], embedding[-1:], attention[-1:])
         self.processed += len(scores)
         self.asked = max(self.asked, self.processed)
         if self._skip is not None and self._skip[1] <= self.processed:
@@ -390,6 +397,15 @@ class Stream:
         if self.known_until < self.next_index:  # it waited for room
             self._snippets.settle(self.send_until)
         return decisions
+
+    def _keep_last(self, *rows: Rows) -> None:
+        """By value: the rows are a part of all that came of a batch."""
+        if self._last_rows is None:
+            scores, embedding, attention = rows
+            self._last_rows = scores.copy(), embedding.copy(), attention.copy()
+            return
+        for kept, row in zip(self._last_rows, rows, strict=True):
+            kept[:] = row
 
     def _error(self, code: str, index: int, text: str) -> StreamError:
         where = f"stream {self.stream!r}, snippet {index}"

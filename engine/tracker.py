@@ -128,6 +128,10 @@ class ActionTracker:
         """Take P of the next snippet, shape (C,); actions start, grow, or are over."""
         t, current = self._next_index, scores.astype(np.float64, copy=False)
         self._next_index += 1
+        starts = current.item(current.argmax()) > self.config.event_start
+        if not (starts or self._open):
+            self._previous = current
+            return []
         changes: list[ActionChange] = []
         for label_index, action in list(self._open.items()):
             score = current.item(label_index)
@@ -136,7 +140,7 @@ class ActionTracker:
                 self._ending.append(self._open.pop(label_index))
             elif (grown := self._grow(action, score)) is not None:
                 changes.append(grown)
-        if current.item(current.argmax()) > self.config.event_start:
+        if starts:
             above = np.flatnonzero(current > self.config.event_start).tolist()
             changes += [self._start(each, t, current) for each in above if each not in self._open]
         self._previous = current

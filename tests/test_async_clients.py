@@ -27,6 +27,7 @@ from hrpro.clients import (
     AsyncFeatureFeeder,
     AsyncScoreSubscriber,
     FinalProposal,
+    HrproError,
     NoReplyError,
     StreamError,
     StreamNotice,
@@ -154,6 +155,32 @@ def test_a_camera_does_not_wait_for_a_task_that_does() -> None:
 
     with serving(pipeline) as server:
         in_a_loop(program())
+
+
+def test_a_line_that_is_given_up_under_a_task_that_waits() -> None:
+    """By another task, which sends: the one that waits goes on with the new line."""
+    pipeline = TinyPipeline()
+    with serving() as first:
+        address = first.feed_address  # where nobody is when `first` is closed
+
+    async def program() -> None:
+        feeder = feeder_to(address, policy="drop_oldest", retry_s=0.02)
+        flushing = asyncio.create_task(feeder.flush())
+        lines = {feeder._line}
+        while len(lines) < 4:
+            await feeder.send(rows(feeder.next_index, feeder.next_index + 1))
+            await asyncio.sleep(0.005)
+            lines.add(feeder._line)
+        assert not flushing.done()
+        with serving(pipeline, feed=address):
+            await flushing
+            assert feeder.lag == 0
+            closing = asyncio.create_task(feeder.end())
+            await feeder.close()  # under it
+            with pytest.raises(HrproError, match="came one that was closed"):
+                await closing
+
+    in_a_loop(program())
 
 
 def test_what_is_wrong_is_raised_as_in_a_thread() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from commands import PATIENCE_S, engine
+from playwright.sync_api import sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+CHROMIUM = shutil.which("chromium")
 
 
 # ---- the site ----------------------------------------------------------------------------------
@@ -86,6 +91,35 @@ def test_a_page_asks_no_other_host_for_anything(site: Path) -> None:
     assert not [load for load in loads if re.match(r"(?!data:)(\w+:)?//", load)]
     for script in site.rglob("*.js"):
         assert "fonts.googleapis" not in script.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: no page was looked at")
+def test_pages_work_in_a_browser(site: Path) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at = f"http://127.0.0.1:{server.server_port}"
+    wrong: list[object] = []
+    asked: set[str] = set()
+    with server, sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page()
+        page.on("pageerror", lambda error: wrong.append((page.url, error)))
+        page.on("request", lambda request: asked.add(request.url.split("/")[2]))
+        for file in sorted(site.rglob("*.html")):
+            page.goto(f"{at}/{file.relative_to(site)}")
+        page.goto(f"{at}/index.html")
+        page.get_by_role("link", name="Search").click()
+        page.locator("#properdocs-search-query").press_sequentially("webhook")
+        page.locator("#properdocs-search-results a", has_text="An alert by webhook").wait_for()
+        browser.close()
+        server.shutdown()
+    assert not wrong
+    assert asked == {at.removeprefix("http://")}
 
 
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path) -> None:

@@ -315,6 +315,26 @@ def test_a_frame_is_stretched_where_the_manifest_says_so(tmp_path: Path) -> None
     assert prepared[:, 5:].max() < 5
 
 
+@pytest.mark.parametrize(
+    ("rotation", "corner"), [(0, (0, 0)), (90, (11, 0)), (-90, (0, 7)), (180, (11, 7))]
+)
+def test_a_frame_is_turned_upright(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
+    folder = write_extractor(tmp_path / "tiny", height=12, width=8, short_side=None)
+    image = np.zeros((48, 48, 3), np.uint8)
+    image[:24, :24] = 255  # the first corner, which turns counterclockwise
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        stream.set_display_rotation(rotation)
+        container.mux([*stream.encode(frame_of(image)), *stream.encode()])
+    with av.open(str(tmp_path / "phone.mp4")) as container:
+        frame = next(container.decode(video=0))
+    prepared = load_extractor(folder).prepare(frame)
+    assert prepared.shape == (12, 8, 3)
+    bright = {(y, x) for y in (0, 11) for x in (0, 7) if prepared[y, x].min() > 200}
+    assert bright == {corner}
+
+
 def test_a_frame_of_a_camera_has_its_colours(tmp_path: Path) -> None:
     extractor = load_extractor(write_extractor(tmp_path))
     frame = plain_frame(48, 64, 220, 40, 90).reformat(format="yuv420p")

@@ -426,6 +426,9 @@ def test_files_that_are_not_there_or_would_be_one_stream(tmp_path: Path) -> None
         (tmp_path / folder / "x.npy").touch()
     with feeding("tcp://127.0.0.1:1", tmp_path / "none.npy", "--follow") as fed:
         assert "No such file or directory" in one_line(fed.over(status=1)[1])
+    with feeding("tcp://127.0.0.1:1", tmp_path, "--follow") as fed:
+        said = one_line(fed.over(status=1)[1])
+        assert said == f"{tmp_path}: expected a file that grows, came a folder"
     files = (tmp_path / "a" / "x.npy", tmp_path / "b" / "x.npy")
     with feeding("tcp://127.0.0.1:1", *files, "--follow") as fed:
         assert one_line(fed.over(status=1)[1]).startswith("two files would be the stream 'x'")

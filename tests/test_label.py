@@ -23,6 +23,7 @@ from commands import PATIENCE_S, environment, hrpro, refusal, running, wait_for
 
 from hrpro.clients.label.media import VideoError, frame_times, playable_copy, playable_type
 from hrpro.training.data import read_training_split
+from hrpro.training.feature_source import FeatureSource, write_feature_source
 
 STAMPS = [40 * n + 7 * (n % 2) for n in range(50)]  # ms
 
@@ -139,6 +140,16 @@ def test_frames_are_counted_at_the_rate_that_training_is_told(tmp_path: Path) ->
     points.replace("walk", [Mark("wave", 1.5)], points.marks("walk")[1])
     assert points.path.read_text().splitlines()[1] == "wave,walk,45"
     assert points.marks("walk")[0] == [Mark("wave", 1.5)]
+
+
+def test_the_clock_of_the_features_is_insisted_on(tmp_path: Path) -> None:
+    source = FeatureSource(
+        extractor="e", extractor_id="0", frames_per_s=30, snippet_frames=16, feature_dim=4
+    )
+    write_feature_source(tmp_path, source)
+    (tmp_path / "a.mp4").touch()
+    said = refusal("label", tmp_path / "a.mp4", "--data", tmp_path)
+    assert said.endswith("expected data.frames_per_s=30 data.snippet_frames=16")
 
 
 # ---- who may come in ---------------------------------------------------------------------------

@@ -371,7 +371,7 @@ def test_a_second_page_does_not_undo_what_the_first_has_saved(
     press(other, "ArrowRight", "2")
     expect(other.locator("#problem-text")).to_have_text(re.compile("has been changed by another"))
     other.locator("#reload").click()
-    saved(other)
+    expect(other.get_by_role("button", name="0:00.000 wave")).to_be_visible()  # the first one's
     press(other, "2")
     saved(other)
     other.close()
@@ -402,3 +402,9 @@ def test_the_page_can_be_used_and_heard_without_seeing_it(page: Page, labelled: 
     press(page, "Space")  # the button's own
     expect(page.get_by_role("button", name="Pause")).to_be_visible()
     assert len(labelled.rows) == 1
+    press(page, "Space", "Home")
+    page.get_by_role("button", name="wave").first.focus()
+    press(page, "Enter", "ArrowRight", "Enter")  # the focus stays where it is
+    expect(page.locator("#points button")).to_have_count(3)
+    saved(page)
+    assert [row[::2] for row in labelled.rows][::2] == [("wave", "0"), ("wave", frame_text(1))]

@@ -167,6 +167,18 @@ def test_what_is_against_the_protocol_is_an_error() -> None:
     line.close()
 
 
+def test_a_client_that_was_closed() -> None:
+    engine = MemoryEngine()
+    feeder, subscriber = feeder_to(engine), EventSubscriber(engine.events)
+    for client in (feeder, subscriber):
+        client.close()
+        client.close()
+    with pytest.raises(HrproError, match="expected a client that is open"):
+        feeder.flush()
+    with pytest.raises(HrproError, match="expected a client that is open"):
+        subscriber.receive()
+
+
 def test_an_address_without_an_engine() -> None:
     address = MemoryEngine().feed
     with pytest.raises(HrproError, match="expected the address of a MemoryEngine"):

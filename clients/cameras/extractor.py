@@ -64,23 +64,26 @@ class Extractor:
         return self._networks[0].provider
 
     def prepare(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """A decoded frame as RGB (H, W, 3), scaled and cropped as the manifest says."""
+        """A decoded frame as RGB (H, W, 3), upright, scaled and cropped as the manifest says."""
         # What scales is kept, with its tables; it is for one thread.
         if not hasattr(self._local, "scaler"):
             from av.video.reformatter import VideoReformatter
 
             self._local.scaler = VideoReformatter()
-        height, width = self._scaled(frame.height, frame.width)
+        # Phones store pictures as their sensor lies, and a note of which way is up.
+        turns = frame.rotation // 90
+        height, width = self._scaled(frame.height, frame.width, is_sideways=turns % 2 == 1)
         scaled = self._local.scaler.reformat(
             frame, width, height, "rgb24", interpolation=self.manifest.interpolation.upper()
         )
-        return np.ascontiguousarray(centre_crop(scaled.to_ndarray(), self.height, self.width))
+        upright = np.rot90(scaled.to_ndarray(), turns)
+        return np.ascontiguousarray(centre_crop(upright, self.height, self.width))
 
-    def _scaled(self, height: int, width: int) -> tuple[int, int]:
-        """What a frame of this size is scaled to before it is cropped."""
+    def _scaled(self, height: int, width: int, is_sideways: bool) -> tuple[int, int]:
+        """What a frame of this size is scaled to before it is turned upright and cropped."""
         side = self.manifest.short_side
         if side is None:
-            return self.height, self.width
+            return (self.width, self.height) if is_sideways else (self.height, self.width)
         shorter = min(height, width)
         return round(height * side / shorter), round(width * side / shorter)
 

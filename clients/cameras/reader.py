@@ -206,7 +206,8 @@ class SourceReader:
             pause_s = FIRST_PAUSE_S if self._stayed_s > pause_s else pause_s
             self._wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            self.reconnects += 1
+            if self._is_mine():
+                self.reconnects += 1
 
     def _read(self) -> None:
         """Until the source ends or is lost."""

@@ -18,6 +18,7 @@ from hrpro.clients.label.videos import open_videos
 from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import point_rates
 from hrpro.training.data_config import DataConfig
+from hrpro.training.feature_source import check_clock
 
 # Pages that do not go when they are asked to: a browser keeps its connections.
 _GOODBYE_S = 1
@@ -37,6 +38,7 @@ def serve(
     """
     stopping = threading.Event()
     videos = open_videos(paths, stopping)
+    check_clock(folder, config)
     path = point_file_path(folder, config)
     with locked(path), contextlib.closing(_listening(port)) as listener:
         points = PointFile(path, point_rates(folder, [each.name for each in videos], config))

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from markdown.extensions.toc import slugify
 from properdocs.config.defaults import ProperDocsConfig
 from properdocs.exceptions import PluginError
 from properdocs.structure.files import File, Files
@@ -39,10 +40,22 @@ ROOT = Path(__file__).resolve().parents[2]
 # Files beside docs/ that are pages of the site, too; a README.md would be an index.
 PAGES = {"README.md": "overview.md", "SECURITY.md": "SECURITY.md", "CHANGELOG.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)\s#]+)")
+_NUMBERED = re.compile(r"(?<=\]\()([^)\s#]*)#(?=\d)")
 _PLACE = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
 # ---- the build ---------------------------------------------------------------------------------
+
+
+def on_config(config: ProperDocsConfig) -> ProperDocsConfig:
+    """Headings that begin with a number have a letter before it: the theme wants CSS selectors."""
+
+    def slug(text: str, separator: str) -> str:
+        made = slugify(text, separator)
+        return f"section-{made}" if made[:1].isdigit() else made
+
+    config.mdx_configs["toc"]["slugify"] = slug
+    return config
 
 
 def on_files(files: Files, config: ProperDocsConfig) -> Files:
@@ -69,7 +82,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         target = _in_site(_in_repository(here, match[0]))
         return os.path.relpath(target, PurePosixPath(here).parent)
 
-    return _PLACE.sub(lambda place: GENERATED[place[1]](), _LINK.sub(link, markdown))
+    markdown = _NUMBERED.sub(r"\1#section-", _LINK.sub(link, markdown))
+    return _PLACE.sub(lambda place: GENERATED[place[1]](), markdown)
 
 
 def _in_repository(page_uri: str, target: str) -> str:

@@ -8,31 +8,43 @@ function swatch(number) {
   return element("span", { className: "swatch", style: { color: classColour(number) }, ariaHidden: "true" });
 }
 
+const classRows = new Map(); // by label
+
 /** `mark(number, moment)` is called for a class that is chosen, `remove(label)` for one to be taken away. */
 export function showClasses(classes, points, mark, remove) {
   const counts = new Map(classes.map((label) => [label, 0]));
   for (const { label } of points) counts.set(label, (counts.get(label) ?? 0) + 1);
   const rows = classes.map((label, number) => {
-    const count = counts.get(label);
-    const button = element(
-      "button",
-      { type: "button", className: "row", title: `a point of ${label} at the frame shown` },
-      element("kbd", {}, keyOf(number)),
-      swatch(number),
-      element("span", { className: "name" }, label),
-      element("span", { className: "count", ariaLabel: `${count} points` }, String(count)),
-    );
-    button.addEventListener("click", (event) => mark(number, event.timeStamp));
-    const row = element("li", {}, button);
-    if (!count) {
-      const name = `Remove the class ${label}`;
-      const cross = element("button", { type: "button", className: "remove", title: name, ariaLabel: name }, "×");
-      cross.addEventListener("click", () => remove(label));
-      row.append(cross);
+    let known = classRows.get(label);
+    if (known?.number !== number) {
+      known = classRow(label, number, mark, remove);
+      classRows.set(label, known);
     }
-    return row;
+    const count = counts.get(label);
+    setText(known.count, String(count));
+    known.cross.hidden = count > 0;
+    return known.row;
   });
-  byId("classes").replaceChildren(...rows);
+  setRows(byId("classes"), rows);
+}
+
+function classRow(label, number, mark, remove) {
+  const count = element("span", { className: "count", title: "points in this video" });
+  const button = element(
+    "button",
+    { type: "button", className: "row", title: `a point of ${label} at the frame shown` },
+    element("kbd", {}, keyOf(number)),
+    swatch(number),
+    element("span", { className: "name" }, label),
+    count,
+  );
+  button.addEventListener("click", (event) => mark(number, event.timeStamp));
+  const name = `Remove the class ${label}`;
+  const cross = element(
+    "button", { type: "button", className: "remove", title: name, ariaLabel: name }, "×",
+  );
+  cross.addEventListener("click", () => remove(label));
+  return { number, count, cross, row: element("li", {}, button, cross) };
 }
 
 const rowOf = new WeakMap(); // points are never changed in place
