@@ -15,10 +15,16 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
+from hrpro.clients.dashboard.told import (
+    STATES,
+    STATUS_ENTRIES,
+    Json,
+    RowState,
+    action_state,
+    told_scores,
+)
 from hrpro.engine.protocol import (
     ActionEvent,
     FinalProposal,
@@ -35,14 +41,8 @@ ENDED_SHOWN_S = 600.0
 STREAMS_SHOWN = 500
 # Actions and notices that are kept, of all streams.
 EVENTS_KEPT = 5_000
-# Scores are told in thousandths: of each snippet, those of the classes that come highest, and only
-# from here on.
-_LEAST_SCORE = 10
-_CLASSES_TOLD = 8
 
-Json = dict[str, Any]
 EventKey = tuple[Any, ...]
-RowState = Literal["live", "idle", "ended", "gone"]
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Board:
             # After a restart an engine may compute again what it had.
             while row.scores and row.scores[-1].content["first"] >= scores.first_index:
                 row.scores.pop()
-            row.scores.append(_Scores(_in_thousandths(scores), self._next_revision()))
+            row.scores.append(_Scores(told_scores(scores), self._next_revision()))
             self._trim_scores(row)
 
     def take_status(self, reply: Mapping[str, Any]) -> None:
@@ -288,7 +288,7 @@ class Board:
         if row.state == "ended":  # it was asked before that was heard of
             return
         state: RowState = "idle" if entry["idle"] else "live"
-        status = {name: entry[name] for name in _ENTRIES if name in entry}
+        status = {name: entry[name] for name in STATUS_ENTRIES if name in entry}
         if row.state != state or row.status != status:
             row.state, row.status = state, status
             row.revision = self._next_revision()
@@ -321,7 +321,7 @@ class Board:
             "start_s": event.start_s,
             "end_s": event.end_s,
             "score": event.score,
-            "state": _state(event),
+            "state": action_state(event),
         }
         self._put(key, content, is_open=not event.is_last)
 
@@ -329,7 +329,7 @@ class Board:
         row = self._advance(notice.stream, notice.session, notice.next_index)
         if row is not None and notice.kind == "opened" and notice.first_index < row.before:
             self._begin_course(row)
-        state = _STATES.get(notice.kind)
+        state = STATES.get(notice.kind)
         if row is not None and state is not None and row.state != state:
             row.state, row.revision = state, self._next_revision()
         if notice.kind == "ended":
@@ -376,28 +376,6 @@ class Board:
             self._put(key, {**event.content, "state": "lost"}, is_open=False)
 
 
-# Of a stream's entry in the status, what a page shows.
-_ENTRIES = (
-    *("lag_snippets", "lag_ms", "credit_snippets", "open_actions", "dropped", "missing"),
-    *("proposals", "events", "policy", "fed_by", "bundle_id"),
-)
-_STATES: Mapping[str, RowState] = {
-    "opened": "live",
-    "resumed": "live",
-    "idle": "idle",
-    "ended": "ended",
-}
-
-
-def _state(event: ActionEvent) -> str:
-    """What an action is: one that is over has its last event still to come."""
-    if event.kind == "end":
-        return "ended"
-    if event.kind == "retract":
-        return "retracted"
-    return "now" if event.end_s is None else "over"
-
-
 def _told(stream: str, row: _Row) -> Json:
     return {
         "stream": stream,
@@ -407,20 +385,6 @@ def _told(stream: str, row: _Row) -> Json:
         "moved_at": row.moved_s,
         "state": row.state,
         **row.status,
-    }
-
-
-def _in_thousandths(scores: SnippetScores) -> Json:
-    """What is told of scores: most classes are next to 0, and are left out."""
-    thousandths = np.rint(scores.scores * 1000).astype(int)  # (n, C)
-    highest = np.argsort(-thousandths, axis=1)[:, :_CLASSES_TOLD]  # (n, at most _CLASSES_TOLD)
-    return {
-        "first": scores.first_index,
-        "attention": np.rint(scores.attention * 1000).astype(int).tolist(),
-        "scores": [
-            [[k, of[k]] for k in classes if of[k] >= _LEAST_SCORE]
-            for of, classes in zip(thousandths.tolist(), highest.tolist(), strict=True)
-        ],
     }
 
 
