@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hrpro.clients import web
 from hrpro.clients.cli_shared import JsonFlag, KeyFile, address_errors, say
 from hrpro.engine.wire import HrproError
 
@@ -47,8 +48,8 @@ def dashboard(
         raise HrproError(
             f"the dashboard needs the package {error.name}: pip install 'hrpro-stream[dashboard]'"
         ) from None
-    token = door.dashboard_token(token_file)
-    camera_token = door.read_token(thumbnails_token_file, "--thumbnails-token-file")
+    token = web.read_token(token_file, "--token-file", door.TOKEN_VARIABLE)
+    camera_token = web.read_token(thumbnails_token_file, "--thumbnails-token-file")
     cameras = [CameraClient(url, camera_token) for url in thumbnails or ()]
 
     def ready(url: str) -> None:

@@ -38,7 +38,7 @@ from hrpro.clients.chaos_link import Link
 from hrpro.clients.dashboard import watch
 from hrpro.clients.dashboard.app import create_app
 from hrpro.clients.dashboard.board import Board
-from hrpro.clients.dashboard.door import Door, checked_token, parse_http_address
+from hrpro.clients.dashboard.door import Door
 from hrpro.clients.dashboard.server import new_server
 from hrpro.clients.dashboard.thumbnails import (
     LONGEST_PICTURE_BYTES,
@@ -47,6 +47,7 @@ from hrpro.clients.dashboard.thumbnails import (
     Thumbnails,
 )
 from hrpro.clients.dashboard.watch import EngineWatch
+from hrpro.clients.web import checked_token, parse_http_address
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.protocol import HrproError
 from hrpro.engine.serve import Addresses
@@ -105,9 +106,9 @@ def test_nobody_else_is_let_in_without_a_token() -> None:
 def test_an_address_is_host_and_port() -> None:
     for http in ("8080", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:65536"):
         with pytest.raises(HrproError, match=f"expected HOST:PORT, .* came {http}"):
-            parse_http_address(http)
-    assert parse_http_address("[::1]:80") == ("::1", 80)
-    assert parse_http_address(":0") == ("127.0.0.1", 0)
+            parse_http_address(http, "--http")
+    assert parse_http_address("[::1]:80", "--http") == ("::1", 80)
+    assert parse_http_address(":0", "--http") == ("127.0.0.1", 0)
 
 
 def test_a_port_that_is_taken(open_address: str) -> None:
