@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from hrpro.clients import web
 from hrpro.clients.cli_shared import KeyFile, address_errors, console, say, speed_factor
 from hrpro.engine.wire import HrproError
 
@@ -99,7 +100,9 @@ def feed_camera(
         ) from None
     factor = speed_factor(speed)
     named = _named(sources, stream or [])
-    token = pictures.read_token(thumbnails_token_file)
+    token = web.read_token(
+        thumbnails_token_file, "--thumbnails-token-file", pictures.TOKEN_VARIABLE
+    )
     stop, changed = threading.Event(), threading.Condition()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

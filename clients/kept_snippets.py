@@ -75,10 +75,14 @@ class KeptSnippets:
         self.next_index += snippets
 
     def _note_dropped(self, index: int) -> None:
-        start, stop = self._dropped.pop() if self._dropped else (index, index)
-        self._dropped += (
-            [(start, index + 1)] if stop == index else [(start, stop), (index, index + 1)]
-        )
+        """What was skipped between two that were dropped counts as dropped: one span, not many, of
+        a source that leaves out every second snippet while the engine is away for hours."""
+        before = self.before(index)
+        start, stop = self._dropped[-1] if self._dropped else (index, index)
+        if stop == index or before is None or before < stop:
+            self._dropped[-1:] = [(start, index + 1)]
+        else:
+            self._dropped.append((index, index + 1))
 
     # ---- what is to be sent ----------------------------------------------------------------------
 

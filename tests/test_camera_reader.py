@@ -163,6 +163,24 @@ def test_an_error_that_nobody_has_foreseen_ends_the_source(tmp_path: Path) -> No
     assert len(seen) == 1
 
 
+def test_frames_that_come_all_at_once_at_the_beginning_are_left_out() -> None:
+    """Of 20 that had been kept, and were given with a pause in between, and 12 at their pace."""
+
+    def frames() -> Iterator[tuple[int, Fraction]]:
+        began_s = time.monotonic()
+        for number in range(20):
+            if number == 10:
+                time.sleep(0.06)  # longer than a frame is shown: the machine is busy
+            yield number, 5 + number * Fraction(1, 25)
+        for number in range(20, 32):
+            time.sleep(max(0.0, began_s + 0.1 + (number - 19) / 25 - time.monotonic()))
+            yield number, 5 + number * Fraction(1, 25)
+
+    came = [number for number, _ in reading._from_now_on(frames())]  # type: ignore[arg-type]
+    assert came and came == list(range(came[0], 32))
+    assert 20 < came[0] < 30
+
+
 # ---- formats without time stamps -----------------------------------------------------------------
 
 

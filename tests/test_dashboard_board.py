@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from dashboards import ONE, SNIPPET_S, action
 
 from hrpro.clients.dashboard import board as board_module
 from hrpro.clients.dashboard.board import Board
-from hrpro.engine.protocol import FinalProposal, StreamNotice
+from hrpro.engine.protocol import FinalProposal, SnippetScores, StreamNotice
 
 OTHER = "1" * 16
 
@@ -184,6 +185,64 @@ def test_a_silent_engine_is_away_since_it_answered_last() -> None:
     board.take_status(status())
     engine = board.changes(0)["engine"]
     assert (engine["away_since"], engine["problem"]) == (None, None)
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+def scores(first: int, curves: list[list[float]], session: int = 1) -> SnippetScores:
+    """Of each snippet attention, then the classes."""
+    labels = tuple(f"class {k}" for k in range(len(curves[0]) - 1))
+    array = np.array(curves, np.float32)
+    return SnippetScores("cam", session, first, 25.0, 16, labels, "b", array)
+
+
+def test_scores_are_told_in_thousandths_without_what_is_next_to_nothing() -> None:
+    board = Board()
+    board.take_scores(scores(5, [[0.9, 0.5, 0.009], [1.0, 0.01, 0.9996]]))
+    told = board.changes(0)
+    assert told["scores"] == [
+        {
+            "stream": "cam",
+            "first": 5,
+            "attention": [900, 1000],
+            "scores": [[[0, 500]], [[1, 1000], [0, 10]]],
+        }
+    ]
+    assert (told["engine"]["classes"], told["engine"]["snippet_s"]) == (
+        ["class 0", "class 1"],
+        0.64,
+    )
+    assert row(board)["head"] == 7
+    board.take_scores(scores(7, [[0.5, 0.0, 0.0]]))
+    assert [each["first"] for each in board.changes(told["revision"])["scores"]] == [7]
+
+
+def test_of_many_classes_the_highest_are_told() -> None:
+    board = Board()
+    board.take_scores(scores(0, [[1.0, *(k / 100 for k in range(1, 21))]]))
+    (chunk,) = board.changes(0)["scores"]
+    assert chunk["scores"] == [[[k, 10 * (k + 1)] for k in range(19, 11, -1)]]
+
+
+def test_scores_that_are_computed_again_stand_in_the_place_of_the_former() -> None:
+    board = Board()
+    for first in (0, 2, 4):
+        board.take_scores(scores(first, [[0.5, 0.1]] * 2))
+    board.take_scores(scores(2, [[0.6, 0.2]] * 2))
+    assert [each["first"] for each in board.changes(0)["scores"]] == [0, 2]
+    assert row(board)["head"] == 6
+
+
+def test_scores_of_a_former_session_are_left_out_and_old_ones_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(board_module, "HISTORY_S", 6.4)
+    board = Board()
+    for first in range(30):
+        board.take_scores(scores(first, [[0.5, 0.1]], session=2))
+    board.take_scores(scores(90, [[0.5, 0.1]], session=1))
+    assert [each["first"] for each in board.changes(0)["scores"]] == list(range(20, 30))
 
 
 # ---- bounds ------------------------------------------------------------------------------------

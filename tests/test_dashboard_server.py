@@ -29,9 +29,13 @@ from dashboards import (
     request,
     websocket_headers,
 )
+from serving import rows
+from serving import serving as engine_in_thread
 from tiny_model import DIM, tiny_recording
 
 from hrpro.clients import FeatureFeeder
+from hrpro.clients.chaos_link import Link
+from hrpro.clients.dashboard import watch
 from hrpro.clients.dashboard.app import create_app
 from hrpro.clients.dashboard.board import Board
 from hrpro.clients.dashboard.door import Door, checked_token, parse_http_address
@@ -42,6 +46,8 @@ from hrpro.clients.dashboard.thumbnails import (
     ThumbnailError,
     Thumbnails,
 )
+from hrpro.clients.dashboard.watch import EngineWatch
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.protocol import HrproError
 from hrpro.engine.serve import Addresses
 
@@ -291,6 +297,39 @@ def test_a_key_file_that_is_none(tmp_path: Path) -> None:
     file = tmp_path / "none.key"
     said = refusal("dashboard", *SIDES, "--http", "127.0.0.1:0", "--key", file)
     assert said == f"{file}: cannot be read: No such file or directory"
+
+
+def test_a_line_of_events_that_is_cut_is_noticed_and_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "EVENTS_LOST_S", 1.5)  # a sign of life comes each second
+    board = Board()
+    with (
+        EventLog(tmp_path / "state") as log,
+        engine_in_thread(log=log) as server,
+        Link(server.events_address) as road,
+        EngineWatch(board, road.address, server.control_address).running(),
+    ):
+
+        def engine_is(**wanted: object) -> bool:
+            time.sleep(0.02)
+            told = board.changes(0)["engine"]
+            return all(told[name] == value for name, value in wanted.items())
+
+        wait_for(lambda: len(board.changes(0)["engine"]["hears"]) == 2)
+        there, road.target = road.target, NOWHERE
+        road.cut()
+        wait_for(lambda: engine_is(events_problem=f"no answer from {road.address}"))
+        assert engine_is(away_since=None)  # the status comes another way
+        with FeatureFeeder(server.feed_address, "cam", 2) as feeder:
+            feeder.send(rows(0, 8))
+            feeder.end()
+        assert board.changes(0)["events"] == []
+        road.target = there
+        wait_for(lambda: engine_is(events_problem=None))
+        wait_for(lambda: len(board.changes(0)["events"]) == 8 + 2)
+        (told,) = board.changes(0)["rows"]
+        assert told["state"] == "ended"
 
 
 # ---- many pages, and slow ones -----------------------------------------------------------------

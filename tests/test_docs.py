@@ -112,7 +112,8 @@ def test_pages_work_in_a_browser(site: Path) -> None:
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))
         for file in sorted(site.rglob("*.html")):
             page.goto(f"{at}/{file.relative_to(site)}")
-        page.goto(f"{at}/index.html")
+        with page.expect_console_message(lambda said: "search ready" in said.text):
+            page.goto(f"{at}/index.html")
         page.get_by_role("link", name="Search").click()
         page.locator("#properdocs-search-query").press_sequentially("webhook")
         page.locator("#properdocs-search-results a", has_text="An alert by webhook").wait_for()

@@ -496,6 +496,31 @@ def test_while_the_engine_is_away_a_camera_keeps_no_more_than_its_buffer(policy:
     assert (newest == (59, 60.0)) == (policy == "drop_oldest")
 
 
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_what_is_left_out_while_the_engine_is_away_is_one_gap_with_what_is_dropped(
+    policy: Any,
+) -> None:
+    """A source that leaves out every second snippet must not cost memory for each."""
+    pipeline = TinyPipeline(window=WindowConfig(window_snippets=512))
+    with new_server(pipeline) as server:
+        feeder = FeatureFeeder(server.feed_address, "cam", 2, policy=policy, buffer_snippets=5)
+        for at in range(0, 200, 2):
+            feeder.send(rows(at, at + 1))
+            feeder.skip(1)
+            assert len(feeder._talk.kept._dropped) <= 1
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            with feeder:
+                assert feeder.end().next_index == 200
+        finally:
+            server.stop()
+            thread.join(PATIENCE_S)
+    kept = range(0, 10, 2) if policy == "drop_newest" else range(190, 200, 2)
+    assert [at for at, _ in pipeline.received["cam"]] == list(kept)
+    assert feeder.dropped == 95
+
+
 def test_a_camera_that_is_there_before_its_engine_goes_on_with_what_it_has_kept() -> None:
     pipeline = TinyPipeline(window=WindowConfig(window_snippets=64))
     with new_server(pipeline) as server:

@@ -253,6 +253,27 @@ def test_it_sends_again_what_is_missing_and_what_is_not_answered(tmp_path: Path)
             assert process.wait(PATIENCE_S) == 0
 
 
+def test_its_own_hellos_of_a_line_before_do_not_shut_it_out(tmp_path: Path) -> None:
+    """An engine that stood still reads them last, and takes the old line for the owner."""
+    recording = tmp_path / "cam.f32"
+    recording.write_bytes(RECORDING[:2].tobytes())
+    not_owner = {"code": "not_owner", "message": "?"}
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        scripted = ScriptedEngine(socket)
+        with client("feed", scripted.address, "cam", recording, DIM) as process:
+            assert [scripted.hears() for _ in range(2)] == [("hello", 0, 0)] * 2  # over two lines
+            scripted.says("error", None, **not_owner)  # of what was before
+            scripted.welcomes(0, send_until=6)
+            assert scripted.hears() == ("chunk", 0, 2)
+            scripted.says("error", None, **not_owner)
+            assert scripted.hears() == ("hello", 0, 0)
+            scripted.welcomes(2, send_until=6)
+            assert scripted.hears() == ("end", 2, 0)
+            scripted.says("error", None, **not_owner)  # once more: it is another feeder
+            assert process.wait(PATIENCE_S) == 1
+
+
 def test_a_refusal_is_one_line(bundle: Bundle) -> None:
     with engine(bundle.folder, quiet=False) as served:
         said = feed(served.feed, "cam", "--snippet-frames", 8, status=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -220,6 +222,39 @@ def test_contrast_is_that_of_a_plain_sum(track: list[float]) -> None:
             outer_mean = float(np.mean(outer))  # not empty: something ended the run
             expected = float(np.mean(track[run.start : run.stop])) - outer_mean
             assert detector.outer_inner_contrast(run) == pytest.approx(expected, abs=1e-12)
+
+
+MANY = LocalizationConfig(thresholds=(0.125, 0.25, 0.5, 0.75), peak_gate=0.4)
+levels = st.sampled_from([0.0, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.875, 1.0])
+
+
+@given(st.lists(st.tuples(levels, levels), max_size=30), st.integers(0, 3))
+def test_runs_are_the_stretches_above_each_threshold(
+    track: list[tuple[float, float]], first_index: int
+) -> None:
+    detector = RunDetector(2, MANY, first_index)
+    rows = np.array(track, np.float32).reshape(-1, 2)
+    runs = [run for row in rows for run in detector.push(row)] + detector.flush()
+    expected = []
+    for label_index, threshold in itertools.product((0, 1), MANY.thresholds):
+        scores = [0.0, *(row[label_index] for row in track), 0.0]
+
+        def border(t: int, scores: list[float] = scores, threshold: float = threshold) -> float:
+            before, after = scores[t : t + 2]
+            inside = 0 < t < len(track)
+            crossing = (threshold - before) / (after - before) if inside else 0.5
+            return first_index + t - 0.5 + crossing
+
+        edges = np.flatnonzero(np.diff(np.array(scores) > threshold)).reshape(-1, 2)
+        for start, stop in edges.tolist():
+            if max(scores[start + 1 : stop + 1]) > MANY.peak_gate:
+                mean = pytest.approx(np.mean(scores[start + 1 : stop + 1]))
+                borders = border(start), border(stop)
+                expected.append((label_index, first_index + start, *borders, mean))
+    found = [
+        (r.label_index, r.start, r.start_position, r.stop_position, r.inner_mean) for r in runs
+    ]
+    assert sorted(found) == sorted(expected, key=lambda each: each[:4])
 
 
 # --- refinement ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ made, an outlet keeps no more than it has room for.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -34,6 +35,9 @@ LONGEST_PAUSE_S = 30.0
 # should have given up, the thread is taken to be stuck in the system.
 _STUCK_S = 5.0
 _MOST_LEFT_BEHIND = 2
+# How the first frames are told from those that come as they are seen, see `_from_now_on`.
+_STEADY_FRAMES = 4
+_LESS_LATE_S = 0.01
 
 State = Literal["opening", "reading", "away", "stuck", "ended", "failed"]
 
@@ -266,19 +270,20 @@ class SourceReader:
 
 
 def _from_now_on(frames: Iterable[TimedFrame]) -> Iterator[TimedFrame]:
-    """Without the frames that come at once at the beginning: FFmpeg has kept them while it found
-    out what the source is, and when they came is not known any more."""
-    before: tuple[float, Fraction] | None = None
-    is_past = True
+    """Without the frames that come faster than they are shown, as the first ones of a connection:
+    FFmpeg has kept them while it found out what the source is, and when they came is not known any
+    more. They are over when some frames in turn have not been less late than any before."""
+    began_s, least_late_s, steady = time.monotonic(), math.inf, 0
     for frame, time_s in frames:
-        if is_past:
-            now_s = time.monotonic()
-            if before is not None:
-                took_s, step_s = now_s - before[0], time_s - before[1]
-                is_past = 2 * took_s < step_s
-            before = (now_s, time_s)
-        if not is_past:
+        if steady >= _STEADY_FRAMES:
             yield frame, time_s
+            continue
+        now_s = time.monotonic()
+        late_s = now_s - float(time_s)  # than any fixed time
+        steady = 0 if late_s < least_late_s - _LESS_LATE_S else steady + 1
+        least_late_s = min(least_late_s, late_s)
+        if now_s - began_s > APART_S:  # it goes on like that
+            steady = _STEADY_FRAMES
 
 
 class _Pace:

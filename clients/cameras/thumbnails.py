@@ -11,16 +11,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import hmac
-import ipaddress
 import math
-import os
-import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import av
 import uvicorn
@@ -30,14 +24,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from hrpro.clients import web
 from hrpro.engine.timebase import SnippetClock
-from hrpro.engine.wire import HrproError
 
 WIDTH_PX = 160
 KEPT_S = 600
+OPTION = "--thumbnails"
 TOKEN_VARIABLE = "HRPRO_THUMBNAILS_TOKEN"  # noqa: S105 - the name of one
-_SHORTEST_TOKEN = 16
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECONDS_BETWEEN = 1.0
 
 
@@ -96,21 +89,6 @@ def _new_context(height: int) -> av.VideoCodecContext:
 # ---- served --------------------------------------------------------------------------------------
 
 
-def read_token(file: Path | None) -> str | None:
-    """The token of a file's first line, or else of the environment. Raises HrproError."""
-    if file is None:
-        token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
-    else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        token, where = lines[0].strip() if lines else "", str(file)
-    if token is not None and (len(token) < _SHORTEST_TOKEN or not token.isascii()):
-        raise HrproError(
-            f"{where}: expected a token of at least {_SHORTEST_TOKEN} ASCII characters, came "
-            f"{len(token)}; openssl rand -hex 24 makes one"
-        )
-    return token
-
-
 def thumbnail_app(rings: Mapping[str, ThumbnailRing], token: str | None) -> Starlette:
     """What answers; see the module."""
 
@@ -139,20 +117,12 @@ def thumbnail_app(rings: Mapping[str, ThumbnailRing], token: str | None) -> Star
 def _refused(headers: Headers, token: str | None) -> Response | None:
     """The answer to a request that is not let in."""
     if token is None:
-        if _hostname(headers.get("host", "")) in _LOCAL_NAMES:
+        if web.hostname(headers.get("host", "")) in web.LOCAL_NAMES:
             return None
         return PlainTextResponse("expected a name of this machine\n", 421)
-    scheme, _, came = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and hmac.compare_digest(came.encode(), token.encode()):
+    if web.is_same(web.bearer(headers.get("authorization", "")), token):
         return None
     return PlainTextResponse("expected the token\n", 401, {"WWW-Authenticate": "Bearer"})
-
-
-def _hostname(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 @contextlib.contextmanager
@@ -164,46 +134,19 @@ def thumbnail_server(
     An empty host is 127.0.0.1, and port 0 a free one. Raises HrproError, also for an address that
     others can reach where there is no token.
     """
-    host, port = _parse(address)
-    if token is None and not _is_loopback(host):
-        raise HrproError(
-            f"--thumbnails {address}: others could reach it; give a token by "
-            f"--thumbnails-token-file or {TOKEN_VARIABLE}, or a loopback address"
-        )
-    try:
-        bound = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
-    except OSError as error:
-        reason = error.strerror or error
-        raise HrproError(f"--thumbnails {address}: cannot listen there: {reason}") from None
+    host, port = web.parse_http_address(address, OPTION)
+    web.check_reach(host, token, OPTION, f"--thumbnails-token-file or {TOKEN_VARIABLE}")
+    bound, url = web.listening(host, port, OPTION)
     config = uvicorn.Config(thumbnail_app(rings, token), log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name="thumbnails")
     with bound:
         thread.start()
         try:
-            shown = f"[{host}]" if ":" in host else host
-            yield f"http://{shown}:{bound.getsockname()[1]}"
+            yield url
         finally:
             server.should_exit = True
             thread.join()
-
-
-def _parse(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise HrproError(
-            f"--thumbnails: expected HOST:PORT, such as 127.0.0.1:8090, came {address}"
-        )
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def new_rings(streams: Sequence[str], clock: SnippetClock) -> dict[str, ThumbnailRing]:

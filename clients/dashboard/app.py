@@ -18,6 +18,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
@@ -189,14 +190,20 @@ class _Pages:
         while True:
             streams = self._thumbnails.streams
             if self._board.revision > revision or streams != offered or quiet_s >= SIGN_EVERY_S:
-                message = self._board.changes(revision)
-                message["needs_token"] = not self._door.is_open
+                more: dict[str, Any] = {"needs_token": not self._door.is_open}
                 if streams != offered:
-                    message["thumbnails"] = streams
-                revision, offered, quiet_s = message["revision"], streams, 0.0
-                yield json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+                    more["thumbnails"] = streams
+                # The first one may be megabytes; other pages go on meanwhile.
+                revision, text = await asyncio.to_thread(self._message, revision, more)
+                offered, quiet_s = streams, 0.0
+                yield text
             await asyncio.sleep(UPDATE_EVERY_S)
             quiet_s += UPDATE_EVERY_S
+
+    def _message(self, since: int, more: Mapping[str, Any]) -> tuple[int, str]:
+        """What has changed, and up to which revision."""
+        message = {**self._board.changes(since), **more}
+        return message["revision"], json.dumps(message, ensure_ascii=False, separators=(",", ":"))
 
 
 # A snippet's picture does not change; who may see it is asked again after a while.

@@ -35,8 +35,10 @@ ENDED_SHOWN_S = 600.0
 STREAMS_SHOWN = 500
 # Actions and notices that are kept, of all streams.
 EVENTS_KEPT = 5_000
-# Scores are told in thousandths, those of classes only from here on.
+# Scores are told in thousandths: of each snippet, those of the classes that come highest, and only
+# from here on.
 _LEAST_SCORE = 10
+_CLASSES_TOLD = 8
 
 Json = dict[str, Any]
 EventKey = tuple[Any, ...]
@@ -411,11 +413,13 @@ def _told(stream: str, row: _Row) -> Json:
 def _in_thousandths(scores: SnippetScores) -> Json:
     """What is told of scores: most classes are next to 0, and are left out."""
     thousandths = np.rint(scores.scores * 1000).astype(int)  # (n, C)
+    highest = np.argsort(-thousandths, axis=1)[:, :_CLASSES_TOLD]  # (n, at most _CLASSES_TOLD)
     return {
         "first": scores.first_index,
         "attention": np.rint(scores.attention * 1000).astype(int).tolist(),
         "scores": [
-            [[int(k), int(of[k])] for k in np.flatnonzero(of >= _LEAST_SCORE)] for of in thousandths
+            [[k, of[k]] for k in classes if of[k] >= _LEAST_SCORE]
+            for of, classes in zip(thousandths.tolist(), highest.tolist(), strict=True)
         ],
     }
 

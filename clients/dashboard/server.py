@@ -62,6 +62,7 @@ def new_server(app: ASGIApp) -> uvicorn.Server:
         lifespan="off",
         ws="wsproto",
         ws_max_size=_LONGEST_MESSAGE_BYTES,
+        ws_per_message_deflate=False,
         timeout_graceful_shutdown=_GOODBYE_S,
     )
     return uvicorn.Server(config)

@@ -22,6 +22,8 @@ from hrpro.engine.protocol import HrproError, NoReplyError
 BACKFILL = 2_000
 # An engine that has not answered for so long is away.
 AWAY_S = 3.0
+# Where it answers, but nothing is heard on events for so long, it is the line.
+EVENTS_LOST_S = 6.0
 _POLL_S = 0.25
 _ASK_EVERY_S = 1.0
 _ANSWER_S = 1.0
@@ -39,6 +41,7 @@ class EngineWatch:
         self._events = events
         self._control = control
         self._key = read_client_key(key) if isinstance(key, Path) else key
+        self._no_answer = f"no answer from {events}"
         self._stopped = threading.Event()
         for kind, address in ((zmq.SUB, events), (zmq.DEALER, control)):
             Connection(kind, address, {zmq.LINGER: 0}, self._key).close()
@@ -123,7 +126,7 @@ class EngineWatch:
                 subscriber.wait_connected(_POLL_S)
             except NoReplyError:
                 if time.monotonic() - asked_s >= AWAY_S:
-                    self._board.take_events_problem(f"no answer from {self._events}")
+                    self._board.take_events_problem(self._no_answer)
             else:
                 self._board.take_events_problem(None)
                 self._board.take_hearing("events")
@@ -135,3 +138,5 @@ class EngineWatch:
             publication = subscriber.receive(_POLL_S)
             if publication is not None:
                 self._board.take(publication, subscriber.instance)
+            is_silent = subscriber.silent_s >= EVENTS_LOST_S
+            self._board.take_events_problem(self._no_answer if is_silent else None)

@@ -89,6 +89,7 @@ export async function feed(address, stream, featureDim, source, options = {}) {
   let [nextIndex, sendUntil, sent, maxChunk] = [0, 0, 0, 1]; // the engine's, its credit, and ours
   let [isWelcome, isSourceOver, isEndSent] = [false, false, false];
   let [resentAt, heardMs] = [null, 0];
+  let [hellos, strays] = [0, 0]; // that are not answered, over this line and over those before it
 
   const top = () => keptFrom + kept.length;
   const isWaiting = () => !isWelcome || isEndSent || nextIndex < top();
@@ -97,7 +98,7 @@ export async function feed(address, stream, featureDim, source, options = {}) {
   const sayEnd = () => say('end', { next_index: nextIndex });
 
   function sayHello() {
-    [isWelcome, isEndSent] = [false, false];
+    [isWelcome, isEndSent, hellos] = [false, false, hellos + 1];
     const clock = { frames_per_s: framesPerS, snippet_frames: snippetFrames };
     return say('hello', { feature_dim: featureDim, ...clock, first_index: keptFrom });
   }
@@ -107,6 +108,7 @@ export async function feed(address, stream, featureDim, source, options = {}) {
     socket = new Dealer({ ...socketOptions(keys), routingId });
     socket.connect(address);
     heardMs = Date.now();
+    [strays, hellos] = [strays + hellos, 0];
     await (isEndSent ? sayEnd() : sayHello());
   }
 
@@ -149,6 +151,7 @@ export async function feed(address, stream, featureDim, source, options = {}) {
     if (header.type === 'welcome') {
       if (header.next_index < keptFrom) throw new Error(`snippet ${header.next_index} is gone`);
       [isWelcome, isEndSent, resentAt, maxChunk] = [true, false, null, header.max_chunk_snippets];
+      hellos = Math.max(0, hellos - 1);
       follow(header);
       sent = nextIndex;
     } else if (header.type === 'ack' && isWelcome) {
@@ -160,6 +163,10 @@ export async function feed(address, stream, featureDim, source, options = {}) {
       }
     } else if (['out_of_order', 'unknown_stream', 'no_credit'].includes(header.code)) {
       if (isWelcome) await sayHello(); // otherwise it speaks of what was before our Hello
+    } else if (header.code === 'not_owner' && (!isWelcome || strays > 0)) {
+      if (!isWelcome) return;
+      strays -= 1; // an engine that stood still has read a Hello of the old line after the new one's
+      await sayHello();
     } else if (header.type === 'error' && header.code !== 'too_fast') {
       throw new EngineError(header); // after too_fast, Hello comes again when nothing else does
     }

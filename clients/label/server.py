@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
 
+from hrpro.clients import web
 from hrpro.clients.label.app import Labelling, create_app
 from hrpro.clients.label.classes import ClassFile
 from hrpro.clients.label.point_file import PointFile, locked, point_file_path
 from hrpro.clients.label.videos import open_videos
-from hrpro.engine.wire import HrproError
 from hrpro.training.annotations import point_rates
 from hrpro.training.data_config import DataConfig
 from hrpro.training.feature_source import check_clock
@@ -40,7 +39,10 @@ def serve(
     videos = open_videos(paths, stopping)
     check_clock(folder, config)
     path = point_file_path(folder, config)
-    with locked(path), contextlib.closing(_listening(port)) as listener:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(path))
+        listener, url = web.listening("127.0.0.1", port, "--port")
+        stack.enter_context(listener)
         points = PointFile(path, point_rates(folder, [each.name for each in videos], config))
         labelling = Labelling(videos, points, ClassFile(folder, config, points.counts(), classes))
         port = listener.getsockname()[1]
@@ -57,16 +59,9 @@ def serve(
             )
         )
         try:
-            ready(f"http://127.0.0.1:{port}/{token}/", labelling)
+            ready(f"{url}/{token}/", labelling)
             server.run(sockets=[listener])
         finally:
             stopping.set()
             for video in videos:
                 video.join()
-
-
-def _listening(port: int) -> socket.socket:
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError as error:
-        raise HrproError(f"--port {port}: cannot listen there: {error.strerror}") from None

@@ -82,8 +82,12 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         target = _in_site(_in_repository(here, match[0]))
         return os.path.relpath(target, PurePosixPath(here).parent)
 
-    markdown = _NUMBERED.sub(r"\1#section-", _LINK.sub(link, markdown))
-    return _PLACE.sub(lambda place: GENERATED[place[1]](), markdown)
+    def part(match: re.Match[str]) -> str:
+        if match[1] not in GENERATED:
+            raise PluginError(f"{here}: expected one of {', '.join(GENERATED)}, got '{match[1]}'")
+        return GENERATED[match[1]]()
+
+    return _PLACE.sub(part, _NUMBERED.sub(r"\1#section-", _LINK.sub(link, markdown)))
 
 
 def _in_repository(page_uri: str, target: str) -> str:

@@ -48,7 +48,9 @@ export class Health {
       problems.push(`Engine away since ${timeOfDay(engine.away_since)}: what is shown is from then.`);
     }
     if (engine.problem) problems.push(`${sentence(engine.problem)}.`);
-    if (engine.events_problem) problems.push(`Events: ${engine.events_problem}.`);
+    if (engine.events_problem && !engine.away_since) {
+      problems.push(`Events: ${engine.events_problem}; none are shown from then on.`);
+    }
     if (engine.status?.waits_for) problems.push(`The engine waits for: ${engine.status.waits_for}.`);
     return problems;
   }
