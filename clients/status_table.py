@@ -127,7 +127,8 @@ def _summary(reply: Entry) -> list[str]:
     return [
         f"state     {reply['state']}"
         + (f": {reply['waits_for']}" if reply.get("waits_for") else ""),
-        f"bundle    {', '.join(bundles)}",
+        f"bundle    {', '.join(bundles)}"
+        + (f"; provider {reply['provider']}" if reply.get("provider") else ""),
         f"streams   {len(streams)} open, {counters['ended_streams']} ended, "
         f"worst lag {_lag(worst) if worst else 'none'}",
         f"snippets  {counters['snippets_in']} in, {counters['snippets_processed']} processed, "

@@ -9,11 +9,14 @@ Parameter of the configuration: ``intra_op_thread_count``, as of Triton's onnxru
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would tell its maker about each session
 import onnxruntime
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from numpy.typing import NDArray

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-from commands import hrpro
+from commands import PATIENCE_S, hrpro
 from tiny_model import DIM
 
 from hrpro.engine.backends.onnxruntime import (
@@ -27,6 +31,24 @@ def has_gpu(bundle: Bundle) -> bool:
     except ProviderError:
         return False
     return True
+
+
+def test_onnx_runtime_reports_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    """By default its packages keep an id of the machine, and a queue of what is to be sent."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    }
+    command = [Path(sys.executable).with_name("hrpro"), "bundle", "verify", bundle.folder]
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        timeout=PATIENCE_S,
+        env={**environment, "HOME": str(tmp_path)},
+    )
+    assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_status_once(fed: Engine, bundle: Bundle) -> None:
     counters = status["counters"]
     assert said.splitlines()[:8] == [
         "state     serving",
-        f"bundle    {status['bundle_id']}",
+        f"bundle    {status['bundle_id']}; provider cpu",
         "streams   1 open, 1 ended, worst lag 0 (0.0 s)",
         f"snippets  50 in, {50 - LOOKAHEAD} processed, 0 waiting",
         f"actions   {cam['open_actions']} open, {counters['events']} events, "
