@@ -12,7 +12,6 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -29,7 +28,7 @@ from hrpro.clients.connection import (
 )
 from hrpro.clients.feed_talk import FeedTalk
 from hrpro.clients.kept_snippets import KeptSnippets
-from hrpro.clients.waiting import Client, Pause, Waiting
+from hrpro.clients.waiting import BlockingClient, Client, LoopClient, Pause, Waiting
 from hrpro.engine import protocol
 from hrpro.engine.protocol import Ended, Hello, NoReplyError, Policy, Welcome
 from hrpro.engine.timebase import SnippetClock
@@ -239,7 +238,7 @@ class _Feeder(Client):
             lost.close(linger_ms=0)
 
 
-class FeatureFeeder(_Feeder):
+class FeatureFeeder(_Feeder, BlockingClient):
     """Feeds one stream; synchronous, without a thread, for use from one thread.
 
         with FeatureFeeder("tcp://127.0.0.1:5555", "cam1", feature_dim=2048) as feeder:
@@ -278,14 +277,6 @@ class FeatureFeeder(_Feeder):
             self.close()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the connection. The stream stays open in the engine unless it was ended."""
@@ -330,7 +321,7 @@ class FeatureFeeder(_Feeder):
         return self._run(self._ending(timeout_s))
 
 
-class AsyncFeatureFeeder(_Feeder):
+class AsyncFeatureFeeder(_Feeder, LoopClient):
     """Feeds one stream from an event loop; what `FeatureFeeder` says of itself is true here, too.
 
         async with AsyncFeatureFeeder("tcp://127.0.0.1:5555", "cam1", feature_dim=2048) as feeder:
@@ -363,14 +354,6 @@ class AsyncFeatureFeeder(_Feeder):
             await self.close()
             raise
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         """Closes the connection. The stream stays open in the engine unless it was ended."""

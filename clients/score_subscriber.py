@@ -6,7 +6,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Collection
-from types import TracebackType
 from typing import ClassVar, Self
 
 import zmq
@@ -14,7 +13,7 @@ import zmq
 from hrpro.clients.connection import Connection, Deadline, Key, Line, LoopConnection, open_line
 from hrpro.clients.subscriber import LOOK_S
 from hrpro.clients.subscription import SILENT_S
-from hrpro.clients.waiting import Client, Pause, Waiting
+from hrpro.clients.waiting import BlockingClient, Client, LoopClient, Pause, Waiting
 from hrpro.engine import protocol, wire
 from hrpro.engine.protocol import (
     Mark,
@@ -96,7 +95,7 @@ class _ScoreSubscriber(Client):
         return message
 
 
-class ScoreSubscriber(_ScoreSubscriber):
+class ScoreSubscriber(_ScoreSubscriber, BlockingClient):
     """Receives the scores of snippets, of the streams that are named or of all.
 
         with ScoreSubscriber("tcp://127.0.0.1:5556", streams=["cam1"]) as subscriber:
@@ -108,21 +107,6 @@ class ScoreSubscriber(_ScoreSubscriber):
     line is down, or while the subscriber is slow, is missed. Nothing tells but `first_index`.
     `key` is the key of a subscriber or operator, or its file.
     """
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the subscription."""
-        self._line.close()
 
     def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription: it sends scores from here on.
@@ -139,7 +123,7 @@ class ScoreSubscriber(_ScoreSubscriber):
         return self._run(self._receiving(timeout_s))
 
 
-class AsyncScoreSubscriber(_ScoreSubscriber):
+class AsyncScoreSubscriber(_ScoreSubscriber, LoopClient):
     """Receives the scores of snippets in an event loop, for one task; see `ScoreSubscriber`.
 
         async with AsyncScoreSubscriber("tcp://127.0.0.1:5556", streams=["cam1"]) as subscriber:
@@ -150,21 +134,6 @@ class AsyncScoreSubscriber(_ScoreSubscriber):
     """
 
     _connection = LoopConnection
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the subscription."""
-        await self._line.close_async()
 
     async def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription; see

@@ -11,7 +11,6 @@ import functools
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 import zmq
@@ -25,7 +24,7 @@ from hrpro.clients.connection import (
     open_line,
 )
 from hrpro.clients.subscription import KINDS, SILENT_S, ReplayError, Subscription
-from hrpro.clients.waiting import Client, Pause, Waiting
+from hrpro.clients.waiting import BlockingClient, Client, LoopClient, Pause, Waiting
 from hrpro.engine import protocol
 from hrpro.engine.protocol import (
     ActionEvent,
@@ -190,7 +189,7 @@ class _Subscriber(Client):
         self._stopped = True
 
 
-class EventSubscriber(_Subscriber):
+class EventSubscriber(_Subscriber, BlockingClient):
     """Receives the publications of an engine, all of them or filtered.
 
         with EventSubscriber("tcp://127.0.0.1:5556", stream="cam1") as subscriber:
@@ -225,21 +224,6 @@ class EventSubscriber(_Subscriber):
     may not see does not come. Name the stream where it may see but one: otherwise the log is asked
     about each number that was another's.
     """
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the subscription."""
-        self._line.close()
 
     def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription: nothing is missed from here on.
@@ -283,7 +267,7 @@ class EventSubscriber(_Subscriber):
             _call(given, on_event, on_final, on_notice)
 
 
-class AsyncEventSubscriber(_Subscriber):
+class AsyncEventSubscriber(_Subscriber, LoopClient):
     """Receives the publications of an engine in an event loop; what `EventSubscriber` says of
     itself is true here, too.
 
@@ -304,21 +288,6 @@ class AsyncEventSubscriber(_Subscriber):
         import asyncio  # it takes time to load, which is for those who have a loop
 
         return asyncio.Lock()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the subscription."""
-        await self._line.close_async()
 
     async def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription; see

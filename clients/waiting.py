@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from typing import NamedTuple, TypeVar
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
 
 from hrpro.clients.connection import Line
 
@@ -67,3 +68,41 @@ class Client:
             return result
         finally:
             operation.close()
+
+
+class BlockingClient(Client):
+    """Waits in its thread, and is closed behind a `with`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._line.close()
+
+
+class LoopClient(Client):
+    """Waits in an event loop, and is closed behind an `async with`."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._line.close_async()
