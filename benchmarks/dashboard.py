@@ -95,7 +95,9 @@ def _arguments() -> argparse.Namespace:
 
 def write_streams(data: Path, folder: Path, count: int, minutes: float) -> list[Path]:
     """Recordings of so many minutes (25 frames/s, 16 frames a snippet), one after the other."""
-    recordings = [np.load(file) for file in sorted(data.glob("features/*/*.npy"))]
+    recordings = [
+        np.load(file, allow_pickle=False) for file in sorted(data.glob("features/*/*.npy"))
+    ]
     files = []
     for n in range(count):
         first = n % len(recordings)

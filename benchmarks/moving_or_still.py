@@ -125,7 +125,7 @@ def main() -> None:
     add_labels(data, clips, rows)
     shutil.copytree(data, means, ignore=shutil.ignore_patterns("features.json"))
     for path in (means / "features").rglob("*.npy"):
-        np.save(path, np.load(path)[:, :MEANS])
+        np.save(path, np.load(path, allow_pickle=False)[:, :MEANS])
 
 
 if __name__ == "__main__":

@@ -198,13 +198,13 @@ class FeedTalk:
             needed_from = welcome.needed_from
             self._on_ack(Ack(welcome.stream, next_index, send_until, needed_from=needed_from))
             return
-        oldest = self.kept.oldest
-        # What a camera has dropped since its Hello is a gap.
-        if welcome.next_index < oldest and self._hello.policy == "wait":
+        # What was skipped since the Hello is a gap, and so is what a camera has dropped.
+        gone_until = self.kept.gone_until
+        if welcome.next_index < gone_until and self._hello.policy == "wait":
             self._refuse(
                 "out_of_order",
-                f"stream {self._hello.stream!r}: expected a Welcome to snippet {oldest}, the oldest"
-                f" one that is kept, or later, came snippet {welcome.next_index}",
+                f"stream {self._hello.stream!r}: expected a Welcome to snippet {gone_until}, the "
+                f"oldest one that is kept, or later, came snippet {welcome.next_index}",
             )
         self.welcome = welcome
         self.kept.keep_at_least(_history_snippets(welcome))

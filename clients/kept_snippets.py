@@ -31,6 +31,8 @@ class KeptSnippets:
         if buffer_snippets < 1:
             raise ValueError(f"buffer_snippets: expected at least 1, came {buffer_snippets}")
         self.next_index = first_index
+        self.gone_until = first_index
+        """No snippet below can be sent any more; above, what is not here does not exist."""
         self.dropped = 0
         self._policy = policy
         self._buffer_snippets = buffer_snippets
@@ -121,7 +123,8 @@ class KeptSnippets:
         if needed_from is not None:
             keep_from = min(keep_from, needed_from) if self._history_given else needed_from
         keep_from = min(keep_from, acked, self.next_index)
-        while self.oldest < keep_from:
-            del self._rows[self.oldest]
+        while (oldest := self.oldest) < keep_from:
+            del self._rows[oldest]
+            self.gone_until = oldest + 1
         oldest = min(self.oldest, acked)
         self._dropped = [span for span in self._dropped if span[1] > oldest]

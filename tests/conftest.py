@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,21 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    # Imported here: most tests need no torch.
-    from tiny_model import tiny_bundle
+    # Imported here: most tests need no torch, and one worker makes it for all.
+    from filelock import FileLock
 
-    return tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+    from hrpro.export.bundle import read_bundle
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    target = folder / "tiny-bundle"
+    with FileLock(folder / "tiny-bundle.lock"):
+        if not target.exists():
+            from tiny_model import tiny_bundle
+
+            tiny_bundle(target)
+    return read_bundle(target)
 
 
 @pytest.fixture(scope="session")

@@ -277,18 +277,18 @@ def test_who_has_much_to_do_leaves_the_loop_its_turns() -> None:
     async def program() -> None:
         counting = asyncio.create_task(count())
         async with AsyncFeatureFeeder(engine.feed, "cam", 2) as feeder:
-            await feeder.send(rows(0, 3000))
+            await feeder.send(rows(0, 12_000))
             assert others > 3
-        engine.publish(*[stream_notice("cam", "gap")] * 2000)
+        engine.publish(*[stream_notice("cam", "gap")] * 10_000)
         async with AsyncEventSubscriber(engine.events, since=0) as subscriber:
             before = others
-            while subscriber.last_number != 2001:
+            while subscriber.last_number != 10_001:
                 await subscriber.receive()
             assert others > before + 3
         counting.cancel()
 
     in_a_loop(program())
-    assert len(engine.indices("cam")) == 3000
+    assert len(engine.indices("cam")) == 12_000
 
 
 # ---- many in one loop --------------------------------------------------------------------------

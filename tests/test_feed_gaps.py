@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,13 +21,42 @@ from serving import (
     serving,
 )
 
-from hrpro.clients import EventSubscriber, FeatureFeeder
+from hrpro.clients import EventSubscriber, FeatureFeeder, StreamError
 from hrpro.clients.chaos_link import Link
+from hrpro.clients.feed_talk import FeedTalk
+from hrpro.clients.kept_snippets import KeptSnippets
+from hrpro.engine import protocol
 from hrpro.engine.config import WindowConfig
 from hrpro.engine.feeds import Counters, Feeds
-from hrpro.engine.protocol import Ack, End, Ended, Error, Gap, Message, StreamNotice, Welcome
+from hrpro.engine.protocol import (
+    Ack,
+    End,
+    Ended,
+    Error,
+    Gap,
+    Hello,
+    Message,
+    StreamNotice,
+    Welcome,
+)
 
 WINDOW = 4
+WELCOME = Welcome(
+    stream="cam",
+    next_index=0,
+    send_until=64,
+    max_chunk_snippets=8,
+    feature_dim=2,
+    frames_per_s=25.0,
+    snippet_frames=16,
+    classes=("high", "low"),
+    window_snippets=WINDOW,
+    hop_snippets=1,
+    context_snippets=3,
+    lookahead_snippets=0,
+    lookahead_s=0.0,
+    bundle_id="tiny",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -567,3 +597,30 @@ def test_one_peer_that_sends_holes_disturbs_nobody() -> None:
             assert (error.next_index, error.missing_until) == (0, 1)
             error = odd.hear()
         assert isinstance(error, Error) and error.code == "out_of_order"
+
+
+def test_what_is_skipped_before_a_welcome_comes_is_a_gap() -> None:
+    """It is nothing that the feeder had, and has let go of."""
+    talk = FeedTalk(Hello("cam", 2, 25.0, 16, 5), KeptSnippets(5, "wait", 64, None))
+    said = talk.due()
+    assert isinstance(said, Hello)
+    talk.note_sent(said)
+    talk.kept.skip(3)
+    talk.hear(protocol.encode(replace(WELCOME, next_index=5, send_until=64)))
+    assert talk.due() == Gap("cam", 5, 8)
+
+
+def test_what_a_feeder_has_let_go_of_cannot_be_asked_for_again() -> None:
+    talk = FeedTalk(Hello("cam", 2, 25.0, 16, 0), KeptSnippets(0, "wait", 64, 0))
+    for next_index in (0, 4):
+        said = talk.due()
+        assert isinstance(said, Hello)
+        talk.note_sent(said)
+        talk.hear(protocol.encode(replace(WELCOME, next_index=next_index, send_until=64)))
+        talk.give(rows(next_index, next_index + 4))
+        talk.say_again()
+    said = talk.due()
+    assert isinstance(said, Hello)
+    talk.note_sent(said)
+    with pytest.raises(StreamError, match="expected a Welcome to snippet 4, the oldest one"):
+        talk.hear(protocol.encode(replace(WELCOME, next_index=3, send_until=64)))

@@ -84,8 +84,10 @@ def test_a_point_on_the_last_frame(folder: Path) -> None:
     data = read_training_split(folder)
     assert (data.recordings[0].point_index[-1], data.recordings[0].point_label[-1]) == (59, 0)
     trained(folder)
-    add_points(folder, "hop,train0,960")
-    with pytest.raises(DataError, match=r"line 27.*frame 960 \(snippet 60\).*snippets 0 to 59"):
+    add_points(folder, "hop,train0,975")  # a video has frames behind its last whole snippet
+    assert read_training_split(folder).recordings[0].point_index[-1] == 59
+    add_points(folder, "hop,train0,976")
+    with pytest.raises(DataError, match=r"line 28.*frame 976 \(snippet 61\).*snippets 0 to 59"):
         read_training_split(folder)
 
 

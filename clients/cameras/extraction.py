@@ -82,7 +82,7 @@ def extract_videos(
             try:
                 _check_split(out, split, name)
                 if path.exists():
-                    report.there[name] = len(np.load(path, mmap_mode="r"))
+                    report.there[name] = len(np.load(path, mmap_mode="r", allow_pickle=False))
                     advance(report.there[name])
                     continue
                 made = video_features(video, extractor, advance)
