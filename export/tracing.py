@@ -64,9 +64,13 @@ def trace(
     assert program is not None
     # The exporter leaves what becomes of large weights (a transposition) to the run time: int8
     # needs the weights themselves. The prototypes are an input still, and stay what they are.
-    return onnxscript.optimizer.optimize(
+    model_proto = onnxscript.optimizer.optimize(
         program.model_proto, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE
     )
+    # Where in torch a node comes from, with addresses in memory: in each process another bundle.
+    for node in model_proto.graph.node:
+        del node.metadata_props[:]
+    return model_proto
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:

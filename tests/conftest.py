@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
     from hrpro.export.bundle import Bundle
 
 
+# How long an example takes is the machine's affair.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
 # Begun first, so that none of them is left to one worker at the end: each takes a minute or more.
-LONG_FILES = ("test_accuracy", "test_chaos", "test_recovery", "test_first_camera", "test_dashboard")
+LONG_FILES = ("test_accuracy", "test_bundle", "test_parallel", "test_first_camera", "test_chaos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,21 +32,10 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    # Imported here: most tests need no torch, and one worker makes it for all.
-    from filelock import FileLock
+    # Imported here: most tests need no torch.
+    from tiny_model import tiny_bundle
 
-    from hrpro.export.bundle import read_bundle
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    target = folder / "tiny-bundle"
-    with FileLock(folder / "tiny-bundle.lock"):
-        if not target.exists():
-            from tiny_model import tiny_bundle
-
-            tiny_bundle(target)
-    return read_bundle(target)
+    return tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,10 @@ def test_the_same_run_exported_twice_is_the_same_bundle(bundle: Bundle, tmp_path
     config = tiny_config()
     again = export_bundle(tiny_description(config), tiny_model(config), {}, tmp_path / "again")
     assert again.manifest.bundle_id == bundle.manifest.bundle_id
+    # In another process, too: what the exporter notes of nodes has addresses in memory.
+    for graph in (again.snippet_graph, again.step_graph, again.instance_graph):
+        assert graph is not None
+        assert not any(node.metadata_props for node in onnx.load(graph).graph.node)
     other = export_bundle(tiny_description(config), tiny_model(config, 1), {}, tmp_path / "other")
     assert other.manifest.bundle_id != bundle.manifest.bundle_id
 
