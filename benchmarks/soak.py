@@ -10,7 +10,7 @@ subscriber reads everything, and must miss nothing.
 
 Exits with 1 where the engine's memory grows by `--limit` bytes a million snippets or more, where it
 has other files or threads at the end than at the beginning, or where that subscriber has missed
-something. `--leak-bytes` lets the engine lose so many bytes a window, as a control.
+something. `--leak-bytes` lets the engine lose so many bytes a stream and step, as a control.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--streams", type=int, default=64, help="that go on")
     parser.add_argument("--bundle", type=Path, help="in place of one with random weights")
-    parser.add_argument("--leak-bytes", type=int, default=0, help="lost a window, as a control")
+    parser.add_argument("--leak-bytes", type=int, default=0, help="lost a stream and step")
     parser.add_argument("--limit", type=float, default=200_000, help="bytes a million snippets")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

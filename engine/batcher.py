@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from hrpro.engine.stream import Stream
 from hrpro.engine.windows import WindowPlan
 
@@ -33,6 +35,9 @@ class Batcher:
     A batch is taken when it is full, or when a stream has waited for ``max_wait_s``. It has one of
     a few sizes: a backend that prepares itself for each shape then knows them all. What is left is
     first in the next batch.
+
+    Where more streams wait than fit, and they have places, a batch goes on from the place where the
+    one before has ended, and around: all get their turn, and what lies together comes together.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Batcher:
         max_batch: int,
         max_wait_s: float = 0.0,
         now_s: Callable[[], float] = time.monotonic,
+        place_of: Callable[[Stream], int] | None = None,
     ) -> None:
         self._plan = plan
         self._max_batch = max_batch
@@ -50,6 +56,8 @@ class Batcher:
         # In the order of their turn, with the time since when each waits for it, and its windows.
         self._waiting: dict[str, tuple[Stream, float, int]] = {}
         self._windows = 0  # of all that wait
+        self._place_of = place_of
+        self._from_place = 0
 
     def offer(self, stream: Stream) -> None:
         """Something of a stream has changed: it may have a window that can be computed, or not."""
@@ -93,8 +101,7 @@ class Batcher:
 
     def _jobs(self) -> list[Job]:
         """Up to ``max_batch`` windows, in turn."""
-        first_ones = itertools.islice(self._waiting.values(), self._max_batch)
-        in_turn = [(stream, stream.asked, windows) for stream, _, windows in first_ones]
+        in_turn = [(stream, stream.asked, windows) for stream, _, windows in self._first_ones()]
         jobs: list[Job] = []
         while in_turn and len(jobs) < self._max_batch:
             room = self._max_batch - len(jobs)
@@ -105,3 +112,13 @@ class Batcher:
                 if windows > 1:
                     in_turn.append((stream, until, windows - 1))
         return jobs
+
+    def _first_ones(self) -> list[tuple[Stream, float, int]]:
+        """Those of the waiting streams, at most ``max_batch``, whose turn it is."""
+        if self._place_of is None or len(self._waiting) <= self._max_batch:
+            return list(itertools.islice(self._waiting.values(), self._max_batch))
+        waiting = list(self._waiting.values())
+        places = np.array([self._place_of(stream) for stream, _, _ in waiting])
+        around = np.lexsort((places, places < self._from_place))[: self._max_batch]
+        self._from_place = int(places[around[-1]]) + 1
+        return [waiting[k] for k in around.tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -196,7 +197,12 @@ class EngineConfig(Settings):
         description="a drain that takes longer is given up: what is not processed then is lost, "
         "the log says how much, and the exit code is 1",
     )
-    threads: int = Field(0, ge=0, description="threads of inference (0: one a usable core)")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="threads of inference (0: one a usable core); for throughput, on a CPU, each "
+        "computes a batch of its own",
+    )
     backend: BackendName = Field("onnxruntime", description="what computes the windows")
     inference: Literal["auto", "incremental", "window"] = Field(
         "auto",
@@ -250,13 +256,36 @@ class EngineConfig(Settings):
     def batches_in_flight(self) -> int:
         """How many may be asked for before the first is answered; 0: computed in the loop itself.
 
-        For throughput they are computed beside it, one after the other.
+        For throughput they are computed beside it, and one more waits.
         """
         if self.backend == "triton":
             return self.triton.batches_in_flight
-        return 0 if self.mode == "latency" else 2
+        return 0 if self.mode == "latency" else self.inference_workers + 1
 
     @property
     def inference_workers(self) -> int:
-        """Threads that wait for answers."""
-        return self.triton.batches_in_flight if self.backend == "triton" else 1
+        """Threads that compute a batch each, or wait for the answer."""
+        if self.backend == "triton":
+            return self.triton.batches_in_flight
+        return self.threads or usable_cores() if self._computes_side_by_side else 1
+
+    @property
+    def session_threads(self) -> int:
+        """Threads of one call of the model; 0: one a usable core.
+
+        Two that compute a batch each take less time of a core for it than two that share one.
+        """
+        return 1 if self._computes_side_by_side else self.threads
+
+    @property
+    def _computes_side_by_side(self) -> bool:
+        """Whether each thread computes a batch of its own: on a CPU, for throughput."""
+        on_cpu = self.backend == "onnxruntime" and self.provider == "cpu"
+        return on_cpu and self.mode == "throughput"
+
+
+def usable_cores() -> int:
+    """Cores of this machine that the process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -110,7 +110,7 @@ class Deployer:
         try:
             loaded = self._load(order.folder)
         except HrproError as error:
-            loaded = error
+            loaded = error.with_traceback(None)  # which would hold what was loaded, in a cycle
         except Exception as error:  # noqa: BLE001 - whatever a graph does, the engine goes on
             _log.exception("bundle %s", order.folder)
             loaded = DeployError(f"{order.folder}: {type(error).__name__}: {error}")

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from hrpro.engine.asking import UnderWay
 from hrpro.engine.batcher import Batcher, Job
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.incremental import Steps, StepScorer, most_in_a_call, runs_by_steps
-from hrpro.engine.inference import Backend, Inference, Outputs, Windows
+from hrpro.engine.inference import Backend, Inference, Windows
 from hrpro.engine.localizer import StreamLocalizer
+from hrpro.engine.messages import Publication
 from hrpro.engine.publish import Publisher
 from hrpro.engine.windows import plan_windows
 from hrpro.engine.wire import HrproError
@@ -28,6 +30,9 @@ from hrpro.export.bundle import SNIPPET_GRAPH, Manifest
 
 if TYPE_CHECKING:
     from hrpro.engine.stream import Stream
+
+# Batches whose streams wait for stage 2, at most: what they hold is bounded by that.
+_MOST_UNDER_WAY = 4
 
 
 class DeployError(HrproError):
@@ -50,6 +55,7 @@ class Deployment:
         self.backend = backend
         self.config = config
         self.inference = Inference(config.batches_in_flight, config.inference_workers)
+        self.under_way: list[UnderWay[list[Publication]]] = []  # of the batches that were taken
         self.plan = plan_windows(manifest, config)
         batch_limit = most_in_a_call(manifest, config)
         self.steps: Steps | None = None
@@ -58,7 +64,12 @@ class Deployment:
             self.steps = Steps(manifest, cast(StepScorer, backend), config)
         else:
             self._windows = Windows(backend, self.plan, manifest.feature_dim, batch_limit)
-        self.batcher = Batcher(self.plan, batch_limit, config.batch_wait_s)
+        self.batcher = Batcher(
+            self.plan,
+            batch_limit,
+            config.batch_wait_s,
+            place_of=None if self.steps is None else self.steps.place_of,
+        )
         self.publisher = Publisher(manifest.clock, manifest.classes, manifest.bundle_id)
 
     def warm_up(self, backend: Backend) -> None:
@@ -71,14 +82,6 @@ class Deployment:
             backend.score_snippets(
                 np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=np.bool_)
             )
-
-    @property
-    def no_scores(self) -> Outputs:
-        """P (1, C), embedding (1, W) and attention (1,) where nothing has been seen."""
-        C, W = len(self.manifest.classes), self.manifest.embedding_width
-        shapes = (1, C), (1, W), (1,)
-        scores, embedding, attention = (np.zeros(shape, dtype=np.float32) for shape in shapes)
-        return scores, embedding, attention
 
     def new_localizer(self, first_index: int, next_action_id: int = 0) -> StreamLocalizer:
         """For a stream that begins, or goes on anew, with this snippet."""
@@ -110,6 +113,21 @@ class Deployment:
         assert scorer is not None
         self.inference.ask(jobs, scorer.prepare(jobs), wake)
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether streams can go on: by what stage 2 says, or by a batch of stage 1."""
+        return self.has_batch or any(not each.waits for each in self.under_way)
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether the oldest batch of stage 1 is there, and none of its streams waits for what
+        stage 2 says of an earlier one."""
+        return (
+            self.inference.has_answer
+            and len(self.under_way) < _MOST_UNDER_WAY
+            and not any(job.stream.is_under_way for job in self.inference.oldest)
+        )
+
     def leave(self, stream: Stream) -> None:
         """A stream is over, or another bundle works for it."""
         self.batcher.withdraw(stream)
@@ -124,8 +142,6 @@ class Deployment:
         before.leave(stream)
         before.inference.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
-        if not embeds_alike:
-            stream.forget_embedding()
         stream.localizer.use(
             self.config.localization,
             self.backend,

@@ -50,7 +50,7 @@ ENDED_REMEMBERED = 1024
 # How often it is looked whether streams are silent.
 _LOOK_INTERVAL_S = 1.0
 # How long the Ack for a chunk waits for the scores that it brings, to tell of both at once.
-_ACK_WAIT_S = 0.1
+_ACK_WAIT_S = 0.5
 
 
 # What a feeder is told of its stream: next_index, send_until, missing_until, dropped, needed_from.

@@ -11,11 +11,14 @@ has worked for it, or it was silent, or snippets were passed over.
 
 from __future__ import annotations
 
-import heapq
 import importlib.util
+import itertools
+import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 
 from hrpro.engine.batcher import Job
 from hrpro.engine.config import EngineConfig
-from hrpro.engine.inference import Backend, Outputs, Scored
+from hrpro.engine.inference import Backend, Outputs, Prepared, Scored
 from hrpro.engine.settings import SettingsError
 from hrpro.engine.stream import Stream
 from hrpro.export.bundle import Manifest, StepLayout
@@ -32,8 +35,15 @@ Floats = NDArray[np.float32]
 Stepped = tuple[Outputs, list[Floats]]
 
 _NOWHERE = -1
-# Slots so many times as far apart as those of a batch need be are still read as they lie.
-_SPARSE = 1.5
+# Slots that lie so far apart are computed in calls of their own; what one costs is as much as to
+# compute about so many states in vain.
+_NEAR = 8
+# So many in vain, for each that is wanted, take as long as to copy the wanted ones together.
+_IN_VAIN = 0.5
+# Slots are put into the order in which their streams come once so many states for each of them were
+# copied together, with each batch as many as this share of its streams.
+_UNTIDY = 16
+_TIDIED = 0.25
 
 
 class StepScorer(Backend, Protocol):
@@ -89,11 +99,20 @@ def cache_dtype(config: EngineConfig) -> type[np.floating]:
 
 
 class Pool(ABC):
-    """The state of streams, a slot each. The flags of their past snippets are on the host."""
+    """The state of streams, a slot each. The flags of their past snippets are on the host.
+
+    ``copied`` counts the states that steps had to copy together, since their slots lie apart.
+    """
+
+    copied = 0
 
     def __init__(self, layout: StepLayout, slots: int) -> None:
         self._layout, self._rings = layout, layout.rings
         self._flags = np.zeros((slots, layout.history), dtype=np.bool_)
+
+    def swap(self, one: int, other: int) -> None:
+        """Two slots change places; to be asked of a pool that copies."""
+        raise NotImplementedError
 
     def reset(self, slot: int) -> None:
         """A stream begins: nothing before it is there. What was kept is masked by that, but for
@@ -135,7 +154,8 @@ class StatePool(Pool):
     """A pool in arrays of the host, made once.
 
     Keys and values are rings: a new row takes the place of the oldest one, and nothing is shifted.
-    Slots side by side are given as they lie, others are copied together.
+    Slots near each other are given as they lie; where a batch has too many that are not, or where
+    keys and values are float16, the states are copied together.
     """
 
     def __init__(
@@ -143,12 +163,13 @@ class StatePool(Pool):
     ) -> None:
         super().__init__(layout, slots)
         self._scorer = scorer
+        self._is_half = dtype == np.float16
         # Not written to, hence not resident, before a slot is in use.
         self._parts = [
             np.zeros((slots, *shape), dtype=dtype if name in layout.rings else np.float32)
             for name, shape in layout.state.items()
         ]
-        self._gathered: list[Floats] = []
+        self._unused: list[list[Floats]] = []  # room for copies, of any number of states
 
     def reset(self, slot: int) -> None:
         """See `Pool`."""
@@ -165,24 +186,35 @@ class StatePool(Pool):
         arrival: NDArray[np.int64],
     ) -> Outputs:
         """See `Pool`."""
-        first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
-        if len(slots) < span <= _SPARSE * len(slots):
-            return self._step_over_gaps(features, flags, slots, arrival, first, span)
-        outputs, new = self._scorer.score_step(features, flags, arrival, self.gather(slots))
-        self.scatter(slots, arrival, new, flags)
-        return outputs
+        runs = None if self._is_half else _runs(slots)
+        if runs is None:
+            self.copied += 0 if self._is_half else len(slots)
+            room = self._unused.pop() if self._unused else []
+            state = self.gather(slots, room)
+            outputs, new = self._scorer.score_step(features, flags, arrival, state)
+            self._unused.append(room)
+            self.scatter(slots, arrival, new, flags)
+            return outputs
+        parts = [self._step_run(features[r], flags[r], slots[r], arrival[r]) for r in runs]
+        if len(parts) == 1:
+            return parts[0]
+        scores, embedding, attention = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return scores, embedding, attention
 
-    def _step_over_gaps(
+    def _step_run(
         self,
         features: Floats,
         flags: NDArray[np.bool_],
         slots: NDArray[np.int64],
         arrival: NDArray[np.int64],
-        first: int,
-        span: int,
     ) -> Outputs:
-        """With the few slots between them, of which nothing is kept: to compute these takes less
-        time than to copy the states of all."""
+        """Of slots near each other, with the few between them, of which nothing is kept."""
+        first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
+        state = [part[first : first + span] for part in self._parts]
+        if span == len(slots):
+            outputs, new = self._scorer.score_step(features, flags, arrival, state)
+            self.scatter(slots, arrival, new, flags)
+            return outputs
         rows = slots - first
 
         def spread(values: NDArray[Any]) -> NDArray[Any]:
@@ -191,28 +223,30 @@ class StatePool(Pool):
             return wide
 
         outputs, new = self._scorer.score_step(
-            spread(features), spread(flags), spread(arrival), self.gather(np.arange(span) + first)
+            spread(features), spread(flags), spread(arrival), state
         )
         self.scatter(slots, arrival, [each[rows] for each in new], flags)
         scores, embedding, attention = outputs
         return scores[rows], embedding[rows], attention[rows]
 
-    def gather(self, slots: NDArray[np.int64]) -> list[Floats]:
-        """The state (B, ...) of slots in ascending order; to be read only, until the next call."""
-        B, first = len(slots), int(slots[0])
-        side_by_side = int(slots[-1]) - first == B - 1
-        if side_by_side and all(part.dtype == np.float32 for part in self._parts):
-            return [part[first : first + B] for part in self._parts]
-        if len(self._gathered[0] if self._gathered else ()) < B:
-            self._gathered = [
-                np.empty((B, *part.shape[1:]), dtype=np.float32) for part in self._parts
-            ]
-        for part, out in zip(self._parts, self._gathered, strict=True):
+    def swap(self, one: int, other: int) -> None:
+        """See `Pool`."""
+        for part in (self._flags, *self._parts):
+            part[one], part[other] = part[other].copy(), part[one].copy()
+
+    def gather(self, slots: NDArray[np.int64], room: list[Floats]) -> list[Floats]:
+        """The state (B, ...) of slots, copied together into ``room``, which grows where it is
+        too small."""
+        B = len(slots)
+        if len(room[0] if room else ()) < B:
+            size = 1 << (B - 1).bit_length()  # made anew for few batches, not for each larger one
+            room[:] = [np.empty((size, *part.shape[1:]), dtype=np.float32) for part in self._parts]
+        for part, out in zip(self._parts, room, strict=True):
             if part.dtype == np.float32:
                 np.take(part, slots, axis=0, out=out[:B], mode="clip")  # "raise" would copy twice
             else:
                 out[:B] = part[slots]
-        return [out[:B] for out in self._gathered]
+        return [out[:B] for out in room]
 
     def scatter(
         self,
@@ -233,6 +267,27 @@ class StatePool(Pool):
             else:
                 part[slots[:, None], :, at] = rows[:, :, n - kept :].transpose(0, 2, 1, 3)
         self._flags[slots] = flags[:, n:]
+
+
+def _runs(slots: NDArray[np.int64]) -> list[slice] | None:
+    """Ascending slots in runs of such as are near each other; None where that would be to compute
+    too much in vain."""
+    apart = np.diff(slots)
+    far = apart > _NEAR
+    in_vain = int((apart[~far] - 1).sum()) + _NEAR * int(far.sum())
+    if in_vain > _IN_VAIN * len(slots):
+        return None
+    bounds = [0, *(np.flatnonzero(far) + 1).tolist(), len(slots)]
+    return [slice(*bound) for bound in itertools.pairwise(bounds)]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """The slot of a stream that was fed up to some snippet; what was ``known`` of it then."""
+
+    slot: int
+    fed: int = _NOWHERE
+    known: int = 0
 
 
 class _Feed(NamedTuple):
@@ -257,6 +312,20 @@ class _Batch:
     here: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, eq=False)
+class _UnderWay:
+    """A batch that may not be computed yet."""
+
+    slots: set[int]
+    moves_slots: bool
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def follows(self, earlier: _UnderWay) -> bool:
+        """Whether it has to wait for that."""
+        moves = self.moves_slots or earlier.moves_slots
+        return moves or not self.slots.isdisjoint(earlier.slots)
+
+
 class Steps:
     """The streams of one bundle, computed by steps."""
 
@@ -268,11 +337,14 @@ class Steps:
         self._feature_dim = manifest.feature_dim
         self._max_streams = config.max_streams
         self._dtype = cache_dtype(config)
-        self._pool: Pool | None = None  # while a stream has a slot
-        self._slots: dict[Stream, int] = {}
-        self._unused = list(range(config.max_streams))  # a heap: the first ones lie side by side
-        self._fed = [_NOWHERE] * config.max_streams  # up to this snippet
-        self._known = [0] * config.max_streams  # up to this one, at that time
+        self._pool: Pool | None = None  # while a stream has a place
+        self._places: dict[Stream, _Place] = {}  # in the order in which streams came last
+        self._unused = set(range(config.max_streams))  # slots
+        self._batches = 0
+        self._copied = 0  # by the pool, when places were put in order last
+        self._disorder: deque[tuple[_Place, _Place]] = deque()  # whose slots are to be swapped
+        self._swaps: deque[tuple[int, list[tuple[int, int]]]] = deque()  # of slots, by batch
+        self._under_way: list[_UnderWay] = []
 
     @property
     def stream_bytes(self) -> int:
@@ -295,58 +367,108 @@ class Steps:
                 np.zeros(B, np.int64),
             )
 
+    def place_of(self, stream: Stream) -> int:
+        """The slot of a stream; behind all of them for one that has none yet."""
+        place = self._places.get(stream)
+        return self._max_streams if place is None else place.slot
+
     def leave(self, stream: Stream) -> None:
         """A stream is over, or another bundle works for it."""
-        slot = self._slots.pop(stream, None)
-        if slot is None:
+        place = self._places.pop(stream, None)
+        if place is None:
             return
-        heapq.heappush(self._unused, slot)
-        if not self._slots:
-            self._pool = None
+        self._unused.add(place.slot)
+        self._disorder.clear()
+        if not self._places:
+            self._pool, self._swaps = None, deque()
 
-    def prepare(self, jobs: Sequence[Job]) -> Callable[[], Scored]:
-        """Read what the streams have not fed yet; what is returned scores the jobs, in any thread,
-        one such call after the other, in the order in which they were prepared.
+    def prepare(self, jobs: Sequence[Job]) -> Prepared:
+        """Read what the streams have not fed yet. Batches are to be begun in the order in which
+        they were prepared, and may be computed at the same time: one that goes on where another one
+        ends waits for it.
 
         Streams that have as many snippets to feed are computed together, in one call.
         """
         by_stream: dict[Stream, list[Job]] = {}
         for job in jobs:
             by_stream.setdefault(job.stream, []).append(job)
+        self._batches = number = self._batches + 1
+        places = [self._place(stream) for stream in by_stream]
+        pool, due = self._pool, self._swaps
+        assert pool is not None
+        self._tidy(pool, math.ceil(_TIDIED * len(places)))
         together: dict[int, list[_Feed]] = {}
-        for stream, of_stream in by_stream.items():
-            feed = self._feed(stream, of_stream)
+        for place, (stream, of_stream) in zip(places, by_stream.items(), strict=True):
+            feed = self._feed(place, stream, of_stream)
             together.setdefault(feed.snippets, []).append(feed)
         batches = [self._batch(feeds) for feeds in together.values()]
-        pool = self._pool
-        assert pool is not None
+        own = _UnderWay({place.slot for place in places}, moves_slots=bool(due))
+        self._under_way = [each for each in self._under_way if not each.over.is_set()]
+        before = [each.over for each in self._under_way if own.follows(each)]
+        self._under_way.append(own)
 
         def score() -> Scored:
+            for over in before:
+                over.wait()
+            # Those of a batch that was given up are due with the next one.
+            while due and due[0][0] <= number:
+                for swap in due.popleft()[1]:
+                    pool.swap(*swap)
             scored: Scored = []
             for batch in batches:
-                outputs = self._step(pool, batch)
+                scores, embedding, attention = self._step(pool, batch)
                 for row, feed in enumerate(batch.feeds):
                     first = feed.start - self._delay  # the position of the first scores
                     for job in feed.jobs:
-                        counted = slice(job.first - first, job.until - first)
-                        scores, embedding, attention = (each[row, counted] for each in outputs)
-                        scored.append((job, scores, embedding, attention))
+                        of_job = row, slice(job.first - first, job.until - first)
+                        scored.append((job, scores[of_job], embedding[of_job], attention[of_job]))
             return scored
 
-        return score
+        return Prepared(score, own.over.set)
 
-    def _feed(self, stream: Stream, jobs: list[Job]) -> _Feed:
+    def _tidy(self, pool: Pool, at_most: int) -> None:
+        """Swap some slots before this batch, where many states have been copied together.
+
+        Streams keep their pace, so those that come one after the other will do so again: where
+        their slots lie in that order, a batch reads its states as they lie.
+        """
+        if not self._disorder and pool.copied - self._copied >= _UNTIDY * len(self._places):
+            self._copied = pool.copied
+            self._disorder.extend(self._out_of_order())
+        swaps = []
+        for _ in range(min(at_most, len(self._disorder))):
+            one, other = self._disorder.popleft()
+            swaps.append((one.slot, other.slot))
+            if other.slot in self._unused:
+                self._unused.remove(other.slot)
+                self._unused.add(one.slot)
+            one.slot, other.slot = other.slot, one.slot
+        if swaps:
+            self._swaps.append((self._batches, swaps))
+
+    def _out_of_order(self) -> Iterator[tuple[_Place, _Place]]:
+        """The swaps, one after the other, by which streams have the first slots in the order in
+        which they came."""
+        at = {place.slot: place for place in self._places.values()}
+        slots = {place: slot for slot, place in at.items()}
+        for target, place in enumerate(self._places.values()):
+            slot, other = slots[place], at.get(target) or _Place(target)
+            if slot != target:
+                yield place, other
+                at[slot], slots[other] = other, slot
+
+    def _feed(self, place: _Place, stream: Stream, jobs: list[Job]) -> _Feed:
         """What to feed for jobs that follow one another. From then on it counts as fed: what does
         not come about is noticed, since the next job then begins before."""
-        slot, first, stop = self._slot(stream), jobs[0].first, jobs[-1].until + self._delay
+        first, stop = jobs[0].first, jobs[-1].until + self._delay
         oldest = max(stream.first_index, first - self._context)
-        fed, known = self._fed[slot], self._known[slot]
+        fed, known = place.fed, place.known
         # What was not known yet was fed as missing, at the end or before a silence.
         is_true = fed <= known or known == stream.known_until
         goes_on = is_true and oldest <= fed <= first + self._delay
         start = fed if goes_on else oldest
-        self._fed[slot], self._known[slot] = stop, stream.known_until
-        return _Feed(slot, not goes_on, start, stop - start, jobs)
+        place.fed, place.known = stop, stream.known_until
+        return _Feed(place.slot, not goes_on, start, stop - start, jobs)
 
     def _batch(self, feeds: list[_Feed]) -> _Batch:
         feeds.sort(key=lambda feed: feed.slot)
@@ -366,10 +488,15 @@ class Steps:
         flags = np.concatenate([pool.flags(slots), batch.here], axis=1)
         return pool.step(batch.features, flags, slots, arrival)
 
-    def _slot(self, stream: Stream) -> int:
-        if stream not in self._slots:
+    def _place(self, stream: Stream) -> _Place:
+        """It comes now."""
+        place = self._places.pop(stream, None)
+        if place is None:
             if self._pool is None:
                 self._pool = new_pool(self._scorer, self._layout, self._max_streams, self._dtype)
-            self._slots[stream] = slot = heapq.heappop(self._unused)
-            self._fed[slot] = _NOWHERE
-        return self._slots[stream]
+                self._copied = 0
+            self._disorder.clear()
+            place = _Place(min(self._unused))  # the first ones lie side by side
+            self._unused.remove(place.slot)
+        self._places[stream] = place
+        return place

@@ -26,15 +26,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.engine.asking import Asking, InstanceScorer, alone
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import DETECTION_SETTINGS, Run, RunDetector
-from hrpro.engine.refine import (
-    Asking,
-    InstanceScorer,
-    Proposal,
-    alone,
-    refine_runs,
-)
+from hrpro.engine.refine import Proposal, refine_runs
 from hrpro.engine.ring import Ring
 from hrpro.engine.soft_nms import soft_nms, subtract_published, waits_for_better
 from hrpro.engine.tracker import ActionChange, ActionTracker
@@ -166,6 +161,11 @@ class StreamLocalizer:
         """Of memory in its rings."""
         return self._history.nbytes + self._scores.nbytes
 
+    @property
+    def newest(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """P (C,) and embedding (W,) of the newest snippet, as views; zeros where there is none."""
+        return self._scores.newest, self._history.newest
+
     def advance(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> list[Decision]:
@@ -184,12 +184,35 @@ class StreamLocalizer:
             config, self._due_config = self._due_config, None
             self.use(config, self._scorer, None)
         for row in range(position, len(scores)):
+            if self.takes_quietly(scores[row], embedding[row]):
+                continue
             decisions += self._take(scores[row], embedding[row])
             if self._closed and (ready := self._ready()):
                 yield from self._refine(ready)
             if self._wait is not None:
                 decisions += self._publish(self._detector.next_index - self._wait)
         return decisions
+
+    def takes_quietly(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> bool:
+        """Take the next snippet, scores (C,) and embedding (W,), if nothing can come of it, as of
+        most: nothing goes on or waits, and nothing begins. Otherwise it is not taken."""
+        if (
+            self._closed
+            or self._due_from
+            or not (self._detector.is_idle and self._tracker.is_idle)
+            or self._due_config is not None
+            or self._history.next_index < self.decided_until
+        ):
+            return False
+        current = scores.astype(np.float64)  # as thresholds are
+        highest = current.item(current.argmax())
+        if highest > self._config.thresholds[0] or highest > self._config.event_start:
+            return False
+        self._history.push(embedding)
+        self._scores.push(scores)
+        self._detector.pass_over(current)
+        self._tracker.pass_over(current)
+        return True
 
     def _remember(self, scores: NDArray[np.float32], embedding: NDArray[np.float32]) -> int:
         """Take those of the snippets that are decided; returns how many they are."""
@@ -300,35 +323,36 @@ class StreamLocalizer:
     def _publish_class(self, label_index: int, due_until: int) -> list[Final]:
         pool, published = self._pool[label_index], self._published[label_index]
         # What goes on: the action, and runs that are over and not yet scored.
-        goes_on_from = min(
-            [self._tracker.open_since(label_index, self._detector.next_index)]
-            + [run.start for run in self._closed if run.label_index == label_index]
-        )
+        goes_on_from = self._tracker.open_since(label_index, self._detector.next_index)
+        for run in self._closed:
+            if run.label_index == label_index and run.start < goes_on_from:
+                goes_on_from = run.start
+        is_final = [p.end <= goes_on_from and p.due_from <= due_until for p in pool]
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
-        over = [p.end <= goes_on_from and p.due_from <= due_until for p in pool]
-        if not any(over) and self._due_from[label_index] > latest:
+        some_are_late = self._due_from[label_index] <= latest
+        if not (some_are_late or any(is_final)):
             return []
-        late = [p.due_from <= latest for p in pool]
-        is_late = np.array(late)
-        is_final = is_late | over
-        sigma = self._config.soft_nms_sigma
         start, end, score = _columns(pool)
-        is_final &= is_late | ~waits_for_better(start, end, score, is_final)
-        if not is_final.any():
-            return []
+        if not all(is_final):
+            late = np.array([p.due_from <= latest for p in pool])
+            over = late | is_final
+            is_final = (late | over & ~waits_for_better(start, end, score, over)).tolist()
+            if not any(is_final):
+                return []
         self._forget(label_index)
+        sigma = self._config.soft_nms_sigma
         added = subtract_published(start, end, score, sigma, *_columns(list(published)))
-        scores = soft_nms(start, end, added, sigma)
+        scores = soft_nms(start, end, added, sigma).tolist()
         finals = []
-        for n in np.argsort(-scores, kind="stable").tolist():
+        for n in sorted(range(len(pool)), key=lambda n: -scores[n]):
             if is_final[n] and scores[n] > self._config.score_floor:
-                final = pool[n]._replace(score=scores.item(n))
+                final = pool[n]._replace(score=scores[n])
                 published.append(final)
                 finals.append(Final(final, self._tracker.assign(final)))
         self._pool[label_index] = []
         del self._due_from[label_index]
-        self._keep([p for p, out in zip(pool, is_final.tolist(), strict=True) if not out])
+        self._keep([p for p, out in zip(pool, is_final, strict=True) if not out])
         return finals
 
     def _forget(self, label_index: int) -> None:

@@ -2,8 +2,9 @@
 
 Nothing here makes the loop wait. Counts are the loop's own; whoever asks reads them as they are,
 from a thread of its own, so that two of them may stand a turn apart. Distributions are noted by
-the loop while it works. No label has more values than there are error codes: streams are not
-among the labels, but as the worst of them and as a distribution over them.
+the loop while it works, and by the threads that compute for it. No label has more values than there
+are error codes: streams are not among the labels, but as the worst of them and as a distribution
+over them.
 """
 
 from __future__ import annotations
@@ -255,7 +256,9 @@ class Arrivals:
 
     def came(self, stream: str, next_index: int, processed: int) -> None:
         """The snippets below `next_index` are there; those below `processed` are dealt with."""
-        times = self._times.setdefault(stream, deque())
+        times = self._times.get(stream)
+        if times is None:  # a deque made in vain is not free
+            times = self._times[stream] = deque()
         # What is still to be decided will know the snippet `processed`.
         while times and times[0][0] <= processed:
             times.popleft()

@@ -64,7 +64,7 @@ class NotedBackend:
     def score_instances(
         self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
     ) -> tuple[Floats, Floats, Floats]:
-        """See `hrpro.engine.refine.InstanceScorer`."""
+        """See `hrpro.engine.asking.InstanceScorer`."""
         with _noted(self._note, "instance", len(proposals)):
             return self._inner.score_instances(embedding, proposals, stretch)
 

@@ -3,24 +3,27 @@
     append -> ring -> [ window -> batch -> infer -> stitch -> localize -> publish ]
                         a step
 
-No I/O happens here; the server calls `append` with what came and sends what `step` returns. A
-backend on another machine answers in a later step: `wake` is called, in any thread, when it has.
+No I/O happens here; the server calls `append` with what came and sends what `step` returns. What
+is computed beside the loop, or on another machine, is there in a later step: `wake` is called, in
+any thread, when it is. That holds for both stages: streams that need stage 2 to decide wait for it,
+and while they do, nothing else is taken of what stage 1 gave for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.engine.asking import Asking, UnderWay, alone
 from hrpro.engine.batcher import Job
 from hrpro.engine.curves import Curves
 from hrpro.engine.deployment import Deployment, Deployments
 from hrpro.engine.inference import Scored
 from hrpro.engine.messages import NoticeKind, Policy, Publication
-from hrpro.engine.refine import Asking, alone, together
 from hrpro.engine.stream import Stream
 from hrpro.engine.windows import decision_lookahead_s
 from hrpro.engine.wire import StreamError
@@ -71,15 +74,14 @@ class Pipeline:
         known, window after window. Has to be read to its end."""
         announcements, self._announcements = self._announcements, []
         yield from announcements
+        # A stream is saved with what is published of it: it must not be under way again by then.
+        if not any(self._has_asked(each.stream) for each in announcements):
+            yield from self._take()
         deployment, jobs = self._next_batch()
         if jobs:
             deployment.ask(jobs, self.wake)
-        for deployment in self.deployments.at_work():
-            scored = deployment.inference.take()
-            self.batches += bool(scored)
-            yield from self._advance_all(scored)
-            if deployment.inference.waits_for is not None:
-                self._offer_all()  # what was in flight
+            if deployment.inference.is_at_once:
+                yield from self._take()
         for stream in list(self._closing.values()):
             yield from self._close(stream)
 
@@ -92,7 +94,7 @@ class Pipeline:
         at_work = self.deployments.at_work()
         if (
             self._announcements
-            or any(each.inference.has_answer for each in at_work)
+            or any(each.has_answer for each in at_work)
             or any(each.finished or each.flush_due for each in self._closing.values())
         ):
             return 0.0
@@ -139,6 +141,8 @@ class Pipeline:
         live.check(first_index, features)
         stop = first_index + len(features)
         if live.policy == "drop_oldest" and stop > live.send_until:
+            if live.is_under_way and live.asked == live.processed:  # what it passes over now
+                self._finish_under_way()
             live.drop_oldest(stop)
             self._announcements += alone(self._passing_over(live))
         live.append(first_index, features)
@@ -171,11 +175,13 @@ class Pipeline:
         It agrees with the one before, see `hrpro.engine.deployment.check_agreement`. Returns how
         many open streams have another bundle now.
         """
+        self._finish_under_way()
         self.deployments.deploy(deployment, canary_streams)
         return self._hand_over()
 
     def roll_back(self) -> int:
         """The reverse, at once. Raises DeployError where there is nothing to go back to."""
+        self._finish_under_way()
         self.deployments.roll_back()
         return self._hand_over()
 
@@ -202,38 +208,79 @@ class Pipeline:
             raise StreamError("unknown_stream", f"stream {stream!r} is not open; say hello first")
         return self.streams[stream]
 
-    def _advance_all(self, scored: Scored) -> Iterator[Publication]:
-        """What stage 1 gave for each job; those of a stream are in order. What stage 2 is asked by
-        streams side by side, it is asked in one call."""
+    def _has_asked(self, stream: str) -> bool:
+        return (
+            stream in self.streams and self.streams[stream].asked > self.streams[stream].processed
+        )
+
+    def _take(self) -> Iterator[Publication]:
+        """What comes of the oldest batches of each bundle, as far as both stages have answered."""
+        for deployment in self.deployments.at_work():
+            if deployment.has_batch:
+                scored = deployment.inference.take()
+                if deployment.inference.waits_for is not None:
+                    self._offer_all()  # what was in flight
+                if scored:
+                    self.batches += 1
+                    refine = partial(deployment.inference.refine, wake=self.wake)
+                    deployment.under_way.append(UnderWay(self._advancing(scored), refine))
+            for under_way in deployment.under_way:
+                for published in under_way.take():
+                    yield from published
+            deployment.under_way = [each for each in deployment.under_way if not each.is_over]
+
+    def _finish_under_way(self) -> None:
+        for deployment in self.deployments.at_work():
+            for under_way in deployment.under_way:
+                for published in under_way.finish():
+                    self._announcements += published
+            deployment.under_way = []
+
+    def _advancing(self, scored: Scored) -> list[Asking[list[Publication]]]:
+        """What stage 1 gave for each job, by stream; those of a stream are in order."""
         by_stream: dict[Stream, Scored] = {}
         for each in scored:
             by_stream.setdefault(each[0].stream, []).append(each)
-        advancing = [self._advance(parts) for parts in by_stream.values()]
-        for published in together(advancing):
-            yield from published
+        return [
+            self._advance(stream, parts)
+            for stream, parts in by_stream.items()
+            if len(parts) > 1 or not self._advances_quietly(*parts[0])
+        ]
 
-    def _advance(self, parts: Scored) -> Asking[list[Publication]]:
+    def _advances_quietly(self, job: Job, scores: Rows, embedding: Rows, attention: Rows) -> bool:
+        """Take the next snippet of a stream, if nothing comes of it; most are such, and so they
+        get by without a generator."""
+        stream = job.stream
+        assert job.first == stream.processed, "the jobs of a stream are taken in order"
+        if (
+            len(scores) > 1
+            or not stream.is_whole_from(job.first)
+            or not stream.localizer.takes_quietly(scores[0], embedding[0])
+        ):
+            return False
+        if self._settle(stream, scores, attention):
+            self._offer(stream)
+        return True
+
+    def _advance(self, stream: Stream, parts: Scored) -> Asking[list[Publication]]:
         """What comes of the next snippets of a stream, job by job."""
         published: list[Publication] = []
+        stream.is_under_way = True
         for job, *rows in parts:
-            assert job.first == job.stream.processed, "the jobs of a stream are taken in order"
-            published += yield from self._advance_by(job.stream, *rows)
+            assert job.first == stream.processed, "the jobs of a stream are taken in order"
+            published += yield from self._advance_by(stream, *rows)
+        stream.is_under_way = False
         return published
 
     def _advance_by(
         self, stream: Stream, scores: Rows, embedding: Rows, attention: Rows
     ) -> Asking[list[Publication]]:
         publisher, until = stream.deployment.publisher, stream.processed + len(scores)
-        waits = stream.skips or stream.known_until < stream.next_index
         published: list[Publication] = [
             publisher.notice(stream, "gap", span) for span in stream.gaps_to(until)
         ]
-        first_index = stream.processed
-        decisions = yield from stream.advancing(scores, embedding, attention)
-        if self.curves.wanted(stream.stream):
-            self.curves.add(publisher.scores(stream, first_index, scores, attention))
-        self.snippets_scored += len(scores)
-        self.moved.add(stream.stream)
+        decisions = yield from stream.localizer.advancing(scores, embedding)
+        waits = self._settle(stream, scores, attention)
         if decisions:
             published += publisher.publish(stream, decisions, stream.newest_used(until))
         if stream.skips:
@@ -241,6 +288,19 @@ class Pipeline:
         if waits:  # for what these scores make room for
             self._offer(stream)
         return published
+
+    def _settle(self, stream: Stream, scores: Rows, attention: Rows) -> bool:
+        """What is decided by the next scores is known; returns whether more of the stream waits
+        for that."""
+        first_index = stream.processed
+        waits = stream.skips or stream.known_until < stream.next_index
+        stream.advance(attention)
+        if self.curves.wanted(stream.stream):
+            publisher = stream.deployment.publisher
+            self.curves.add(publisher.scores(stream, first_index, scores, attention))
+        self.snippets_scored += len(scores)
+        self.moved.add(stream.stream)
+        return waits
 
     def _passing_over(self, stream: Stream) -> Asking[list[Publication]]:
         """What comes of snippets that were dropped, if they are next."""

@@ -79,7 +79,7 @@ class RunDetector:
     def __init__(self, class_count: int, config: LocalizationConfig, first_index: int = 0) -> None:
         self._config = config
         self._thresholds = np.asarray(config.thresholds, dtype=np.float64)  # (K,)
-        self._none = np.zeros(class_count, dtype=np.intp)
+        self._none = [0] * class_count
         self._levels = self._none  # how many runs of each class are open
         self._open: dict[int, list[_OpenRun]] = {}  # by class, that of the lowest threshold first
         # Sums of P are differences of running totals. What lies left of an open run is summed up
@@ -101,19 +101,21 @@ class RunDetector:
         current = scores.astype(np.float64, copy=False)
         levels = self._none
         if current.item(current.argmax()) > self._config.thresholds[0]:
-            levels = self._thresholds.searchsorted(current)  # so many are exceeded, (C,)
-        # As bytes they are compared in no time.
-        is_same = levels is self._levels or levels.tobytes() == self._levels.tobytes()
-        runs = [] if is_same else self._change(levels, current)
+            levels = self._thresholds.searchsorted(current).tolist()  # so many are exceeded
+        runs = [] if levels == self._levels else self._change(levels, current)
         for label_index, nested in self._open.items():
             score, innermost = current.item(label_index), nested[-1]
             if score > innermost.peak:
                 innermost.peak = score
+        self.pass_over(current)
+        return runs
+
+    def pass_over(self, current: Floats) -> None:
+        """Go on by a snippet's P (C,): by itself for one that neither opens nor closes a run."""
         self._total = self._total + current
         self._totals.push(self._total)
         self._previous = current
         self.next_index += 1
-        return runs
 
     def flush(self) -> list[Run]:
         """The stream is over: close what is open at its end."""
@@ -157,7 +159,7 @@ class RunDetector:
         detector._total = totals[-1]
         width = config.border_limit + 1
         left_sums = np.frombuffer(state["left_sums"]).reshape(-1, width).tolist()
-        detector._levels = np.zeros(class_count, dtype=np.intp)
+        detector._levels = [0] * class_count
         # The lowest thresholds come first.
         for values, left in zip(state["open"], left_sums, strict=True):
             _, c, start, position, peak, total = values
@@ -186,16 +188,15 @@ class RunDetector:
         outer_mean = (run.left_sum + right_sum) / count if count else 0.0
         return run.inner_mean - outer_mean
 
-    def _change(self, levels: NDArray[np.intp], current: Floats | None) -> list[Run]:
+    def _change(self, levels: list[int], current: Floats | None) -> list[Run]:
         """Open and close runs, so that of each class (C,) so many are open; returns the closed
         ones, the lowest threshold's first. Without ``current`` the stream is over."""
         closed: list[tuple[int, Run]] = []
         before, self._levels = self._levels, levels
-        for label_index in np.flatnonzero(levels != before).tolist():
-            level = levels.item(label_index)
-            if level < before.item(label_index):
+        for label_index, level in enumerate(levels):
+            if level < before[label_index]:
                 closed += self._close_runs(label_index, level, current)
-            else:
+            elif level > before[label_index]:
                 self._open_runs(label_index, level, current)
         closed.sort(key=lambda each: each[0])  # of one threshold, those of the first class
         return [run for _, run in closed]
@@ -204,9 +205,10 @@ class RunDetector:
         assert current is not None
         t, width = self.next_index, self._config.border_limit
         before, after = self._previous.item(label_index), current.item(label_index)
-        total = self._total.item(label_index)
-        firsts = [max(t - n, self.first_index) for n in range(width + 1)]
-        left_sums = [total - self._totals.row(first).item(label_index) for first in firsts]
+        totals = self._totals.read(max(t - width, self.first_index), t + 1)[::-1, label_index]
+        total = totals.item(0)
+        left_sums = (total - totals).tolist()
+        left_sums += left_sums[-1:] * (width + 1 - len(left_sums))
         nested = self._open.setdefault(label_index, [])
         for threshold in self._config.thresholds[len(nested) : level]:
             position = float(t)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
@@ -142,6 +143,11 @@ _CONTROL_REPLY: tuple[type[ControlReply], ...] = (StatusReply, DrainReply, Deplo
 
 _SHAPE = wire.listing(wire.size)
 _LITTLE_ENDIAN = np.dtype("<f4")
+# Almost all that comes are chunks, and those of a stream have headers that differ in the index
+# alone: so many headers are remembered, of those that are no longer than that.
+_HEADERS_REMEMBERED = 16_384
+_LONGEST_REMEMBERED_BYTES = 256
+_FIRST_INDEX = msgpack.packb("first_index")
 # What of a message are frames of their own.
 _IN_FRAMES = {"features", "curves", "publications"}
 # Messages whose second frame is an array, and its name.
@@ -169,7 +175,7 @@ def encode(message: Message, **given: object) -> list[bytes]:
     elif isinstance(message, Page):
         del header["publications"]
         behind = [encode(publication)[1] for publication in message.publications]
-    topic = _topic(message) if isinstance(message, _EVENTS) else None
+    topic = _topic(message) if type(message) in _EVENTS else None
     frames = [wire.pack_header(header)] if topic is None else [topic, wire.pack_header(header)]
     return frames + behind
 
@@ -217,7 +223,44 @@ def open_topic(token: str, stream: str | None = None) -> bytes:
 
 def decode_feed(frames: Sequence[bytes]) -> Hello | Chunk | Gap | End:
     """What came from a feeder. Raises ProtocolError, as the other decoders do."""
-    return _decode(frames, _FEED, MAX_REQUEST_HEADER_BYTES)
+    chunk = _like_another(*frames) if len(frames) == 2 else None
+    return chunk or _decode(frames, _FEED, MAX_REQUEST_HEADER_BYTES)
+
+
+def _like_another(header: bytes, array: bytes) -> Chunk | None:
+    """A chunk whose header is that of another one, but for the index; None for one that has to be
+    looked at in full."""
+    key = header.find(_FIRST_INDEX)
+    if key < 0 or len(header) > _LONGEST_REMEMBERED_BYTES:
+        return None
+    at = key + len(_FIRST_INDEX)
+    if (found := wire.unsigned(header, at)) is None:
+        return None
+    index, end = found
+    if (fields := _of_chunks(header[:at], header[end:])) is None:
+        return None
+    stream, shape = fields
+    if len(array) != 4 * shape[0] * shape[1] or index + shape[0] > wire.MAX_INDEX:
+        return None
+    return Chunk.known(stream, index, _as_array(shape, array))
+
+
+@functools.lru_cache(_HEADERS_REMEMBERED)
+def _of_chunks(before: bytes, behind: bytes) -> tuple[str, tuple[int, int]] | None:
+    """Stream and shape of the chunks whose headers have these bytes around the index; None where
+    those are no such headers, or what is between them is something else."""
+    try:
+        (kind, zero), (_, one) = (
+            _header(before + bytes([index]) + behind, _FEED, MAX_REQUEST_HEADER_BYTES)
+            for index in (0, 1)
+        )
+        if kind is not Chunk or (zero.pop("first_index"), one.pop("first_index")) != (0, 1):
+            return None
+        if zero != one:
+            return None
+        return wire.checked("stream", wire.stream_id, zero.get("stream")), _shape("chunk", zero)
+    except (ProtocolError, KeyError):
+        return None
 
 
 def decode_feed_reply(frames: Sequence[bytes]) -> Welcome | Ack | Ended | Error:
@@ -260,17 +303,8 @@ def _by_type(allowed: tuple[type[M], ...]) -> dict[object, type[M]]:
 def _decode(frames: Sequence[bytes], allowed: tuple[type[M], ...], longest_header_bytes: int) -> M:
     if not frames:
         raise ProtocolError("message: expected a header frame, came none")
-    header = wire.unpack_header(frames[0], longest_header_bytes)
-    # `True == 1`, and a version of another type would not be ours either way.
-    if type(header.get("v")) is not int or header["v"] != VERSION:
-        raise ProtocolError(
-            f"version: expected {VERSION}, came {wire.shown(header.get('v'))}", "version"
-        )
-    kinds, name = _by_type(allowed), header.get("type")
-    if not isinstance(name, str) or name not in kinds:
-        expected = ", ".join(kind.TYPE for kind in allowed)
-        raise ProtocolError(f"type: expected one of {expected}, came {wire.shown(name)}")
-    kind = kinds[name]
+    kind, header = _header(frames[0], allowed, longest_header_bytes)
+    name = kind.TYPE
     body: dict[str, Any] = {}
     if kind is Page:
         body["publications"] = tuple(decode_logged(frame) for frame in frames[1:])
@@ -286,12 +320,44 @@ def _decode(frames: Sequence[bytes], allowed: tuple[type[M], ...], longest_heade
     return kind(**body)
 
 
+def _header(
+    frame: bytes, allowed: tuple[type[M], ...], longest_bytes: int
+) -> tuple[type[M], dict[str, Any]]:
+    """The kind of a message, which is allowed, and its header."""
+    header = wire.unpack_header(frame, longest_bytes)
+    # `True == 1`, and a version of another type would not be ours either way.
+    if type(header.get("v")) is not int or header["v"] != VERSION:
+        raise ProtocolError(
+            f"version: expected {VERSION}, came {wire.shown(header.get('v'))}", "version"
+        )
+    kinds, name = _by_type(allowed), header.get("type")
+    if not isinstance(name, str) or name not in kinds:
+        expected = ", ".join(kind.TYPE for kind in allowed)
+        raise ProtocolError(f"type: expected one of {expected}, came {wire.shown(name)}")
+    return kinds[name], header
+
+
 def _missing(field_name: str, message_name: str) -> ProtocolError:
     return ProtocolError(f"{message_name}: expected a field {field_name!r}, came none")
 
 
 def _array(name: str, header: dict[str, Any], frame: bytes) -> NDArray[np.float32]:
     """The (n, D) values of a message's second frame, looked at only once its length fits."""
+    shape = _shape(name, header)
+    expected_bytes = shape[0] * shape[1] * 4
+    if len(frame) != expected_bytes:
+        raise ProtocolError(
+            f"{name}: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
+        )
+    return _as_array(shape, frame)
+
+
+def _as_array(shape: tuple[int, int], frame: bytes) -> NDArray[np.float32]:
+    return np.ndarray(shape, _LITTLE_ENDIAN, frame).astype(np.float32, copy=False)
+
+
+def _shape(name: str, header: dict[str, Any]) -> tuple[int, int]:
+    """Of a message's second frame, whose type fits."""
     for each in ("dtype", "shape"):
         if each not in header:
             raise _missing(each, name)
@@ -303,12 +369,7 @@ def _array(name: str, header: dict[str, Any], frame: bytes) -> NDArray[np.float3
     shape = wire.checked(f"{name}.shape", _SHAPE, header["shape"])
     if len(shape) != 2:
         raise ProtocolError(f"{name}.shape: expected [n, D], came {wire.shown(shape)}")
-    expected_bytes = shape[0] * shape[1] * 4
-    if len(frame) != expected_bytes:
-        raise ProtocolError(
-            f"{name}: expected {expected_bytes} bytes for the shape {shape}, came {len(frame)}"
-        )
-    return np.ndarray(shape, _LITTLE_ENDIAN, frame).astype(np.float32, copy=False)
+    return shape[0], shape[1]
 
 
 def max_frame_bytes(max_chunk_snippets: int, feature_dim: int) -> int:

@@ -65,7 +65,7 @@ def restore(pipeline: Pipeline, states: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _is_far(stream: Stream) -> bool:
-    return stream.processed - stream.saved_at >= _SAVE_EVERY_SNIPPETS
+    return not stream.is_under_way and stream.processed - stream.saved_at >= _SAVE_EVERY_SNIPPETS
 
 
 def _saved(name: str, stream: Stream) -> SavedStream:

@@ -77,6 +77,12 @@ class Ring:
         ring.append(self.read(first, self.next_index))
         return ring
 
+    @property
+    def newest(self) -> NDArray[Any]:
+        """The newest row, as a view; zeros where there is none yet."""
+        row: NDArray[Any] = self._rows[(self.next_index - 1) % self.capacity]
+        return row
+
     def row(self, index: int) -> NDArray[Any]:
         """One row, as a view."""
         assert self.oldest <= index < self.next_index, (self.oldest, index, self.next_index)

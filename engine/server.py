@@ -139,7 +139,7 @@ class Server:
         )
         small_bytes = protocol.MAX_REQUEST_HEADER_BYTES
         with contextlib.ExitStack() as opened:
-            context = zmq.Context()
+            context = sockets.new_context()
             opened.callback(context.term)
             self._doorkeeper = None if self._keyring is None else Doorkeeper(context, self._keyring)
             if self._doorkeeper is not None:

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.localizer import Decision
 from hrpro.engine.messages import Policy
-from hrpro.engine.refine import Asking
 from hrpro.engine.snippets import SnippetBuffer
 from hrpro.engine.wire import StreamError
 
@@ -80,11 +78,14 @@ class Stream:
         self._gone_until = first_index  # no snippet from here on is given up
         self._gap_start: int | None = None  # of the gap that processing is in
         self._skip: Span | None = None  # dropped, to be passed over once processing is there
-        self._last_rows: Outputs | None = None
+        self._attention = 0.0  # of the newest snippet whose scores are known
         self._known_gaps: list[Span] = []  # of before it was restored, where snippets come again
         self.needed_from: int | None = None
         """No snippet below is ever needed again; None where the engine is stateless."""
         self.saved_at = first_index  # how far it was processed when it was saved
+        self.is_under_way = False
+        """Whether its next scores are decided on, for which it may wait for stage 2: it cannot be
+        saved then."""
 
     # ---- across a restart ----------------------------------------------------------------------
 
@@ -298,15 +299,9 @@ class Stream:
         self.idle = False
         return True
 
-    def forget_embedding(self) -> None:
-        """What comes from here on is embedded by another model, of ``deployment``."""
-        if self._last_rows is not None:
-            scores, _, attention = self._last_rows
-            self._last_rows = scores, self.deployment.no_scores[1], attention
-
     def restart(self) -> None:
         """What comes from here on begins anew, but for what stage 1 sees and the ids."""
-        self._flush_at = None
+        self._flush_at, self._attention = None, 0.0
         self.localizer = self.deployment.new_localizer(
             self.processed, self.localizer.next_action_id
         )
@@ -353,17 +348,17 @@ class Stream:
         if self._skip is None or self.processed < self._skip[0]:
             return None
         n = self._skip[1] - self.processed
-        scores, embedding, attention = (
-            np.repeat(each, n, axis=0) for each in self._last_rows or self.deployment.no_scores
-        )
-        return scores, embedding, attention
+        scores, embedding = (np.tile(each, (n, 1)) for each in self.localizer.newest)
+        return scores, embedding, np.full(n, self._attention, dtype=np.float32)
+
+    def is_whole_from(self, first: int) -> bool:
+        """Whether all snippets that are known from here on have come, and none was dropped."""
+        return first >= self._gone_until and self._gap_start is None and self._skip is None
 
     def gaps_to(self, until: int) -> list[Span]:
         """The gaps that end between ``processed`` and this index."""
         first = max(self.processed, self.decided_until)
-        if first >= until:
-            return []
-        if first >= self._gone_until and self._gap_start is None and self._skip is None:
+        if first >= until or self.is_whole_from(first):
             return []
         came = self._snippets.here(first, until)
         self.missing += int((~came).sum())
@@ -379,33 +374,23 @@ class Stream:
 
     def newest_used(self, until: int) -> int:
         """The newest snippet that the scores below this index are computed from."""
-        return min(self._plan.stop(until - 1), self.known_until) - 1
+        known_until = self.known_until if self._flush_at is None else self._flush_at
+        return min(self._plan.stop(until - 1), known_until) - 1
 
     def last_gap(self) -> list[Span]:
         """The gap that processing is in, where it ends with the stream."""
         start, self._gap_start = self._gap_start, None
         return [] if start is None else [(start, self.processed)]
 
-    def advancing(self, scores: Rows, embedding: Rows, attention: Rows) -> Asking[list[Decision]]:
-        """Scores P (n, C), embedding (n, W) and attention (n,) of the next snippets are final."""
-        decisions = yield from self.localizer.advancing(scores, embedding)
-        self._keep_last(scores[-1:], embedding[-1:], attention[-1:])
-        self.processed += len(scores)
+    def advance(self, attention: Rows) -> None:
+        """What is decided by the scores of the next snippets, with attention (n,), is known."""
+        self._attention = attention.item(-1)
+        self.processed += len(attention)
         self.asked = max(self.asked, self.processed)
         if self._skip is not None and self._skip[1] <= self.processed:
             self._skip = None
         if self.known_until < self.next_index:  # it waited for room
             self._snippets.settle(self.send_until)
-        return decisions
-
-    def _keep_last(self, *rows: Rows) -> None:
-        """By value: the rows are a part of all that came of a batch."""
-        if self._last_rows is None:
-            scores, embedding, attention = rows
-            self._last_rows = scores.copy(), embedding.copy(), attention.copy()
-            return
-        for kept, row in zip(self._last_rows, rows, strict=True):
-            kept[:] = row
 
     def _error(self, code: str, index: int, text: str) -> StreamError:
         where = f"stream {self.stream!r}, snippet {index}"

@@ -119,6 +119,11 @@ class ActionTracker:
         """Actions whose end is not published yet."""
         return len(self._open) + len(self._ending)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no action goes on, or waits to be final."""
+        return not (self._open or self._ending)
+
     def open_since(self, label_index: int, otherwise: int) -> int:
         """The first snippet of the action of a class that goes on; ``otherwise`` if none does."""
         action = self._open.get(label_index)
@@ -127,10 +132,9 @@ class ActionTracker:
     def push(self, scores: NDArray[np.floating]) -> list[ActionChange]:
         """Take P of the next snippet, shape (C,); actions start, grow, or are over."""
         t, current = self._next_index, scores.astype(np.float64, copy=False)
-        self._next_index += 1
         starts = current.item(current.argmax()) > self.config.event_start
         if not (starts or self._open):
-            self._previous = current
+            self.pass_over(current)
             return []
         changes: list[ActionChange] = []
         for label_index, action in list(self._open.items()):
@@ -143,8 +147,13 @@ class ActionTracker:
         if starts:
             above = np.flatnonzero(current > self.config.event_start).tolist()
             changes += [self._start(each, t, current) for each in above if each not in self._open]
-        self._previous = current
+        self.pass_over(current)
         return changes
+
+    def pass_over(self, current: NDArray[np.float64]) -> None:
+        """Go on by a snippet's P (C,): by itself where no action starts, grows, or is over."""
+        self._previous = current
+        self._next_index += 1
 
     def assign(self, proposal: Proposal) -> int | None:
         """The id of the action that a final proposal belongs to, if there is one."""

@@ -301,6 +301,18 @@ def unpack_header(frame: bytes, longest_bytes: int) -> dict[str, Any]:
     return header
 
 
+def unsigned(frame: bytes, at: int) -> tuple[int, int] | None:
+    """The unsigned msgpack integer that stands there, and where it ends; None where none does."""
+    if at >= len(frame):
+        return None
+    first = frame[at]
+    if first < 0x80:
+        return first, at + 1
+    size = 1 << first - 0xCC if 0xCC <= first <= 0xCF else 0
+    end = at + 1 + size
+    return (int.from_bytes(frame[at + 1 : end], "big"), end) if size and end <= len(frame) else None
+
+
 def _pass_over(frame: bytes) -> None:
     """Raises as unpacking does where something is missing, without making room for it first."""
     unpacker = msgpack.Unpacker(max_buffer_size=len(frame))

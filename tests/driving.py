@@ -10,13 +10,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hrpro.engine.asking import Asking, InstanceScorer
 from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.inference import Backend
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
-from hrpro.engine.refine import Asking, InstanceScorer, Proposal
+from hrpro.engine.refine import Proposal
 from hrpro.export.bundle import Manifest
 
 Floats = NDArray[np.float32]
@@ -53,6 +54,7 @@ class Recorder:
 
     inner: StreamLocalizer
     scores: list[Floats] = field(default_factory=list)
+    embedding: list[Floats] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
 
     @property
@@ -67,8 +69,20 @@ class Recorder:
     def decided_until(self) -> int:
         return self.inner.decided_until
 
+    @property
+    def newest(self) -> tuple[Floats, Floats]:
+        return self.inner.newest
+
+    def takes_quietly(self, scores: Floats, embedding: Floats) -> bool:
+        is_taken = self.inner.takes_quietly(scores, embedding)
+        if is_taken:
+            self.scores.append(scores[None])
+            self.embedding.append(embedding[None])
+        return is_taken
+
     def advancing(self, scores: Floats, embedding: Floats) -> Asking[list[Decision]]:
         self.scores.append(scores)
+        self.embedding.append(embedding)
         return self._keep((yield from self.inner.advancing(scores, embedding)))
 
     def use(

@@ -19,6 +19,7 @@ import zmq
 from numpy.typing import NDArray
 
 from hrpro.engine import protocol
+from hrpro.engine.asking import Asking
 from hrpro.engine.client_key import ClientKey
 from hrpro.engine.config import EngineConfig, LimitsConfig
 from hrpro.engine.deployer import Deployer
@@ -30,7 +31,7 @@ from hrpro.engine.localizer import Decision, Final
 from hrpro.engine.metrics import Metrics
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.protocol import Chunk, Hello, Message, Policy
-from hrpro.engine.refine import Asking, Proposal
+from hrpro.engine.refine import Proposal
 from hrpro.engine.server import Server
 from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.tracker import ActionChange
@@ -61,6 +62,7 @@ class TinyLocalizer:
 
     def __init__(self, first_index: int) -> None:
         self._next_index = self.decided_until = self.began_at = first_index
+        self.newest = np.zeros(2, np.float32), np.zeros(1, np.float32)
 
     @property
     def remembered_from(self) -> int:
@@ -69,10 +71,14 @@ class TinyLocalizer:
     def state(self) -> dict[str, int]:
         return {"next_index": self._next_index}
 
+    def takes_quietly(self, *_: NDArray[np.float32]) -> bool:
+        return False
+
     def advancing(
         self, scores: NDArray[np.float32], embedding: NDArray[np.float32]
     ) -> Asking[list[Decision]]:
         yield from ()
+        self.newest = scores[-1], embedding[-1]
         decisions: list[Decision] = []
         for value in scores[:, 0].tolist():
             at, self._next_index = self._next_index, self._next_index + 1

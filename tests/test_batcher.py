@@ -137,10 +137,33 @@ def test_each_window_is_taken_once_in_order_and_nobody_waits_for_a_fast_one(
         assert served[name] == list(range(source.ready))
 
 
+def test_where_more_wait_than_fit_batches_go_around_the_places() -> None:
+    places = dict(zip("abcdefg", (6, 0, 4, 2, 5, 1, 3), strict=True))
+    batcher = Batcher(PLAN, 2, place_of=lambda stream: places[stream.stream])
+    sources = {name: Source(name, 1) for name in places}
+    offer(batcher, *sources.values())
+    assert taken(batcher) == [("b", 0), ("f", 0)]  # places 0 and 1
+    sources["b"].ready = 2
+    offer(batcher, sources["b"])  # behind: its turn comes again
+    assert taken(batcher) == [("d", 0), ("g", 0)]  # 2 and 3
+    assert taken(batcher) == [("c", 0), ("e", 0)]
+    offer(batcher, Source("f", 1))
+    assert taken(batcher) == [("a", 0), ("b", 1)]  # 6, and around to 0
+    assert taken(batcher) == [("f", 0)]  # what fits comes in the order in which it was offered
+
+
 def test_modes_stand_for_values() -> None:
     assert (EngineConfig().batch_limit, EngineConfig().batch_wait_s) == (16, 0.0)
     throughput = EngineConfig(mode="throughput")
     assert (throughput.batch_limit, throughput.batch_wait_s) == (64, 0.05)
+    # For throughput each thread computes a batch of its own, where that is done on a CPU.
+    in_turn = EngineConfig(threads=4)
+    assert (in_turn.inference_workers, in_turn.session_threads) == (1, 4)
+    side_by_side = EngineConfig(mode="throughput", threads=4)
+    assert (side_by_side.inference_workers, side_by_side.session_threads) == (4, 1)
+    assert side_by_side.batches_in_flight == 5
+    on_gpu = EngineConfig(mode="throughput", threads=4, provider="cuda")
+    assert (on_gpu.inference_workers, on_gpu.session_threads) == (1, 4)
     own = EngineConfig(mode="throughput", max_batch=3, max_wait_ms=0.0)
     assert (own.batch_limit, own.batch_wait_s) == (3, 0.0)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 from commands import PATIENCE_S, environment, hrpro, hrpro_json
 
-from hrpro.clients.bench_bundle import material
+from hrpro.clients.bench_bundle import BenchError, material
 from hrpro.clients.bench_cameras import ChunkHeader
-from hrpro.clients.bench_engine import Published, added_latency_ms
+from hrpro.clients.bench_engine import Published, added_latency_ms, cpu_seconds
 from hrpro.clients.bench_engine_process import Calls
 from hrpro.clients.bench_feeder import Fed
 from hrpro.clients.bench_incremental import Machine, StepCost
@@ -78,6 +80,19 @@ def test_the_header_of_a_cameras_chunk_is_the_protocols(first_index: int) -> Non
 )
 def test_a_slope_that_single_samples_do_not_bend(y: list[float], slope: float) -> None:
     assert median_slope(np.arange(7.0), np.array(y, dtype=float)) == slope
+
+
+def test_the_time_of_a_process_is_told_finer_than_in_ticks() -> None:
+    before_s = time.process_time()
+    told_s = cpu_seconds(os.getpid())
+    assert before_s < told_s < time.process_time()
+
+
+def test_the_time_of_a_process_that_is_over() -> None:
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    over.wait()
+    with pytest.raises(BenchError, match=f"process {over.pid}: expected its clock"):
+        cpu_seconds(over.pid)
 
 
 def test_growth_is_told_without_the_warm_up() -> None:

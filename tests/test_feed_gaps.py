@@ -300,8 +300,8 @@ def test_an_ack_tells_of_snippets_and_their_scores_at_once() -> None:
     engine = Engine()
     engine.pipeline.paused = True
     assert engine.say(chunk(0, 8)) == []  # hop 4: scores can be computed
-    assert engine.feeds.due_in_s() == pytest.approx(0.1)
-    engine.now_s += 0.09
+    assert engine.feeds.due_in_s() == pytest.approx(0.5)
+    engine.now_s += 0.49
     assert engine.say() == []
     engine.now_s += 0.01
     assert engine.say() == [Ack("cam", 8, 16, None, 0)]  # they do not come
@@ -310,7 +310,7 @@ def test_an_ack_tells_of_snippets_and_their_scores_at_once() -> None:
     processed = engine.say()
     assert processed == [Ack("cam", 16, engine.pipeline.streams["cam"].send_until, None, 0)]
     assert engine.pipeline.streams["cam"].processed > 0
-    engine.now_s += 0.2
+    engine.now_s += 0.6
     assert engine.say() == []  # nothing is told twice
 
 
@@ -324,7 +324,7 @@ def test_drops_are_told_and_counted(policy: str) -> None:
     engine.pipeline.paused = True
     for first in range(0, 40, 8):
         told = engine.say(chunk(first, first + 8))
-        engine.now_s += 0.1  # scores that do not come are waited for so long
+        engine.now_s += 0.5  # scores that do not come are waited for so long
         told = told or engine.say()
         assert isinstance(told[0], Ack) and told[0].next_index == first + 8
     # 16 of 40 find room; where the oldest give way, it moves on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +16,7 @@ from tiny_model import tiny_recording
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig, TritonConfig
 from hrpro.engine.deployment import Deployment
-from hrpro.engine.inference import BackendError, Outputs
+from hrpro.engine.inference import BackendError, Inference, Outputs
 from hrpro.export.bundle import Bundle, Manifest
 
 
@@ -73,6 +75,15 @@ def test_the_same_comes_out_as_at_once(
     drive.finish(chunk=7)
     assert elsewhere.failures == 0
     assert_as_local(drive, bundle, backend)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is that of the process")
+def test_threads_that_compute_let_the_loop_go_first() -> None:
+    inference, own = Inference(2, 1), os.getpriority(os.PRIO_PROCESS, 0)
+    for workers in (inference._workers, inference._refiner):
+        assert workers is not None
+        assert workers.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(19, own + 5)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_steps_go_on_while_an_answer_is_awaited(

@@ -206,6 +206,33 @@ def test_a_quiet_stretch_may_be_longer_than_any_buffer() -> None:
     assert localizer._scores.next_index == localizer._detector.next_index == 5000
 
 
+@given(tracks, st.sampled_from([None, 1, 3]), scorers)
+def test_what_is_taken_quietly_could_as_well_be_decided_on(
+    track: Floats, wait: int | None, scorer: MeanScorer | None
+) -> None:
+    localizer, deciding = new_pair(wait, scorer), new_pair(wait, scorer)
+    deciding.takes_quietly = lambda *_: False  # type: ignore[method-assign]
+    assert localizer.advance(track, track) == deciding.advance(track, track)
+    assert localizer.state() == deciding.state()
+    assert localizer.flush() == deciding.flush()
+
+
+def test_nothing_is_taken_quietly_while_something_goes_on_or_waits() -> None:
+    config = PLAIN.model_copy(update={"thresholds": (0.25,), "event_start": 0.75, "event_end": 0.5})
+    localizer = new_localizer(config, wait=2)
+    quiet, taken = np.zeros(1, np.float32), []
+    for score in (0.0, 0.25, 0.3, 0.2, 0.0, 0.0, 0.0, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0):
+        row = np.full(1, score, np.float32)
+        before = localizer.state()
+        taken.append(localizer.takes_quietly(row, row))
+        if not taken[-1]:
+            assert localizer.state() == before
+            localizer.advance(row[None], row[None])
+    # A run of snippet 2, and one of 7 and 8 with an action, each published 2 snippets later.
+    assert [n for n, is_quiet in enumerate(taken) if not is_quiet] == [2, 3, 4, 7, 8, 9, 10]
+    np.testing.assert_array_equal(localizer.newest, [quiet, quiet])
+
+
 @given(tracks, st.sampled_from([None, 41, 1000]), scorers)
 def test_with_an_endless_lookahead_live_is_offline(
     track: Floats, wait: int | None, scorer: MeanScorer | None

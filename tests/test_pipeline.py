@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from tiny_model import CLASSES, CONTEXT, DIM, LOOKAHEAD, tiny_recording
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.deployment import Deployment
 from hrpro.engine.localizer import localize
 from hrpro.engine.messages import ActionEvent, Publication, StreamNotice
 from hrpro.engine.offline import localize_recording
+from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.windows import WindowPlan, plan_windows
 from hrpro.export.bundle import Bundle
@@ -186,18 +190,12 @@ def test_with_an_endless_lookahead_the_engine_is_offline(
     # Soft-NMS of what reached the localizer, in one piece: the same arithmetic to the last digit.
     config = engine_config(bundle.manifest, hop, lookahead_s=640.0, max_batch=max_batch)
     drive = Drive(bundle.manifest, backend, config, {"x": features})
-    embeddings: list[np.ndarray] = []
     recorder = drive.recorders["x"]
-    advancing = recorder.inner.advancing
-    recorder.inner.advancing = lambda scores, embedding: (  # type: ignore[method-assign]
-        embeddings.append(embedding.copy()),
-        advancing(scores, embedding),
-    )[1]
     got = finals(drive.finish(chunk))
     if not length:
         assert got == []
         return
-    embedding = np.concatenate(embeddings)
+    embedding = np.concatenate(recorder.embedding)
     expected = localize(drive.scores("x"), embedding, bundle.manifest.localization, backend)
     assert recorder.proposals == expected
     assert [each.label for each in got] == [CLASSES[each.label_index] for each in expected]
@@ -330,3 +328,47 @@ def test_the_tail_is_flushed(bundle: Bundle, backend: OnnxRuntimeBackend, length
     opened = {each.id for each in drive.published if isinstance(each, ActionEvent)}
     closed = [e.id for e in drive.published if isinstance(e, ActionEvent) and e.is_last]
     assert sorted(closed) == sorted(opened)
+
+
+def test_a_stream_leaves_nothing_that_has_to_be_looked_for(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    """No cycles: all that belongs to it goes with the last reference to it."""
+    features = tiny_recording(60)
+    pipeline = Pipeline(Deployment(bundle.manifest, backend, engine_config(bundle.manifest)))
+    gc.collect()
+    gc.disable()
+    try:
+        stream = pipeline.open("x", 0)
+        left = [weakref.ref(each) for each in (stream, stream.localizer, stream._snippets)]
+        for first in range(0, 60, 5):
+            pipeline.append("x", first, features[first : first + 5])
+            while pipeline.pending():
+                list(pipeline.step())
+        assert stream.proposals > 0
+        pipeline.end("x", 60)
+        while pipeline.pending():
+            list(pipeline.step())
+        del stream
+        assert not pipeline.streams
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_what_comes_behind_a_silence_is_not_what_its_end_is_decided_from(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    features = tiny_recording(40)
+    pipeline = Pipeline(Deployment(bundle.manifest, backend, engine_config(bundle.manifest)))
+    stream = pipeline.open("x", 0)
+    came = stream.send_until
+    pipeline.append("x", 0, features[:came])
+    while pipeline.pending():
+        list(pipeline.step())
+    pipeline.rest("x")
+    pipeline.append("x", came, features[came : came + 2])
+    assert stream.newest_used(came - 2) == came - 1
+    while pipeline.pending():
+        list(pipeline.step())
+    assert stream.newest_used(came - 2) == came - 3 + LOOKAHEAD == came

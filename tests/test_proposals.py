@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hrpro.engine.asking import alone
 from hrpro.engine.config import LocalizationConfig
 from hrpro.engine.proposals import Run, RunDetector
-from hrpro.engine.refine import Proposal, alone, refine_runs
+from hrpro.engine.refine import Proposal, refine_runs
 from hrpro.engine.ring import Ring
 
 HALF = LocalizationConfig(thresholds=(0.5,), peak_gate=0.0)

@@ -45,6 +45,73 @@ def test_missing_and_additional_frames_are_refused(name: str) -> None:
             decode(SAMPLES[name], wrong)
 
 
+# ---- headers like one that came before ----------------------------------------------------------
+
+KEY = msgpack.packb("first_index")
+# As msgpack writes them, longer than need be, signed, too large, and no integers.
+INDICES = [
+    *(msgpack.packb(n) for n in (0, 1, 5, 127, 128, 2**16, 2**32, 2**53 - 1, 2**53, 2**64 - 1, -1)),
+    b"\xcc\x07", b"\xcf" + bytes(8), b"\xd3" + bytes(7) + b"\x09", b"\xcd\x01", b"\xc3", KEY,
+]  # fmt: skip
+entries = st.sampled_from(
+    [
+        *(msgpack.packb("stream") + msgpack.packb(name) for name in ("cam1", "first_index", "a b")),
+        *(KEY + each for each in INDICES),
+        *(msgpack.packb("x") + msgpack.packb(each) for each in ("first_index", 1, math.nan)),
+        msgpack.packb("xfirst_index") + b"\x01",
+        *(msgpack.packb("shape") + msgpack.packb(each) for each in ([1, 2], [2, 1], [0, 2], [2])),
+        *(msgpack.packb("dtype") + msgpack.packb(each) for each in ("float32", "float64")),
+        *(msgpack.packb("type") + msgpack.packb(each) for each in ("chunk", "gap")),
+        *(msgpack.packb("v") + msgpack.packb(each) for each in (1, 2)),
+    ]
+)
+COMPLETE = [
+    msgpack.packb(key) + msgpack.packb(value)
+    for key, value in (("v", 1), ("type", "chunk"), ("dtype", "float32"), ("shape", [1, 2]))
+]
+
+
+def outcome(frames: list[bytes], in_full: bool) -> object:
+    try:
+        kinds, longest = protocol._FEED, protocol.MAX_REQUEST_HEADER_BYTES
+        chunk = (
+            protocol._decode(frames, kinds, longest) if in_full else protocol.decode_feed(frames)
+        )
+    except ProtocolError as error:
+        return error.code, str(error)
+    assert isinstance(chunk, Chunk)
+    return chunk.stream, chunk.first_index, chunk.features.tolist()
+
+
+@given(
+    st.permutations([*COMPLETE, msgpack.packb("stream") + msgpack.packb("cam1"), KEY + b"\x05"]),
+    st.lists(st.tuples(st.integers(0, 6), entries), max_size=3),
+    st.sampled_from([4, 8, 12]),
+    st.binary(max_size=2),
+)
+def test_what_a_header_says_does_not_depend_on_those_before_it(
+    complete: list[bytes], changes: list[tuple[int, bytes]], size: int, behind: bytes
+) -> None:
+    """A map of which some entries are others, or one more, by itself and after one like it."""
+    fields = list(complete)
+    for at, entry in changes:
+        fields[at : at + (at < 5)] = [entry]
+    array = np.arange(size // 4, dtype="<f4").tobytes()
+    for index in (b"\x05", *INDICES):
+        others = [KEY + index if each == KEY + b"\x05" else each for each in fields]
+        frames = [bytes([0x80 + len(others)]) + b"".join(others) + behind, array]
+        assert outcome(frames, in_full=False) == outcome(frames, in_full=True)
+
+
+def test_chunks_of_many_indices_come_out_as_they_went_in() -> None:
+    features = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for index in (0, 1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**53 - 2):
+        decoded = protocol.decode_feed(protocol.encode(Chunk("cam1", index, features)))
+        assert isinstance(decoded, Chunk)
+        assert (decoded.stream, decoded.first_index) == ("cam1", index)
+        np.testing.assert_array_equal(decoded.features, features)
+
+
 # ---- fields ------------------------------------------------------------------------------------
 
 

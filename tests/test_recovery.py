@@ -3,8 +3,11 @@ undisturbed one does."""
 
 from __future__ import annotations
 
+import threading
+from typing import Literal
+
 import numpy as np
-from driving import assert_same, engine_config, of_stream
+from driving import PATIENCE_S, assert_same, engine_config, of_stream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_recording
@@ -34,7 +37,8 @@ class Life:
     no more than they have to."""
 
     def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend, config: EngineConfig) -> None:
-        self.deployment = Deployment(bundle.manifest, backend, config)
+        self.made_of = bundle.manifest, backend, config
+        self.woken = threading.Event()
         self.log: list[Publication] = []
         self.states: dict[str, bytes] = {}
         self.rows = {name: tiny_recording(LENGTH, seed) for seed, name in enumerate(NAMES)}
@@ -46,15 +50,14 @@ class Life:
             self.pipeline.open(name, FIRST_INDEX)
 
     def _start(self) -> Pipeline:
-        pipeline = Pipeline(self.deployment)
+        pipeline = Pipeline(Deployment(*self.made_of))
+        pipeline.wake = self.woken.set
         pipeline.is_durable = True
         restore(pipeline, self.states.items())
         return pipeline
 
     def kill(self) -> None:
         """What is not written is lost; the feeders send again from where they are asked to."""
-        for stream in self.pipeline.streams.values():
-            self.deployment.leave(stream)
         self.pipeline = self._start()
         for name in NAMES:
             if name not in self.pipeline.streams:
@@ -81,8 +84,14 @@ class Life:
                 self.kept_from[each.name] = each.needed_from
 
     def settle(self) -> None:
-        while self.pipeline.pending():
-            self.step()
+        while True:
+            self.woken.clear()
+            if self.pipeline.pending():
+                self.step()
+            elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
+                assert self.woken.wait(PATIENCE_S), "no answer came"
+            else:
+                return
 
     def send_to(self, name: str, until: int) -> None:
         """All snippets below this index, as there is room."""
@@ -134,6 +143,7 @@ class Life:
     gaps=st.lists(lost, max_size=3),
     hop=st.sampled_from([1, 3]),
     inference=st.sampled_from(["incremental", "window"]),
+    mode=st.sampled_from(["latency", "throughput"]),  # in the loop, or beside it
 )
 def test_engines_that_are_killed_publish_what_one_does(
     bundle: Bundle,
@@ -142,9 +152,11 @@ def test_engines_that_are_killed_publish_what_one_does(
     gaps: list[tuple[str, int, int]],
     hop: int,
     inference: str,
+    mode: Literal["latency", "throughput"],
 ) -> None:
     config = engine_config(bundle.manifest, hop=hop, lookahead_s="strict", backlog=12)
-    config = config.model_copy(update={"inference": inference})
+    changes = {"inference": inference, "mode": mode, "max_wait_ms": 0.0}
+    config = config.model_copy(update=changes)
     lives = [Life(bundle, backend, config) for _ in range(2)]
     for is_disturbed, life in zip((False, True), lives, strict=True):
         for name, first, count in gaps:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -32,6 +36,7 @@ from hrpro.engine.protocol import (
     StatusRequest,
     Welcome,
 )
+from hrpro.engine.serve import _freeze
 
 
 @pytest.fixture(autouse=True)
@@ -375,7 +380,54 @@ def test_a_signal_ends_the_wait_whichever_thread_receives_it() -> None:
     assert in_time == [True]
 
 
+_POLICIES = """
+import os, sys
+from pathlib import Path
+from hrpro.engine.sockets import new_context
+
+def forbid(*_):
+    raise PermissionError
+
+policy_of, threads = os.sched_getscheduler, Path("/proc/self/task")
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+if sys.argv[1] == "forbidden":
+    os.sched_setscheduler = forbid
+elif sys.argv[1] == "chosen":
+    os.sched_getscheduler = lambda _: os.SCHED_RR
+before = set(threads.iterdir())
+with new_context():
+    new = {policy_of(int(each.name)) for each in set(threads.iterdir()) - before}
+print(*new, policy_of(0))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has this policy")
+@pytest.mark.parametrize("instead", ["usual", "forbidden", "chosen"])
+def test_the_thread_of_a_context_interrupts_none(instead: str) -> None:
+    """Unless a sandbox forbids that, or another policy was chosen for the engine."""
+    # A process of its own: an encoder of video may have given this one's thread a policy.
+    command = [sys.executable, "-c", _POLICIES, instead]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of_context = os.SCHED_BATCH if instead == "usual" else os.SCHED_OTHER
+    assert told == f"{of_context} {os.SCHED_OTHER}\n"
+
+
+def test_what_was_looked_at_for_cycles_is_left_alone() -> None:
+    callbacks = list(gc.callbacks)
+    try:
+        gc.callbacks.append(_freeze)
+        gc.collect(1)
+        assert gc.get_freeze_count() == 0
+        gc.collect()
+        assert gc.get_freeze_count() > 1000
+        assert not gc.get_objects(2)
+    finally:
+        gc.callbacks[:] = callbacks
+        gc.unfreeze()
+
+
 def test_an_address_in_use_is_an_error_that_leaves_nothing_open() -> None:
+    gc.collect()  # what other tests have left
     with new_server(TinyPipeline()) as server:
         before = open_files()
         with pytest.raises(zmq.ZMQError, match="Address already in use"):

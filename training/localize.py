@@ -57,9 +57,11 @@ def all_proposals(
         )
         rows = np.arange(len(borders))
         weight = config.completeness_weight * float(instance.trust)
-        score = fuse(found.contrast, refined_completeness[rows, label], weight)
+        of_class = refined_completeness[rows, label].astype(np.float64)
+        score = fuse(found.contrast, of_class, weight)
         if config.keep_unrefined:
-            unrefined = fuse(found.contrast, completeness[rows, label], weight)
+            of_class = completeness[rows, label].astype(np.float64)
+            unrefined = fuse(found.contrast, of_class, weight)
             borders = np.concatenate([borders, found.borders])
             label, score = np.tile(label, 2), np.concatenate([score, unrefined])
     borders = borders.clip(0, len(output.scores))

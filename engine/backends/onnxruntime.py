@@ -55,7 +55,7 @@ class InstanceStage:
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         self._instance = onnxruntime.InferenceSession(
-            bundle.instance_graph, session_options(config.threads), [CPU_PROVIDER]
+            bundle.instance_graph, session_options(config.session_threads), [CPU_PROVIDER]
         )
         # Bundles of schema versions 1 and 2 know of one stretch alone.
         self._has_stretches = len(self._instance.get_inputs()) > 2
@@ -63,7 +63,7 @@ class InstanceStage:
     def score_instances(
         self, embedding: Floats, proposals: Floats, stretch: NDArray[np.int64] | None = None
     ) -> tuple[Floats, Floats, Floats]:
-        """Stage 2, see `hrpro.engine.refine.InstanceScorer`."""
+        """Stage 2, see `hrpro.engine.asking.InstanceScorer`."""
         inputs = {"features": embedding, "proposals": proposals}
         if self._has_stretches:
             if stretch is None:
@@ -103,7 +103,7 @@ class OnnxRuntimeBackend(InstanceStage):
             return
         self._snippet = onnxruntime.InferenceSession(
             bundle.snippet_graph,
-            session_options(config.threads),
+            session_options(config.session_threads),
             _providers(bundle.manifest, config),
         )
         self.provider = _provider_in_use(self._snippet, config)
@@ -113,13 +113,13 @@ class OnnxRuntimeBackend(InstanceStage):
         if config.provider != "cpu":
             providers = _providers(bundle.manifest, config)
             pooled = PooledSession(
-                bundle, config, session_options(config.threads), providers, "cuda"
+                bundle, config, session_options(config.session_threads), providers, "cuda"
             )
             provider = _provider_in_use(pooled.session, config)
             if provider != "cpu":
                 self._pooled = pooled
                 return provider
-        self._step = StepSession(bundle, session_options(config.threads), [CPU_PROVIDER])
+        self._step = StepSession(bundle, session_options(config.session_threads), [CPU_PROVIDER])
         return "cpu"
 
     def device_pool(self, slots: int) -> DevicePool | None:

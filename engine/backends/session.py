@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import onnxruntime
+
+from hrpro.engine.config import usable_cores
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -17,15 +17,9 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Options of a session with so many threads; 0 for as many as there are cores to use."""
     options = onnxruntime.SessionOptions()
     # The pool would count the machine's cores, not the ones this process may use.
-    options.intra_op_num_threads = threads or _usable_cores()
+    options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     # Threads that spin between calls take the cores that feeders and subscribers need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

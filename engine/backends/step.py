@@ -28,7 +28,7 @@ class StepSession:
             graph,
             options,
             providers,
-            disabled_optimizers=["SkipLayerNormFusion"],
+            disabled_optimizers=["SkipLayerNormFusion", "MatMulScaleFusion"],
         )
         # A model without attention has no rings, and its graph no use for an arrival.
         self._has_arrival = any(each.name == "arrival" for each in self._session.get_inputs())
