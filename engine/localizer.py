@@ -126,7 +126,7 @@ class StreamLocalizer:
         for each in state["published"]:
             proposal = Proposal(*each)
             localizer._published[proposal.label_index].append(proposal)
-        localizer._embedded_from = max(first_index, state["embedded_from"])
+        localizer._embedded_from = state["embedded_from"]
         localizer.decided_until = localizer._detector.next_index
         localizer._due_config = None if before == config else config
         return localizer
@@ -301,7 +301,12 @@ class StreamLocalizer:
         older = [run for run in runs if run.start < self._embedded_from]
         for scorer, of_one_model in ((self._scorer, embedded), (None, older)):
             proposals = yield from refine_runs(
-                of_one_model, self._detector, self._history, scorer, self._config
+                of_one_model,
+                self._detector,
+                self._history,
+                scorer,
+                self._config,
+                self._embedded_from,
             )
             self._keep(proposals)
 

@@ -15,7 +15,7 @@ from tiny_model import tiny_recording
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
-from hrpro.engine.messages import Publication
+from hrpro.engine.messages import FinalProposal, Publication
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.recovery import restore, save
 from hrpro.export.bundle import Bundle
@@ -135,6 +135,12 @@ class Life:
         assert not self.pipeline.streams
 
 
+def durable_config(bundle: Bundle, hop: int, history: int, **changes: object) -> EngineConfig:
+    config = engine_config(bundle.manifest, hop=hop, lookahead_s="strict", backlog=12)
+    localization = config.localization.model_copy(update={"history_snippets": history})
+    return config.model_copy(update={"localization": localization, **changes})
+
+
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -144,6 +150,7 @@ class Life:
     hop=st.sampled_from([1, 3]),
     inference=st.sampled_from(["incremental", "window"]),
     mode=st.sampled_from(["latency", "throughput"]),  # in the loop, or beside it
+    history=st.sampled_from([32, 128]),
 )
 def test_engines_that_are_killed_publish_what_one_does(
     bundle: Bundle,
@@ -153,10 +160,10 @@ def test_engines_that_are_killed_publish_what_one_does(
     hop: int,
     inference: str,
     mode: Literal["latency", "throughput"],
+    history: int,
 ) -> None:
-    config = engine_config(bundle.manifest, hop=hop, lookahead_s="strict", backlog=12)
     changes = {"inference": inference, "mode": mode, "max_wait_ms": 0.0}
-    config = config.model_copy(update=changes)
+    config = durable_config(bundle, hop, history, **changes)
     lives = [Life(bundle, backend, config) for _ in range(2)]
     for is_disturbed, life in zip((False, True), lives, strict=True):
         for name, first, count in gaps:
@@ -168,3 +175,23 @@ def test_engines_that_are_killed_publish_what_one_does(
     undisturbed, disturbed = lives
     for name in NAMES:
         assert_same(of_stream(disturbed.log, name), of_stream(undisturbed.log, name))
+
+
+def test_a_run_that_is_longer_than_what_is_remembered_is_the_same_after_a_restart(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    config = durable_config(bundle, hop=1, history=32)
+    whole = Life(bundle, backend, config)
+    whole.finish()
+    found = [each for each in whole.log if isinstance(each, FinalProposal)]
+    snippets = [(each.end_s - each.start_s) / bundle.manifest.clock.snippet_s for each in found]
+    assert max(snippets) > 32
+    for killed_at in range(FIRST_INDEX + 32, FIRST_INDEX + LENGTH, 9):
+        killed = Life(bundle, backend, config)
+        for name in NAMES:
+            killed.send_to(name, killed_at)
+        killed.settle()
+        killed.kill()
+        killed.finish()
+        for name in NAMES:
+            assert_same(of_stream(killed.log, name), of_stream(whole.log, name))
