@@ -6,6 +6,10 @@ constant matrix: weights have a scale for each column, inputs one for each row, 
     s = max |x| of the row      x / s in [-1, 1] -> uint8, 127 steps each way from 128
     y = s * (integer product) * scales
 
+Weights have 64 steps each way, not 127. A processor without VNNI adds up two products in 16 bits,
+and keeps what is too large at their limit: 255 * 127 * 2 is, 255 * 64 * 2 is not. So the integers
+are the same on all of them.
+
 So a snippet is rounded by itself: what else is in the batch, loud or not, changes nothing of it,
 and a step gives what a window gives.
 """
@@ -25,8 +29,8 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from hrpro.export.bundle import Precision
 from hrpro.export.verify import TOLERANCES
 
-# By how much the outputs of golden windows may differ from machine to machine; an int8 product
-# depends on the processor's instructions.
+# By how much the outputs of golden windows may differ from machine to machine: what is rounded up
+# on one may be rounded down on another.
 GOLDEN_TOLERANCES: dict[Precision, dict[str, float]] = {
     "fp32": TOLERANCES,
     "fp16": TOLERANCES | {"scores": 1e-2, "embedding": 5e-2},
@@ -34,6 +38,7 @@ GOLDEN_TOLERANCES: dict[Precision, dict[str, float]] = {
 }
 
 _STEPS = 127  # each way
+_WEIGHT_STEPS = 64
 _SILENCE = 1e-12  # the smallest scale: a row of zeros stays one
 _MICROSOFT = "com.microsoft"
 
@@ -145,7 +150,7 @@ class _Integers:
 
 
 def rounded_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix (K, N) as int8 in [-127, 127] and a scale (N,) for each column."""
+    """A matrix (K, N) as int8 in [-64, 64] and a scale (N,) for each column."""
     largest = np.maximum(np.abs(weight).max(axis=0), _SILENCE)
-    scales = (largest / _STEPS).astype(np.float32)
+    scales = (largest / _WEIGHT_STEPS).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales

@@ -53,20 +53,29 @@ def product(folder: Path, weight: Floats) -> Path:
 
 
 def test_a_product_by_hand(tmp_path: Path) -> None:
-    weight = np.array([[127, 0.5, 0], [1, -0.25, 0]], np.float32)
+    weight = np.array([[64, 0.5, 0], [1, -0.25, 0]], np.float32)
     rounded, scales = rounded_columns(weight)
-    # Scales 1, 0.5 / 127 and as good as none.
-    assert rounded.tolist() == [[127, 127, 0], [1, -64, 0]]
-    assert scales.tolist() == pytest.approx([1, 0.5 / 127, 1e-12 / 127])
+    # Scales 1, 0.5 / 64 and as good as none.
+    assert rounded.tolist() == [[64, 64, 0], [1, -32, 0]]
+    assert scales.tolist() == pytest.approx([1, 0.5 / 64, 1e-12 / 64])
     graph = session(product(tmp_path, weight))
     x = np.array([[[127, -1], [0, 0], [-0.0127, 0.0051]]], np.float32)
     (y,) = graph.run(None, {"x": x})
     # Row 0: (127, -1) of 127 steps of 1; row 2: -127 and 51 steps of 0.0001.
     assert y[0].tolist() == [
-        pytest.approx([127 * 127 - 1, (127 * 127 + 64) * 0.5 / 127, 0]),
+        pytest.approx([127 * 64 - 1, (127 * 64 + 32) * 0.5 / 64, 0]),
         [0, 0, 0],
-        pytest.approx([(-127 * 127 + 51) * 1e-4, (-127 * 127 - 51 * 64) * 0.5 / 127 * 1e-4, 0]),
+        pytest.approx([(-127 * 64 + 51) * 1e-4, (-127 * 64 - 51 * 32) * 0.5 / 64 * 1e-4, 0]),
     ]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_integers_fit_into_the_sums_of_any_processor(tmp_path: Path, sign: int) -> None:
+    K, N = 256, 32
+    graph = session(product(tmp_path, np.full((K, N), sign, np.float32)))
+    for length in (1, 2, 16):  # the kernels of one row and of many
+        (y,) = graph.run(None, {"x": np.ones((1, length, K), np.float32)})
+        np.testing.assert_allclose(y, np.full((1, length, N), sign * K), rtol=1e-6)
 
 
 def test_a_loud_row_costs_the_others_nothing(tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_a_loud_row_costs_the_others_nothing(tmp_path: Path) -> None:
     # Each row has a relative error of its own.
     expected = loud.astype(np.float64) @ weight
     error = np.abs(beside - expected).max(axis=-1) / expected.std(axis=-1)
-    assert error.max() < 0.03
+    assert error.max() < 0.06  # weights have 64 steps each way, their largest is 3 or 4 deviations
 
 
 @pytest.fixture(scope="module")
