@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from onnx import numpy_helper
 from tiny_model import (
     CLASSES,
+    copy_graphs,
     tiny_config,
     tiny_description,
     tiny_model,
@@ -66,8 +67,6 @@ def test_the_same_run_exported_twice_is_the_same_bundle(bundle: Bundle, tmp_path
     for graph in (again.snippet_graph, again.step_graph, again.instance_graph):
         assert graph is not None
         assert not any(node.metadata_props for node in onnx.load(graph).graph.node)
-    other = export_bundle(tiny_description(config), tiny_model(config, 1), {}, tmp_path / "other")
-    assert other.manifest.bundle_id != bundle.manifest.bundle_id
 
 
 def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
@@ -263,6 +262,7 @@ def test_what_costs_more_than_the_gate_is_refused(
     from hrpro.training.run import read_run
     from hrpro.training.session import read_evaluation_data
 
+    copy_graphs(monkeypatch, trained.bundle, "snippet", "step", "instance")
     description, model = read_run(trained.run)
     data, truth = read_evaluation_data(trained.data, description)
     found = iter([0.9, 0.85, 0.9, 0.85])

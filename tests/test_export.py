@@ -21,6 +21,7 @@ from tiny_model import (
     CONTEXT,
     DIM,
     LOOKAHEAD,
+    copy_graphs,
     tiny_config,
     tiny_description,
     tiny_model,
@@ -88,7 +89,10 @@ def test_a_bundle_is_read_as_it_was_written(bundle: Bundle, copy: Path) -> None:
     assert again.manifest.bundle_id == content_id(json.loads((copy / "bundle.json").read_text()))
 
 
-def test_a_bundle_gives_stage_2_the_weight_that_it_is_trusted_with(tmp_path: Path) -> None:
+def test_a_bundle_gives_stage_2_the_weight_that_it_is_trusted_with(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_graphs(monkeypatch, bundle.folder, "snippet", "step")
     config = tiny_config()
     model = tiny_model(config)
     model.instance.trust.fill_(0.5)
@@ -278,10 +282,7 @@ def test_what_is_no_bundle_is_refused(
 def test_a_failed_export_leaves_nothing(
     bundle: Bundle, model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_another_model(_: object, path: Path) -> None:
-        shutil.copyfile(bundle.snippet_graph, path)
-
-    monkeypatch.setattr(export, "export_snippet_graph", of_another_model)
+    copy_graphs(monkeypatch, bundle.folder, "snippet", "step", "instance")  # of another model
     with torch.no_grad():
         model.snippet.classify.bias.add_(0.1)
     with pytest.raises(ExportError, match="scores"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from hrpro.engine.config import LocalizationConfig
+from hrpro.export import export
 from hrpro.export.bundle import Bundle
-from hrpro.export.export import export_bundle
 from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.instance_stage import new_instance_model
 from hrpro.training.run import RunDescription, begin_run, finish_run, write_weights
@@ -65,7 +68,18 @@ def tiny_model(config: TrainingConfig, seed: int = 0) -> TrainedModel:
 
 def tiny_bundle(target: Path) -> Bundle:
     config = tiny_config()
-    return export_bundle(tiny_description(config), tiny_model(config), {}, target)
+    return export.export_bundle(tiny_description(config), tiny_model(config), {}, target)
+
+
+def copy_graphs(patch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> None:
+    """An export takes the graphs of these kinds from a bundle of the same weights: tracing a model
+    takes most of its time."""
+
+    def copied(name: str) -> Callable[..., None]:
+        return lambda *arguments: shutil.copyfile(folder / name, arguments[-1])
+
+    for kind in kinds:
+        patch.setattr(export, f"export_{kind}_graph", copied(f"{kind}.onnx"))
 
 
 def tiny_run(folder: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
