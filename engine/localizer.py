@@ -301,12 +301,7 @@ class StreamLocalizer:
         older = [run for run in runs if run.start < self._embedded_from]
         for scorer, of_one_model in ((self._scorer, embedded), (None, older)):
             proposals = yield from refine_runs(
-                of_one_model,
-                self._detector,
-                self._history,
-                scorer,
-                self._config,
-                self._embedded_from,
+                of_one_model, self._detector, self._history, scorer, self._config
             )
             self._keep(proposals)
 

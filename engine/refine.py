@@ -41,12 +41,10 @@ def refine_runs(
     history: Ring,
     scorer: InstanceScorer | None,
     config: LocalizationConfig,
-    embedded_from: int,
 ) -> Asking[list[Proposal]]:
     """Score closed runs by contrast and completeness, and move their borders.
 
-    ``history`` holds the embedding of the newest snippets, and the scorer is told of those from
-    ``embedded_from`` on. The score is the weighted mean of p_OIC
+    ``history`` holds the embedding of the newest snippets. The score is the weighted mean of p_OIC
     and the completeness of the refined borders in the run's class (with equal weights half of the
     paper's sum, which ranks the same). With ``keep_unrefined`` the unrefined borders are given
     too, as in the paper. Without a scorer, stage 1 alone: the run's own borders, scored by p_OIC.
@@ -59,7 +57,7 @@ def refine_runs(
         return _lasting(_unrefined(*each) for each in zip(runs, contrasts, strict=True))
     # A border moves by up to the width of an outer region, and has one of its own from there on.
     first = math.floor(min(run.start_position for run in runs)) - 2 * config.border_limit - 1
-    first = max(first, history.oldest, embedded_from)
+    first = max(first, history.oldest)
     stretch = history.read(first, history.next_index)  # (T, W)
     borders = [(run.start_position - first, run.stop_position - first) for run in runs]
     relative = np.array(borders, dtype=np.float32)  # (N, 2)

@@ -290,7 +290,7 @@ def refined(
     for t in range(2, 11):
         runs += detector.push(np.array([float(4 <= t < 8), 0], np.float32))
         history.append(np.array([[t]], np.float32))
-    return alone(refine_runs(runs, detector, history, scorer, config, history.first_index))
+    return alone(refine_runs(runs, detector, history, scorer, config))
 
 
 def test_without_a_scorer_the_contrast_and_the_own_borders_stand() -> None:
