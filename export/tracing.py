@@ -5,10 +5,12 @@ ExportError    they do not
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +49,7 @@ def trace(
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad(), _no_collection():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model.eval(),
@@ -71,6 +73,19 @@ def trace(
     for node in model_proto.graph.node:
         del node.metadata_props[:]
     return model_proto
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage waits: a trace makes millions of objects, few of them are, and looking for
+    those takes a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:

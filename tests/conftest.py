@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from made_once import made_once
 
 if TYPE_CHECKING:
     from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
@@ -35,7 +36,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     # Imported here: most tests need no torch.
     from tiny_model import tiny_bundle
 
-    return tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+    from hrpro.export.bundle import read_bundle
+
+    return read_bundle(made_once(tmp_path_factory, "tiny", tiny_bundle))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ import typer
 from commands import wait_for
 from google.protobuf import text_format
 from numpy.typing import NDArray
-from tiny_model import tiny_config, tiny_description, tiny_model, tiny_recording
+from tiny_model import tiny_recording, tiny_run
 from triton_server import TritonServer, triton_server
 from tritonclient import grpc
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -35,7 +35,7 @@ from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.export import triton as triton_models
 from hrpro.export.bundle import Bundle, BundleError, read_bundle, write_manifest
-from hrpro.export.export import export_bundle
+from hrpro.export.memory import replace_prototypes
 from hrpro.export.triton import MAX_BATCH_SIZE, write_repository
 
 Arrays = dict[str, NDArray[Any]]
@@ -46,11 +46,12 @@ KINDS = {np.dtype(np.float32): "FP32", np.dtype(np.bool_): "BOOL", np.dtype(np.i
 
 
 @pytest.fixture(scope="module")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same model, trained otherwise."""
-    config = tiny_config()
-    out = tmp_path_factory.mktemp("other") / "bundle"
-    return export_bundle(tiny_description(config), tiny_model(config, 1), {}, out)
+def other_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same model with another memory."""
+    folder = tmp_path_factory.mktemp("other")
+    out = Path(shutil.copytree(bundle.folder, folder / "bundle"))
+    replace_prototypes(out, tiny_run(folder / "run", seed=1))
+    return read_bundle(out)
 
 
 def read_config(model: Path) -> ModelConfig:
