@@ -11,9 +11,7 @@ import pytest
 from filelock import FileLock
 
 
-def made_once(
-    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
-) -> Path:
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder of this worker's own, as ``make`` fills one that is not there yet."""
     common = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
