@@ -215,6 +215,10 @@ class _Cameras:
             if tried == tries or live.keeps_up(1000 * self._clock.snippet_s):
                 return live
 
+    def close(self) -> None:
+        """Closes all connections."""
+        self._context.destroy(linger=0)
+
     def _measured(self, tried: int, seconds: float, engine: int) -> Live:
         del self._latency_s[:]
         dropped = sum(each.dropped for each in self._cameras.values())
@@ -349,8 +353,11 @@ class _Cameras:
 
 
 def _cameras(address: str, recording: NDArray[np.float32], clock: SnippetClock) -> Work:
-    cameras = _Cameras(address, recording, clock)
-    return lambda order: asdict(cameras.run(*order))
+    def work(order: Any) -> Any:
+        with contextlib.closing(_Cameras(address, recording, clock)) as cameras:
+            return asdict(cameras.run(*order))
+
+    return work
 
 
 if __name__ == "__main__":

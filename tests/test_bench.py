@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +18,18 @@ import numpy as np
 import pytest
 from commands import PATIENCE_S, environment, hrpro, hrpro_json
 
+from hrpro.clients import bench_cameras
 from hrpro.clients.bench_bundle import BenchError, material
 from hrpro.clients.bench_cameras import ChunkHeader
 from hrpro.clients.bench_engine import Published, added_latency_ms, cpu_seconds
-from hrpro.clients.bench_engine_process import Calls
+from hrpro.clients.bench_engine_process import Calls, bench_engine
 from hrpro.clients.bench_feeder import Fed
 from hrpro.clients.bench_incremental import Machine, StepCost
 from hrpro.clients.bench_incremental import figures as incremental_figures
 from hrpro.clients.bench_memory import Growth, median_slope, resident_bytes
 from hrpro.engine import protocol
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
+from hrpro.engine.config import EngineConfig
 from hrpro.engine.messages import FinalProposal, StreamNotice
 from hrpro.export.bundle import Bundle
 
@@ -163,6 +169,44 @@ def test_material_has_quiet_and_loud_stretches(bundle: Bundle, backend: OnnxRunt
 
 
 # ---- the commands --------------------------------------------------------------------------------
+
+
+@on_linux
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_cameras_at_their_pace(
+    bundle: Bundle,
+    backend: OnnxRuntimeBackend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stands_still: bool,
+) -> None:
+    monkeypatch.setattr(bench_cameras, "_SETTLE_S", 1.5)
+    monkeypatch.setattr(bench_cameras, "_SILENCE_S", 2.0 if stands_still else PATIENCE_S)
+    clock = bundle.manifest.clock
+    recording = material(bundle, backend, 0.5, 100)
+    streams, seconds = 5, 3.0
+    phases = np.random.default_rng(0).random(streams).tolist()
+    sent = sum(math.ceil(seconds / clock.snippet_s - phase) for phase in phases)
+    with (
+        bench_engine(bundle.folder, EngineConfig(threads=1), tmp_path / "calls") as engine,
+        contextlib.ExitStack() as stack,
+    ):
+        feed = bench_cameras._cameras(engine.addresses.feed, recording, clock)
+        if stands_still:
+            # While it settles, or before or after that: in any case for most of what is measured.
+            stop = threading.Timer(4.0, os.kill, (engine.pid, signal.SIGSTOP))
+            stack.callback(os.kill, engine.pid, signal.SIGCONT)
+            stack.callback(stop.join)
+            stop.start()
+        live = bench_cameras.Live(**feed([streams, 4, seconds, 1, engine.pid]))
+    assert (live.streams, live.tries, live.snippets, live.drops) == (streams, 1, sent, 0)
+    p50, p99, longest = live.latency_ms
+    assert 0 < p50 <= p99 <= longest
+    assert live.ended_s - live.began_s >= seconds - clock.snippet_s
+    assert live.keeps_up(math.inf) != stands_still
+    assert (live.unanswered > streams) == stands_still
+    if not stands_still:
+        assert min(live.engine_cpu_s, live.feeder_cpu_s) > 0
 
 
 @on_linux
