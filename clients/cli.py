@@ -144,9 +144,10 @@ def serve(
     from hrpro.engine import serve as engine
 
     doors = engine.Doors(keys, trusted_network)
+    folder = None if state in (None, "none") else Path(state)
     if check:
         read_bundle = partial(cli_bundle.read_checked, bundle, trusted_key)
-        _check(read_bundle, sides, doors, metrics, config, set_ or [], as_json)
+        _check(read_bundle, sides, doors, metrics, folder, config, set_ or [], as_json)
         return
     from hrpro.engine.metrics import Metrics
     from hrpro.engine.metrics_http import metrics_server
@@ -154,7 +155,6 @@ def serve(
     addresses = engine.Addresses(**{side: _given(side, at) for side, at in sides.items()})
     if state is None:
         raise typer.BadParameter("expected a folder, or none", param_hint="--state")
-    folder = None if state == "none" else Path(state)
     configure_logs(log_format, log_level)
     measured = Metrics()
 
@@ -185,13 +185,14 @@ def _check(
     sides: Mapping[str, str | None],
     doors: Doors,
     metrics: str | None,
+    state: Path | None,
     config: Path | None,
     assignments: Sequence[str],
     as_json: bool,
 ) -> None:
     from hrpro.clients import serve_check
 
-    problems, figures = serve_check.check(read, sides, doors, metrics, config, assignments)
+    problems, figures = serve_check.check(read, sides, doors, metrics, state, config, assignments)
     if as_json:
         print(serve_check.as_json(problems, figures))
     else:

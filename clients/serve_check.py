@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from hrpro.clients.cli_shared import say
 from hrpro.engine.config import EngineConfig
+from hrpro.engine.event_log import check_folder
 from hrpro.engine.footprint import derived
 from hrpro.engine.metrics_http import parse_address
-from hrpro.engine.serve import Doors, load_engine_config, new_deployment
+from hrpro.engine.serve import Doors, load_engine_config, new_deployment, streams_and_events
 from hrpro.engine.settings import load_settings
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle
@@ -31,12 +32,13 @@ def check(
     addresses: Mapping[str, str | None],
     doors: Doors,
     metrics: str | None,
+    state: Path | None,
     config_file: Path | None,
     assignments: Sequence[str],
 ) -> tuple[list[str], dict[str, Any]]:
     """What is wrong, a line each; and where nothing is, what `hrpro.engine.footprint` derives.
 
-    ``addresses`` are those of the sides, None where none was given.
+    ``addresses`` are those of the sides, None where none was given; so is the folder ``state``.
     """
     problems = address_problems(addresses)
     well_formed = {side: at for side, at in addresses.items() if at is not None and _is_address(at)}
@@ -46,6 +48,9 @@ def check(
     if metrics is not None:
         _tried(lambda: parse_address(metrics), problems)
     bundle = _tried(read, problems)
+    if bundle is not None and state is not None:
+        features = streams_and_events(bundle.manifest)
+        _tried(lambda: check_folder(state, features), problems)
 
     def load() -> EngineConfig:
         if bundle is None:

@@ -37,6 +37,8 @@ from hrpro.engine.event_reader import (
     EventReader,
     LogError,
     Logged,
+    damaged,
+    reading,
 )
 from hrpro.engine.messages import ActionEvent, Ended, Publication, StreamNotice
 
@@ -66,6 +68,7 @@ class EventLog(EventReader):
             db = opened.enter_context(contextlib.closing(_connect(folder / FILE)))
             super().__init__(db, folder / FILE)
             _prepare(db, folder / FILE, self._config)
+            self.check_whole()
             self.check_schema()
             self._load()
             self._opened = opened.pop_all()
@@ -144,20 +147,10 @@ class EventLog(EventReader):
         return None
 
     def belong(self, features: Mapping[str, object]) -> None:
-        """Note what the engine takes and tells of, or see that it is what it was.
-
-        Raises LogError where it is not: what streams have left could not be gone on from.
-        """
-        packed = json.dumps(features)
-        before = self._rows("SELECT value FROM meta WHERE key = 'features'")
-        if not before:
+        """Note what the engine takes and tells of, where nothing is noted; else as `belongs_to`."""
+        if not self.belongs_to(features):
             with self._transaction() as db:
-                db.execute("INSERT INTO meta VALUES ('features', ?)", (packed,))
-        elif before[0][0] != packed:
-            raise LogError(
-                f"{self._file}: belongs to an engine with {before[0][0]}, this one has {packed}; "
-                "each kind of engine needs a state folder of its own"
-            )
+                db.execute("INSERT INTO meta VALUES ('features', ?)", (json.dumps(features),))
 
     def states(self) -> Iterator[tuple[str, bytes]]:
         """The streams that have a state, and it."""
@@ -281,6 +274,25 @@ class _Batch:
                 db.execute("REPLACE INTO open_actions VALUES (?, ?, ?, ?)", (*key, header))
 
 
+def check_folder(folder: Path, features: Mapping[str, object]) -> None:
+    """Raises LogError where no engine that takes and tells of these could keep its log in the
+    folder. Nothing is written, and an engine may have it at the moment."""
+    try:
+        is_begun = (folder / FILE).exists()
+        nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise LogError(f"state folder {folder}: cannot be used: {error}") from None
+    if not nearest.is_dir():
+        raise LogError(f"state folder {folder}: expected a folder, {nearest} is none")
+    as_effective = os.access in os.supports_effective_ids
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=as_effective):
+        raise LogError(f"state folder {folder}: expected to be allowed to write in {nearest}")
+    if is_begun:
+        with reading(folder) as log:
+            log.check_whole()
+            log.belongs_to(features)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The folder, which is made if it is not there, for one process alone."""
@@ -314,7 +326,7 @@ def _connect(file: Path) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection, file: Path, config: LogConfig) -> None:
-    """Set up a connection, and the tables of a new log; a damaged one is refused."""
+    """Set up a connection, and the tables of a new log."""
     try:
         is_new = db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
         db.execute("PRAGMA journal_mode = WAL")
@@ -322,18 +334,10 @@ def _prepare(db: sqlite3.Connection, file: Path, config: LogConfig) -> None:
         db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
         if is_new:
             db.executescript(NEW_LOG)
-        ((found,), *_) = db.execute("PRAGMA quick_check(1)").fetchall()
     except sqlite3.OperationalError as error:
         raise LogError(f"{file}: cannot be opened: {error}") from None
     except sqlite3.DatabaseError as error:
-        found = str(error)
-    if found != "ok":
-        raise LogError(
-            f"{file}: is damaged: {' '.join(found.split())}. "
-            f"Move it, {file.name}-wal and {file.name}-shm away: the "
-            "engine then begins a new log, under a new instance, and without what the streams of "
-            "before have left"
-        )
+        raise damaged(file, str(error)) from None
 
 
 def _boot_id() -> str:

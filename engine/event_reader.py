@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,31 @@ class EventReader:
                 f"{self._file}: expected an event log of version {SCHEMA}, came {schema}"
             )
 
+    def check_whole(self) -> None:
+        """Raises LogError for a log that is damaged."""
+        try:
+            ((found,), *_) = self._db.execute("PRAGMA quick_check(1)").fetchall()
+        except sqlite3.OperationalError as error:
+            raise LogError(f"{self._file}: cannot be read: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise damaged(self._file, str(error)) from None
+        if found != "ok":
+            raise damaged(self._file, found)
+
+    def belongs_to(self, features: Mapping[str, object]) -> bool:
+        """Whether an engine that takes and tells of these has written it; False where none has.
+
+        Raises LogError where it was another one: what streams have left could not be gone on from.
+        """
+        before = self._rows("SELECT value FROM meta WHERE key = 'features'")
+        packed = json.dumps(features)
+        if before and before[0][0] != packed:
+            raise LogError(
+                f"{self._file}: belongs to an engine with {before[0][0]}, this one has {packed}; "
+                "each kind of engine needs a state folder of its own"
+            )
+        return bool(before)
+
     def _row(self, query: str, values: tuple[object, ...] = ()) -> tuple[Any, ...]:
         (row,) = self._rows(query, values)
         return row
@@ -113,6 +139,16 @@ class EventReader:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise LogError(f"{self._file}: cannot be read: {error}") from None
+
+
+def damaged(file: Path, found: str) -> LogError:
+    """What to say of a log in which SQLite has found this."""
+    return LogError(
+        f"{file}: is damaged: {' '.join(found.split())}. "
+        f"Move it, {file.name}-wal and {file.name}-shm away: the "
+        "engine then begins a new log, under a new instance, and without what the streams of "
+        "before have left"
+    )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from hrpro.engine.server import Server
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.sockets import is_local
 from hrpro.engine.windows import plan_windows
-from hrpro.export.bundle import Bundle, check_fixed_settings
+from hrpro.export.bundle import Bundle, Manifest, check_fixed_settings
 from hrpro.export.golden import check_golden
 
 # Groups of settings whose defaults are the bundle's own.
@@ -32,9 +32,6 @@ BROUGHT_BY_BUNDLE = ("window", "localization")
 # So many objects are made before Python looks which of the new ones are garbage in cycles. At its
 # usual 700 it looks at all that a batch is made of, several times, and finds nothing.
 _NEW_OBJECTS = 10_000
-
-# Of a bundle, what has to be the same for streams of an earlier run of the engine to go on.
-_STREAMS_AND_EVENTS = {"feature_dim", "frames_per_s", "snippet_frames", "classes"}
 
 if TYPE_CHECKING:
     from hrpro.engine.backends.triton import TritonBackend
@@ -115,6 +112,12 @@ def new_deployment(
     return deployment
 
 
+def streams_and_events(manifest: Manifest) -> dict[str, object]:
+    """What has to be the same for streams of an earlier run of the engine to go on."""
+    names = {"feature_dim", "frames_per_s", "snippet_frames", "classes"}
+    return manifest.model_dump(mode="json", include=names)
+
+
 def _freeze(phase: str, collection: dict[str, int]) -> None:
     """After a full collection of garbage, let the next ones leave alone what it has looked at.
 
@@ -182,7 +185,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         log = None if state is None else stack.enter_context(EventLog(state, config.log))
         if log is not None:
-            log.belong(bundle.manifest.model_dump(mode="json", include=_STREAMS_AND_EVENTS))
+            log.belong(streams_and_events(bundle.manifest))
         pipeline = Pipeline(new_deployment(bundle, config, metrics))
         server = stack.enter_context(
             Server(

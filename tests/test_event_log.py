@@ -18,7 +18,7 @@ from logged import action, everything, logged_in, notice, numbers
 
 from hrpro.engine import event_log, protocol
 from hrpro.engine.config import LogConfig
-from hrpro.engine.event_log import LOST_AT_MOST, EventLog
+from hrpro.engine.event_log import LOST_AT_MOST, EventLog, check_folder
 from hrpro.engine.event_reader import FILE, PAGE_EVENTS, PAGE_ROWS, LogError, reading
 
 
@@ -224,6 +224,8 @@ def test_a_damaged_log_is_refused_with_a_way_out(tmp_path: Path) -> None:
             LogError, match=r"is damaged: .*Move it, events.db-wal and events.db-shm away: "
         ):
             EventLog(tmp_path)
+    with pytest.raises(LogError, match="is damaged: "):  # the half
+        check_folder(tmp_path, {})
     file.unlink()
     with EventLog(tmp_path) as log:
         assert log.newest == 0
@@ -281,6 +283,35 @@ def test_a_folder_that_is_read_only() -> None:
         with without_privileges(), pytest.raises(LogError, match="cannot be opened: attempt to wr"):
             EventLog(folder)
         folder.chmod(0o755)
+
+
+def test_a_folder_is_checked_and_stays_as_it_is(tmp_path: Path) -> None:
+    here, kind = tmp_path / "state", {"feature_dim": 8}
+    check_folder(here, kind)
+    assert not here.exists()
+    with EventLog(here) as log:
+        check_folder(here, kind)  # that nobody's streams are in yet, and which an engine has
+        log.belong(kind)
+        log.commit([notice("a")] * 1000)
+        check_folder(here, kind)
+    with pytest.raises(LogError, match=r"belongs to an engine with .*8}, this one has .*9}"):
+        check_folder(here, {"feature_dim": 9})
+    with pytest.raises(LogError, match=r"expected a folder, .*events\.db is none"):
+        check_folder(here / FILE / "below", kind)
+    (here / FILE).write_bytes(b"no database" * 1000)
+    with pytest.raises(LogError, match=r"events\.db: .*file is not a database"):
+        check_folder(here, kind)
+    here.chmod(0o700)
+    with (
+        without_privileges(),
+        pytest.raises(LogError, match=r"cannot be used: .*Permission denied"),
+    ):
+        check_folder(here / "below", kind)
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o555)
+        refused = pytest.raises(LogError, match=f"expected to be allowed to write in {made}")
+        with without_privileges(), refused:
+            check_folder(Path(made) / "state", kind)
 
 
 # ---- what is kept ------------------------------------------------------------------------------

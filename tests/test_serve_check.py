@@ -17,7 +17,9 @@ from tiny_model import CLASSES, CONTEXT, DIM, FUTURE, LOOKAHEAD, PAST
 from hrpro.clients.serve_check import address_problems
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.deployment import Deployment
+from hrpro.engine.event_log import EventLog
 from hrpro.engine.footprint import stream_bytes
+from hrpro.engine.serve import streams_and_events
 from hrpro.engine.stream import Stream
 from hrpro.export.bundle import MANIFEST, Bundle, content_id
 
@@ -178,6 +180,17 @@ def test_settings_that_do_not_fit_the_bundle_are_listed(bundle: Bundle) -> None:
         "window.window_snippets",
         "lookahead_s",
     ]
+
+
+def test_a_state_folder_of_another_kind_of_engine(bundle: Bundle, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    hrpro("serve", bundle.folder, "--check", "--state", state)
+    assert not state.exists()
+    with EventLog(state) as log:
+        log.belong(streams_and_events(bundle.manifest) | {"feature_dim": 9})
+        (said,) = problems(bundle.folder, "--state", state)
+    assert said.startswith(f"{state / 'events.db'}: belongs to an engine with ")
+    assert hrpro_json("serve", bundle.folder, "--check", "--state", "none")["ok"]
 
 
 def test_a_provider_that_is_not_here(bundle: Bundle) -> None:
