@@ -371,7 +371,8 @@ def test_orders_that_wait_at_the_end_are_answered(shelf: Shelf, tmp_path: Path) 
     with deploying(shelf["first"]) as engine, RawPeer(engine.control) as peer:
         with stuck(tmp_path / "stuck") as folder:
             peer.say(DeployRequest(str(folder), ()), DeployRequest(str(shelf["renamed"]), ()))
-            engine.status()
+            peer.say(protocol.StatusRequest())
+            assert isinstance(hear(peer), protocol.StatusReply)  # so the orders have come
             engine.process.send_signal(signal.SIGTERM)
             draining = Error(None, "deploy_refused", "the engine is draining", None)
             assert [hear(peer), hear(peer)] == [draining, draining]
