@@ -107,12 +107,7 @@ class EventReader:
 
     def check_whole(self) -> None:
         """Raises LogError for a log that is damaged."""
-        try:
-            ((found,), *_) = self._db.execute("PRAGMA quick_check(1)").fetchall()
-        except sqlite3.OperationalError as error:
-            raise LogError(f"{self._file}: cannot be read: {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise damaged(self._file, str(error)) from None
+        (found,) = self._row("PRAGMA quick_check(1)")
         if found != "ok":
             raise damaged(self._file, found)
 
@@ -138,6 +133,8 @@ class EventReader:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:  # not one of its kinds: what is no database
+                raise damaged(self._file, str(error)) from None
             raise LogError(f"{self._file}: cannot be read: {error}") from None
 
 
