@@ -82,13 +82,13 @@ class Link:
             except OSError:
                 return  # closed
             self.accepted += 1
-            host, port = self.target.removeprefix("tcp://").rsplit(":", 1)
-            try:
-                far = socket.create_connection((host, int(port)))
-            except OSError:
-                _close(near)
-                continue
-            with self._lock:
+            with self._lock:  # a cut that comes meanwhile is of this line, too
+                host, port = self.target.removeprefix("tcp://").rsplit(":", 1)
+                try:
+                    far = socket.create_connection((host, int(port)))
+                except OSError:
+                    _close(near)
+                    continue
                 self._lines |= {near, far}
             for ends in ((near, far), (far, near)):
                 self._threads.append(threading.Thread(target=self._hand_on, args=ends, daemon=True))

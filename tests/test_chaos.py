@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from tiny_model import tiny_recording
 
 from hrpro.clients.chaos import ChaosPlan, ledger, run_chaos
+from hrpro.clients.chaos_link import Link
 from hrpro.engine.serve import load_engine_config
 from hrpro.export.bundle import Bundle
 
@@ -32,6 +35,27 @@ def test_the_ledger_counts_each_fault() -> None:
         assert ledger(expected, [*expected[:4], other]) == {**NOTHING, "changed": 1}
     # The same number in another session, or of another stream, is another publication.
     assert ledger(expected, [*expected[:4], line(4, session=2)])["lost"] == 1
+
+
+def test_a_cut_is_of_a_line_that_is_just_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.create_connection
+
+    def cut_meanwhile(address: tuple[str, int]) -> socket.socket:
+        far = connect(address)
+        cutting.start()
+        cutting.join(0.2)
+        return far
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as engine,
+        Link(f"tcp://127.0.0.1:{engine.getsockname()[1]}") as road,
+    ):
+        cutting = threading.Thread(target=road.cut)
+        monkeypatch.setattr(socket, "create_connection", cut_meanwhile)
+        port = int(road.address.rsplit(":", 1)[1])
+        with connect(("127.0.0.1", port), timeout=10) as near:
+            assert near.recv(1) == b""
+        cutting.join()
 
 
 @pytest.mark.parametrize("forgets", [False, True])
