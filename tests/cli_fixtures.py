@@ -29,6 +29,7 @@ def train_and_export(folder: Path) -> None:
     data, run, bundle = folder / "data", folder / "run", folder / "bundle"
     write_example_dataset(data)
     summary = hrpro_json("train", data, "--out", run, *assignments(TRAINING))
+    assert summary.pop("run") == str(run)  # here, for each worker has a copy elsewhere
     (folder / SUMMARY).write_text(json.dumps(summary))
     exported = hrpro_json("export", run, "--out", bundle)
     (folder / EXPORTED).write_text(json.dumps(exported))

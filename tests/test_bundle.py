@@ -7,7 +7,6 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx
@@ -31,11 +30,13 @@ from tiny_model import (
     tiny_recording,
     tiny_run,
 )
+from typer.testing import CliRunner
 
 from hrpro.clients import request_status
+from hrpro.clients.cli import app
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
-from hrpro.export.bundle import Bundle, BundleError, Precision, content_id, read_bundle
+from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
 from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.precision import GOLDEN_TOLERANCES
@@ -231,35 +232,25 @@ def test_keys_that_are_none(copy: Path, keys: Path) -> None:
 # --- precision -----------------------------------------------------------------------------------
 
 
-class Exporter(Protocol):
-    def __call__(
-        self, out: Path, precision: Precision, gate: float, force: bool = False
-    ) -> Bundle: ...
-
-
-@pytest.fixture
-def export_again(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Exporter:
-    """Export the run in another precision, with the graphs that are there."""
-    from hrpro.training.run import read_run
-    from hrpro.training.session import read_evaluation_data
-
-    copy_graphs(monkeypatch, trained.bundle, "snippet", "step", "instance")
-    description, model = read_run(trained.run)
-    data, truth = read_evaluation_data(trained.data, description)
-    return lambda out, precision, gate, force=False: export_bundle(
-        description, model, {}, out, precision, Comparison(data, truth, gate, force)
-    )
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])
 def test_another_precision_keeps_the_accuracy(
-    trained: Trained, export_again: Exporter, tmp_path: Path, precision: Precision, tolerance: float
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    tolerance: float,
 ) -> None:
-    lower = export_again(tmp_path / "bundle", precision, 0.05)
-    compared = lower.manifest.compared
+    copy_graphs(monkeypatch, trained.bundle, "snippet", "step", "instance")  # so in this process
+    out = tmp_path / "bundle"
+    words = ["export", trained.run, "--out", out, "--precision", precision, "--data", trained.data]
+    result = CliRunner().invoke(app, [*map(str, words), "--gate", "0.05", "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    compared = said["compared"]
     assert compared["average_map"] == pytest.approx(compared["average_map_fp32"], abs=0.05)
     assert compared["speedup"] > 0
-    assert lower.manifest.precision == precision
+    lower = read_bundle(out)
+    assert (lower.manifest.precision, lower.manifest.bundle_id) == (precision, said["bundle_id"])
     check_golden(lower, OnnxRuntimeBackend(lower))
     full = read_bundle(trained.bundle)
     features = trained.recording("test", "seq5")[None]
@@ -272,17 +263,23 @@ def test_another_precision_keeps_the_accuracy(
 
 
 def test_what_costs_more_than_the_gate_is_refused(
-    export_again: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hrpro.export import export
+    from hrpro.training.run import read_run
+    from hrpro.training.session import read_evaluation_data
 
+    copy_graphs(monkeypatch, trained.bundle, "snippet", "step", "instance")
+    description, model = read_run(trained.run)
+    data, truth = read_evaluation_data(trained.data, description)
     found = iter([0.9, 0.85, 0.9, 0.85])
     monkeypatch.setattr(export, "_average_map", lambda *_: next(found))
     out = tmp_path / "bundle"
     with pytest.raises(ExportError, match=r"int8: average mAP 0.8500 on .*, 0.9000 in fp32"):
-        export_again(out, "int8", 0.04)
+        export_bundle(description, model, {}, out, "int8", Comparison(data, truth, 0.04))
     assert not out.exists() and not list(tmp_path.iterdir())
-    bundle = export_again(out, "int8", 0.04, force=True)
+    forced = Comparison(data, truth, 0.04, force=True)
+    bundle = export_bundle(description, model, {}, out, "int8", forced)
     assert bundle.manifest.compared["average_map"] == 0.85
 
 
