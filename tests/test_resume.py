@@ -16,7 +16,7 @@ from commands import assignments, hrpro, refusal, running
 from rich.console import Console
 from tiny_data import write_tiny_data
 
-from hrpro.training import instance_stage
+from hrpro.training import checkpoint, instance_stage
 from hrpro.training.checkpoint import TrainingStopped, write_atomically
 from hrpro.training.config import TrainingConfig
 from hrpro.training.run import RunError, read_run
@@ -112,6 +112,32 @@ def test_a_signal_between_the_stages_finds_the_first_one_saved(
     monkeypatch.undo()
     train_run(data, run, config, Console(quiet=True), resume=True)
     same(run, whole)
+
+
+def test_a_signal_while_processes_agree_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stage:
+        name, steps = "snippet", 40
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"weights": torch.ones(2)}
+
+        def load_state_dict(self, state: Any) -> None:
+            raise NotImplementedError
+
+    def signalled(votes: torch.Tensor) -> torch.Tensor:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGTERM)  # this process has voted already
+        return votes
+
+    monkeypatch.setattr(checkpoint, "total", signalled)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.after_step(Stage(), 7)
+        assert not (tmp_path / "checkpoint.pt").exists()  # the others go on
+        with pytest.raises(TrainingStopped, match="SIGTERM: stopped"):
+            checkpoints.after_step(Stage(), 8)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 8
 
 
 def test_a_loss_that_is_no_number_ends_training(data: Path, tmp_path: Path) -> None:

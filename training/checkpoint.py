@@ -20,7 +20,7 @@ import torch
 
 from hrpro.engine.wire import HrproError
 from hrpro.training.files import replaced_file
-from hrpro.training.parallel import process_count, process_rank, total
+from hrpro.training.parallel import process_rank, total
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -95,7 +95,7 @@ class Checkpoints:
         self._made_by = dict(made_by or {})
         self._resumed = resumed
         self._saved_s = time.monotonic()
-        self._signal: int | None = None
+        self._asked: int | None = None  # to stop, by this signal
         self._handlers: dict[int, Any] = {}
 
     def restore(self, stage: Stateful) -> int:
@@ -112,11 +112,12 @@ class Checkpoints:
         TrainingStopped then."""
         if self._path is None:
             return
-        self._agree_on_stopping()
+        stopping = self._agreed()
         is_due = time.monotonic() - self._saved_s >= self._every_s
-        if self._signal or is_due or step == stage.steps:
+        if stopping or is_due or step == stage.steps:
             self._save(stage, step)
-        self.check()
+        if stopping:
+            raise TrainingStopped(stopping, self._path)
 
     def _save(self, stage: Stateful, step: int) -> None:
         """Write the state after ``step`` in place of the one before."""
@@ -133,16 +134,21 @@ class Checkpoints:
         self._saved_s = time.monotonic()
 
     def check(self) -> None:
-        """Raise TrainingStopped if it was asked to stop; what is saved is the newest state."""
-        if self._signal and self._path is not None:
-            raise TrainingStopped(self._signal, self._path)
+        """Raise TrainingStopped if it was asked to stop; what is saved is the newest state.
 
-    def _agree_on_stopping(self) -> None:
-        """Processes get a signal at different steps; one that went on would wait for the others."""
-        if process_count() > 1:
-            votes = total(torch.tensor([self._signal == number for number in _STOPPING]).int())
-            asked = [number for number, vote in zip(_STOPPING, votes, strict=True) if vote]
-            self._signal = asked[0] if asked else None
+        Of several processes, all call it as often.
+        """
+        if self._path is not None and (stopping := self._agreed()):
+            raise TrainingStopped(stopping, self._path)
+
+    def _agreed(self) -> int | None:
+        """The signal that any of the processes was asked to stop by.
+
+        They get it at different steps, and one that went on would wait for the others. What comes
+        while they vote counts the next time.
+        """
+        votes = total(torch.tensor([self._asked == number for number in _STOPPING]).int())
+        return next((each for each, vote in zip(_STOPPING, votes, strict=True) if vote), None)
 
     def __enter__(self) -> Self:
         for number in _STOPPING:
@@ -158,7 +164,7 @@ class Checkpoints:
         self._give_back()
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = number
+        self._asked = number
         if number == signal.SIGINT:
             signal.signal(number, self._handlers[number])
 
