@@ -47,7 +47,7 @@ def watch(
         typer.Option(
             metavar="URL",
             envvar="HRPRO_MQTT",
-            help="Publish to this broker: mqtt://USER:PASSWORD@HOST:PORT/PREFIX.",
+            help="Publish to this broker: mqtt://USER:PASSWORD@HOST:PORT/PREFIX; mqtts by TLS.",
         ),
     ] = None,
     exec_: Annotated[

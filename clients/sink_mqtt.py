@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
+import ssl
+import sys
 import threading
 import time
 from urllib.parse import SplitResult, unquote
@@ -21,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _START_S = 10.0  # for the broker to be there at the start
 _GOODBYE_S = 5.0  # for it to take `offline`
+_PORTS = {"mqtt": 1883, "mqtts": 8883}  # mqtts: by TLS
 
 
 class Mqtt:
@@ -28,26 +31,30 @@ class Mqtt:
 
     Topics are <prefix>/<stream>/event/<label> and <prefix>/<stream>/stream, whose last message the
     broker retains, and <prefix>/<stream>/final/<label>. <prefix>/availability, retained too, is
-    `online` or `offline`. Raises HrproError where the broker does not let it in.
+    `online` or `offline`. Raises HrproError where the broker does not let it in, or has a
+    certificate of nobody whom the system, or SSL_CERT_FILE, trusts.
     """
 
     def __init__(self, url: str) -> None:
-        parts = split_url(url, "--mqtt", ("mqtt",))
+        parts = split_url(url, "--mqtt", tuple(_PORTS))
+        host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
         self._prefix = unquote(parts.path.strip("/")) or "hrpro"
-        self._where = f"{parts.hostname}:{parts.port or 1883}"
+        self._where = f"{host}:{port}"
         self._taken: queue.SimpleQueue[int] = queue.SimpleQueue()  # the messages' own numbers
         self._refused = ""
         self._heard = threading.Event()  # of the broker, or that it is not there
         self._is_away = False
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2)
+        if parts.scheme == "mqtts":
+            self._client.tls_set_context(ssl.create_default_context())
         self._client.username_pw_set(*_credentials(parts))
         self._client.will_set(self._availability, "offline", qos=1, retain=True)
         self._client.reconnect_delay_set(1, int(LONGEST_PAUSE_S))
         self._client.on_connect = self._on_connect
-        self._client.on_connect_fail = lambda *_: self._on_away("does not answer")
+        self._client.on_connect_fail = self._on_connect_fail
         self._client.on_disconnect = self._on_disconnect
         self._client.on_publish = lambda _client, _data, number, *_: self._taken.put(number)
-        self._client.connect_async(parts.hostname or "", parts.port or 1883)
+        self._client.connect_async(host, port)
         self._client.loop_start()
         self._heard.wait(_START_S)
         self._check_refused()
@@ -109,6 +116,12 @@ class Mqtt:
         self._is_away = False
         client.publish(self._availability, "online", qos=1, retain=True)
         self._heard.set()
+
+    def _on_connect_fail(self, _client: Client, _data: object) -> None:
+        error = sys.exception()  # which the client has caught, and does not hand on
+        if isinstance(error, ssl.SSLCertVerificationError):
+            self._refused = f"its certificate is not trusted: {error.verify_message}"
+        self._on_away(f"does not answer: {error}")
 
     def _on_disconnect(
         self,

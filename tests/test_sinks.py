@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,12 +15,18 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import PATIENCE_S, hrpro, refusal, running, wait_for
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from logged import action, notice
 from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -144,6 +151,42 @@ def test_a_position_is_replaced_at_its_place(tmp_path: Path) -> None:
         assert file.stat().st_size == 80
 
 
+# ---- TLS ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Of 127.0.0.1, signed by itself: for who trusts this very one."""
+
+    file: Path
+    key: Path
+
+    def server_side(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.file, self.key)
+        return context
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, SHA256())
+    )
+    made = Certificate(folder / "certificate.pem", folder / "key.pem")
+    made.file.write_bytes(signed.public_bytes(Encoding.PEM))
+    made.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return made
+
+
 # ---- HTTP --------------------------------------------------------------------------------------
 
 
@@ -158,7 +201,9 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def receiving(answer: Callable[[dict[str, Any]], int | None]) -> Iterator[Receiver]:
+def receiving(
+    answer: Callable[[dict[str, Any]], int | None], certificate: Certificate | None = None
+) -> Iterator[Receiver]:
     receiver = Receiver(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -176,9 +221,13 @@ def receiving(answer: Callable[[dict[str, Any]], int | None]) -> Iterator[Receiv
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        scheme = "http"
+        if certificate is not None:
+            scheme = "https"
+            server.socket = certificate.server_side().wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        receiver.url = f"http://127.0.0.1:{server.server_port}/hook?of=us"
+        receiver.url = f"{scheme}://127.0.0.1:{server.server_port}/hook?of=us"
         try:
             yield receiver
         finally:
@@ -214,6 +263,23 @@ def test_a_webhook_goes_on_after_a_kill(log: EventLog, tmp_path: Path) -> None:
     assert json.loads(position.read_text())["number"] == 20
     assert {each["path"] for each in receiver.headers} == {"/hook?of=us"}
     assert {each["Content-Type"] for each in receiver.headers} == {"application/json"}
+
+
+def test_a_webhook_by_https_is_one_that_is_trusted(
+    log: EventLog, tmp_path: Path, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.commit(several(2))
+    with serving(log=log) as server, receiving(lambda _: 204, certificate) as receiver:
+        options = ("--webhook", receiver.url, "--retry-s", 0)
+        said = watch(server, *options, "--resume", tmp_path / "unknown")
+        assert said.count("certificate verify failed") == 2
+        letters = read_lines(tmp_path / "unknown.dead.jsonl")
+        assert [each["publication"]["number"] for each in letters] == [1, 2]
+        assert receiver.got == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+        watch(server, *options, "--resume", tmp_path / "trusted")
+    assert numbers(receiver.got) == [1, 2]
+    assert not (tmp_path / "trusted.dead.jsonl").exists()
 
 
 def test_what_is_refused_is_in_the_dead_letters(log: EventLog, tmp_path: Path) -> None:
@@ -383,13 +449,16 @@ def test_a_sink_that_cannot_be_used_is_refused(
 
 
 @contextlib.contextmanager
-def broker(folder: Path, port: int, users: str = "") -> Iterator[subprocess.Popen[bytes]]:
+def broker(
+    folder: Path, port: int, users: str = "", certificate: Certificate | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
     if found is None:
         pytest.skip("no MQTT broker was run: there is no mosquitto; apt-get install mosquitto")
     config = folder / "mosquitto.conf"
     access = f"password_file {users}" if users else "allow_anonymous true"
-    config.write_text(f"listener {port} 127.0.0.1\nuser root\n{access}\n")
+    tls = f"certfile {certificate.file}\nkeyfile {certificate.key}\n" if certificate else ""
+    config.write_text(f"listener {port} 127.0.0.1\nuser root\n{access}\n{tls}")
     with subprocess.Popen([found, "-c", str(config)], stderr=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -471,7 +540,10 @@ def test_a_broker_that_goes_away_misses_nothing(log: EventLog, tmp_path: Path) -
     with serving(log=log) as server, watching(server, *options) as process:
         assert process.stderr is not None
         said = process.stderr.readline()
-        assert said.startswith(f"hrpro: MQTT broker at 127.0.0.1:{port}: does not answer; trying")
+        assert said == (
+            f"hrpro: MQTT broker at 127.0.0.1:{port}: does not answer: "
+            "[Errno 111] Connection refused; trying again\n"
+        )
         with broker(tmp_path, port), listening(port) as listener:
             soon(lambda: listener.numbers() == [1, 2, 3, 4, 5])
         with FeatureFeeder(server.feed_address, "cam", 2, timeout_s=PATIENCE_S) as feeder:
@@ -500,6 +572,39 @@ def test_mqtt_users_and_passwords(log: EventLog, tmp_path: Path) -> None:
             said = refusal("watch", "--from", server.events_address, "--mqtt", url, *options)
             assert said == f"MQTT broker at 127.0.0.1:{port}: Not authorized"
     assert json.loads((tmp_path / "position").read_text())["number"] == 2
+
+
+def test_mqtt_by_tls_is_with_a_broker_that_is_trusted(
+    log: EventLog, tmp_path: Path, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, position = free_port(), tmp_path / "position"
+    log.commit(several(2))
+    with broker(tmp_path, port, certificate=certificate), serving(log=log) as server:
+        soon(lambda: _answers(port))
+        options = ("--mqtt", f"mqtts://127.0.0.1:{port}", "--resume", position)
+        said = refusal("watch", "--from", server.events_address, *options)
+        assert said.startswith(f"MQTT broker at 127.0.0.1:{port}: its certificate is not trusted: ")
+        assert position.read_text() == ""
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+        watch(server, *options)
+        assert json.loads(position.read_text())["number"] == 2
+        # Of another host: the name has to be that of the certificate.
+        options = ("--mqtt", f"mqtts://localhost:{port}", "--resume", position)
+        said = refusal("watch", "--from", server.events_address, *options)
+        assert "its certificate is not trusted: Hostname mismatch" in said
+
+
+def test_mqtt_by_tls_where_the_broker_has_none(log: EventLog, tmp_path: Path) -> None:
+    port = free_port()
+    options = ("--mqtt", f"mqtts://127.0.0.1:{port}", "--resume", tmp_path / "position")
+    with broker(tmp_path, port), serving(log=log) as server:
+        soon(lambda: _answers(port))
+        with watching(server, *options) as process:
+            assert process.stderr is not None
+            said = process.stderr.readline()  # the reason is the system's or that of TLS
+            assert said.startswith(f"hrpro: MQTT broker at 127.0.0.1:{port}: does not answer: [")
+            assert said.endswith("; trying again\n")
+            assert process.poll() is None
 
 
 def _answers(port: int) -> bool:
