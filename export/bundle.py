@@ -40,7 +40,7 @@ from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError, checked
 from hrpro.engine.wire import label as wire_label
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "bundle.json"
 SNIPPET_GRAPH = "snippet.onnx"
 STEP_GRAPH = "step.onnx"
@@ -54,8 +54,9 @@ _FIXED_BY_GRAPH = ("border_ratio", "border_limit")
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# The same run exported twice is the same bundle.
-_NOT_OF_IDENTITY = ("bundle_id", "created")
+# The same run exported twice is the same bundle; what the export measured is another time another.
+_NOT_OF_IDENTITY = ("bundle_id", "created", "verified", "compared")
+_NOT_OF_IDENTITY_UNTIL_3 = ("bundle_id", "created")
 
 
 class BundleError(HrproError, ValueError):
@@ -220,8 +221,12 @@ def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"schema_version": 3, "step": None}
 
 
+def _from_version_3(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {"schema_version": 4}
+
+
 # From each version to the next.
-_UPGRADES = {1: _from_version_1, 2: _from_version_2}
+_UPGRADES = {1: _from_version_1, 2: _from_version_2, 3: _from_version_3}
 
 
 def _check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
@@ -273,9 +278,12 @@ def sha256(path: Path) -> str:
 
 
 def content_id(manifest: dict[str, Any]) -> str:
-    """Identity of a bundle: 16 hex digits over all of its manifest, the files' hashes among it,
-    but the id itself and the time."""
-    content = {key: value for key, value in manifest.items() if key not in _NOT_OF_IDENTITY}
+    """Identity of a bundle: 16 hex digits over its manifest, the files' hashes among it, but for
+    the id itself, the time, and what the export measured; that of schema versions up to 3 has this
+    inside."""
+    is_old = manifest["schema_version"] <= 3
+    left_out = _NOT_OF_IDENTITY_UNTIL_3 if is_old else _NOT_OF_IDENTITY
+    content = {key: value for key, value in manifest.items() if key not in left_out}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

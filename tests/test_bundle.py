@@ -25,7 +25,6 @@ from tiny_model import (
     CLASSES,
     copy_graphs,
     tiny_config,
-    tiny_description,
     tiny_model,
     tiny_recording,
     tiny_run,
@@ -61,16 +60,6 @@ def rewrite(folder: Path, **changes: object) -> None:
 # --- identity and versions -----------------------------------------------------------------------
 
 
-def test_the_same_run_exported_twice_is_the_same_bundle(bundle: Bundle, tmp_path: Path) -> None:
-    config = tiny_config()
-    again = export_bundle(tiny_description(config), tiny_model(config), {}, tmp_path / "again")
-    assert again.manifest.bundle_id == bundle.manifest.bundle_id
-    # In another process, too: what the exporter notes of nodes has addresses in memory.
-    for graph in (again.snippet_graph, again.step_graph, again.instance_graph):
-        assert graph is not None
-        assert not any(node.metadata_props for node in onnx.load(graph).graph.node)
-
-
 def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
     content = json.loads((copy / "bundle.json").read_text())
     for name in (
@@ -91,11 +80,27 @@ def test_a_bundle_of_version_1_is_read(copy: Path) -> None:
     rewrite(copy, schema_version=1)
     said = json.loads((copy / "bundle.json").read_text())["bundle_id"]
     old = read_bundle(copy)
-    assert (old.manifest.schema_version, old.manifest.bundle_id) == (3, said)
+    assert (old.manifest.schema_version, old.manifest.bundle_id) == (4, said)
     assert (old.manifest.precision, old.golden) == ("fp32", None)
     assert old.manifest.localization.completeness_weight == 0.5
     assert check_golden(old, OnnxRuntimeBackend(old)) == {}
     assert "no golden windows" in hrpro("bundle", "verify", copy).stdout
+
+
+def test_what_the_export_measured_is_no_part_of_the_identity(bundle: Bundle, copy: Path) -> None:
+    measured: dict[str, object] = {"verified": {"scores": 0.5}, "compared": {"speedup": 2.5}}
+    rewrite(copy, **measured)
+    again = read_bundle(copy).manifest
+    assert (again.bundle_id, again.compared) == (bundle.manifest.bundle_id, {"speedup": 2.5})
+    # Of a bundle of version 3 it is one, as its id was made then.
+    rewrite(copy, schema_version=3)
+    before = read_bundle(copy).manifest
+    assert (before.schema_version, before.compared) == (4, {"speedup": 2.5})
+    assert before.bundle_id != bundle.manifest.bundle_id
+    content = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(content | {"compared": {"speedup": 3.5}}))
+    with pytest.raises(BundleError, match="the file was changed"):
+        read_bundle(copy)
 
 
 # --- golden windows ------------------------------------------------------------------------------
@@ -348,6 +353,7 @@ def test_the_guide_can_be_followed(
     trained: Trained, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    copy_graphs(monkeypatch, trained.bundle, "snippet", "step", "instance")
     shutil.copy(keys / "private.pem", tmp_path)
     meant = {"RUN": trained.run, "OTHER_RUN": trained.run, "DATA": trained.data}
     meant["0.01"] = 0.1  # of the gate: the run had a few steps
@@ -364,6 +370,9 @@ def test_the_guide_can_be_followed(
                 process = stack.enter_context(running(*anywhere, "--json", "--set", "threads=1"))
                 assert process.stdout is not None
                 meant["tcp://127.0.0.1:7773"] = json.loads(process.stdout.readline())["control"]
+            elif words[0] == "export":  # here, where it takes the graphs that there are
+                result = CliRunner().invoke(app, words)
+                assert result.exit_code == 0, result.output
             else:
                 hrpro(*words, status=int(words[:2] == ["bundle", "diff"]))
             followed.append(words[1] if words[0] == "bundle" else words[0])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -127,19 +129,25 @@ def test_evaluate_prints_these_figures(trained: Trained) -> None:
         assert noted[name] == figures[name]
 
 
-def test_a_bundle_is_exported_twice_into_the_same_place(trained: Trained, tmp_path: Path) -> None:
-    assert trained.exported["bundle_id"] == read_bundle(trained.bundle).manifest.bundle_id
+def test_the_same_run_exported_twice_is_the_same_bundle(trained: Trained, tmp_path: Path) -> None:
+    bundle_id = trained.exported["bundle_id"]
+    assert bundle_id == read_bundle(trained.bundle).manifest.bundle_id
     assert set(trained.exported["verified"]) == {"scores", "embedding", "completeness", "borders"}
-    out = tmp_path / "bundle"
-    (out).mkdir()
-    for file in trained.bundle.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-    said = hrpro("export", trained.run, "--out", out).stdout.splitlines()
-    bundle = read_bundle(out)
-    assert said[0].startswith(f"bundle {bundle.manifest.bundle_id} in {out}, ")
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    (run / "figures.json").unlink(missing_ok=True)  # where it was evaluated since
+    out = Path(shutil.copytree(trained.bundle, tmp_path / "bundle"))
+    with (out / "step.onnx").open("ab") as file:
+        file.write(b"damaged")
+    said = hrpro("export", run, "--out", out).stdout.splitlines()
+    assert said[0].startswith(f"bundle {bundle_id} in {out}, ")
     assert said[-1].startswith(f"next: hrpro serve {out} --feed tcp://127.0.0.1:")
-    assert bundle.manifest.feature_dim == 96
-    assert [each.name for each in tmp_path.iterdir()] == ["bundle"]  # nothing is left beside it
+    bundle = read_bundle(out)
+    assert (bundle.manifest.bundle_id, bundle.manifest.feature_dim) == (bundle_id, 96)
+    assert {each.name for each in tmp_path.iterdir()} == {"run", "bundle"}  # nothing is left beside
+    # The other one was made in another process: what the exporter notes of nodes has addresses.
+    for graph in (bundle.snippet_graph, bundle.step_graph, bundle.instance_graph):
+        assert graph is not None
+        assert not any(node.metadata_props for node in onnx.load(graph).graph.node)
 
 
 def test_stream_eval_prints_these_figures(trained: Trained) -> None:

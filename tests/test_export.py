@@ -248,10 +248,10 @@ def append_byte(folder: Path) -> None:
         (lambda f: (f / "bundle.json").write_bytes(b"\xff{}"), r"bundle\.json: expected JSON"),
         (
             lambda f: (f / "bundle.json").write_text("[]"),
-            "expected schema_version 3 .*, got None",
+            "expected schema_version 4 .*, got None",
         ),
-        (changed(schema_version=4), r"bundle\.json: expected schema_version 3 .*, got 4"),
-        (changed(schema_version=None), "expected schema_version 3 .*, got None"),
+        (changed(schema_version=5), r"bundle\.json: expected schema_version 4 .*, got 5"),
+        (changed(schema_version=None), "expected schema_version 4 .*, got None"),
         (changed(classes=None), r"bundle\.json: classes: "),
         (changed(classes=[]), r"bundle\.json: classes: "),
         (changed(feature_dim=0), r"bundle\.json: feature_dim: .*got 0"),

@@ -49,6 +49,12 @@ def whole(data: Path) -> Path:
     return run
 
 
+@pytest.fixture
+def config(whole: Path) -> TrainingConfig:
+    """As it was given by the command, for training in this process."""
+    return TrainingConfig.model_validate(read_run(whole)[0].config.model_dump())
+
+
 def stopped(
     data: Path, run: Path, stage: str, step: int, number: signal.Signals, *more: str
 ) -> tuple[str, int]:
@@ -89,15 +95,20 @@ def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(
     assert not (run / "checkpoint.pt").exists()
 
 
-def test_without_a_state_resume_begins(data: Path, whole: Path, tmp_path: Path) -> None:
-    hrpro("train", data, "--out", tmp_path / "run", *SET, "--resume")
+def test_without_a_state_resume_begins(
+    data: Path, whole: Path, config: TrainingConfig, tmp_path: Path
+) -> None:
+    train_run(data, tmp_path / "run", config, Console(quiet=True), resume=True)
     same(tmp_path / "run", whole)
 
 
 def test_a_signal_between_the_stages_finds_the_first_one_saved(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    whole: Path,
+    config: TrainingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = TrainingConfig.model_validate(read_run(whole)[0].config.model_dump())
     rank = instance_stage.rank_proposals
 
     def signalled(*arguments: Any) -> Any:
@@ -182,12 +193,17 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path) -> No
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-@pytest.fixture
-def halfway(data: Path, tmp_path: Path) -> Path:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def interrupted(data: Path) -> Path:
+    run = data.parent / "interrupted"
     stopped(data, run, "snippet", 10, signal.SIGINT)
     assert (run / "checkpoint.pt").exists()
     return run
+
+
+@pytest.fixture
+def halfway(interrupted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
 def test_what_does_not_belong_together_is_refused(data: Path, halfway: Path) -> None:
@@ -213,10 +229,12 @@ def test_what_does_not_belong_together_is_refused(data: Path, halfway: Path) -> 
     assert checkpoint.read_bytes() == torn  # it is for the user to remove
 
 
-def test_a_torn_line_of_the_record_is_dropped(data: Path, whole: Path, halfway: Path) -> None:
+def test_a_torn_line_of_the_record_is_dropped(
+    data: Path, whole: Path, config: TrainingConfig, halfway: Path
+) -> None:
     with (halfway / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "snippet", "st')
-    hrpro("train", data, "--out", halfway, *SET, "--resume")
+    train_run(data, halfway, config, Console(quiet=True), resume=True)
     same(halfway, whole)
     steps = [
         json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()
