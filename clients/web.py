@@ -18,6 +18,9 @@ from hrpro.engine.wire import HrproError
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SHORTEST_TOKEN = 16
 
+# What all pages are made of: a package, and its folder.
+COMMON_FILES = ("hrpro.clients", "web_static")
+
 
 def parse_http_address(address: str, option: str) -> tuple[str, int]:
     """HOST:PORT as host and port; an empty host is 127.0.0.1. Raises HrproError."""

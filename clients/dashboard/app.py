@@ -33,6 +33,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from hrpro.clients.dashboard.board import Board
 from hrpro.clients.dashboard.door import COOKIE, Door
 from hrpro.clients.dashboard.thumbnails import ThumbnailError, Thumbnails
+from hrpro.clients.web import COMMON_FILES
 
 # From one message to a page to the next; what came meanwhile is in one.
 UPDATE_EVERY_S = 0.25
@@ -57,7 +58,7 @@ _PUBLIC = ("/static/", "/login")
 def create_app(board: Board, door: Door, thumbnails: Thumbnails) -> ASGIApp:
     """The whole application, with its door before it."""
     pages = _Pages(board, door, thumbnails)
-    static = StaticFiles(directory=_static())
+    static = StaticFiles(packages=[("hrpro.clients.dashboard", "static"), COMMON_FILES])
     return _Entrance(
         Starlette(
             routes=[

@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hrpro.clients.label.classes import ClassFile
 from hrpro.clients.label.point_file import ConflictError, Mark, PointFile
 from hrpro.clients.label.videos import Playable, Video
+from hrpro.clients.web import COMMON_FILES
 from hrpro.engine.wire import HrproError
 
 _HEADERS: Mapping[str, str] = {
@@ -73,7 +74,7 @@ def create_app(labelling: Labelling, token: str, port: int) -> ASGIApp:
         Route(f"{video}/times", pages.times),
         Route(f"{video}/points", pages.points),
         Route(f"{video}/points", pages.put_points, methods=["PUT"]),
-        Mount("/static", StaticFiles(directory=_static())),
+        Mount("/static", StaticFiles(packages=[("hrpro.clients.label", "static"), COMMON_FILES])),
     ]
     refusals = {HrproError: _refused, OSError: _failed, ValidationError: _not_understood}
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=refusals)

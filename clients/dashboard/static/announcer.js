@@ -1,10 +1,9 @@
 // Says which actions have started, for who does not see them: not more often than can be heard.
 
-import { byId, element } from "./dom.js";
+import { announce, byId } from "./dom.js";
 
 const EVERY_MS = 5000;
 const MOST_NAMED = 3;
-const KEPT = 5;
 
 export class Announcer {
   #waiting = [];
@@ -32,10 +31,7 @@ export class Announcer {
     this.#waiting = [];
     this.#timer = null;
     if (!named.length) return;
-    const said = `Started: ${named.join(", ")}${more ? ` and ${more} more` : ""}`;
-    const log = byId("announcements");
-    log.append(element("p", {}, said));
-    while (log.children.length > KEPT) log.firstChild.remove();
+    announce(`Started: ${named.join(", ")}${more ? ` and ${more} more` : ""}`);
     this.#timer = setTimeout(() => this.#say(), EVERY_MS);
   }
 }

@@ -1,6 +1,8 @@
 // The classes with their keys, and the points by time, as lists of buttons.
 
-import { byId, classColour, clock, element, setText } from "./dom.js";
+import { classColour } from "./colours.js";
+import { byId, element, setText } from "./dom.js";
+import { clock } from "./format.js";
 
 const keyOf = (number) => (number < 10 ? String((number + 1) % 10) : "");
 

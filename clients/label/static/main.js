@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { ClassField } from "./class_field.js";
-import { announce, byId, clock, element, setText } from "./dom.js";
+import { announce, byId, element, setText } from "./dom.js";
+import { clock } from "./format.js";
 import { keyTable, listen } from "./keys.js";
 import { showClasses, showKeys, showPoints } from "./lists.js";
 import { Player } from "./player.js";

@@ -1,6 +1,6 @@
 // The timeline: what is around the frame shown, with its points, above all of the video.
 
-import { clock } from "./dom.js";
+import { clock } from "./format.js";
 
 const CLOSE_PX = 7; // a press so near to a point is for it
 const SPANS_S = [5, 10, 20, 30, 60, 120, 300, 600];

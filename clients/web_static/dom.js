@@ -26,3 +26,12 @@ export function setChildren(target, children) {
     children.every((child, n) => target.children[n] === child);
   if (!same) target.replaceChildren(...children);
 }
+
+const ANNOUNCEMENTS_KEPT = 5;
+
+/** Says a line to who listens to the page. */
+export function announce(text) {
+  const log = byId("announcements");
+  log.append(element("p", {}, text));
+  while (log.children.length > ANNOUNCEMENTS_KEPT) log.firstChild.remove();
+}
