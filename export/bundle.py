@@ -54,9 +54,9 @@ _FIXED_BY_GRAPH = ("border_ratio", "border_limit")
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# The same run exported twice is the same bundle; what the export measured is another time another.
-_NOT_OF_IDENTITY = ("bundle_id", "created", "verified", "compared")
-_NOT_OF_IDENTITY_UNTIL_3 = ("bundle_id", "created")
+# The same run exported twice is the same bundle; what the export measures differs each time.
+_NOT_OF_IDENTITY = ("bundle_id", "created")
+_MEASURED = ("verified", "compared")
 
 
 class BundleError(HrproError, ValueError):
@@ -281,8 +281,7 @@ def content_id(manifest: dict[str, Any]) -> str:
     """Identity of a bundle: 16 hex digits over its manifest, the files' hashes among it, but for
     the id itself, the time, and what the export measured; that of schema versions up to 3 has this
     inside."""
-    is_old = manifest["schema_version"] <= 3
-    left_out = _NOT_OF_IDENTITY_UNTIL_3 if is_old else _NOT_OF_IDENTITY
+    left_out = _NOT_OF_IDENTITY if manifest["schema_version"] <= 3 else _NOT_OF_IDENTITY + _MEASURED
     content = {key: value for key, value in manifest.items() if key not in left_out}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
