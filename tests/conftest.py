@@ -10,6 +10,8 @@ from hypothesis import settings
 from made_once import made_once
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
     from hrpro.export.bundle import Bundle
 
@@ -47,3 +49,13 @@ def backend(bundle: Bundle) -> OnnxRuntimeBackend:
     from hrpro.engine.config import EngineConfig
 
     return OnnxRuntimeBackend(bundle, EngineConfig(threads=1))
+
+
+@pytest.fixture
+def nothing_left_open() -> Iterator[None]:
+    """A file or a socket that the test has opened is closed at its end."""
+    from serving import open_files
+
+    before = open_files()
+    yield
+    assert not open_files() - before  # what an earlier test has left may close meanwhile

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,10 +266,10 @@ def hear_until(peer: RawPeer, last: Message) -> list[Message]:
     return heard
 
 
-def open_files() -> list[str]:
-    """What the process has open; a leaked socket shows as one entry more."""
-    names = []
+def open_files() -> Counter[str]:
+    """What the process has open, each socket by its number; ``now - before`` is what was left."""
+    names: Counter[str] = Counter()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            names.append(str(link.readlink()).split(":")[0])
-    return sorted(names)
+            names[str(link.readlink())] += 1
+    return names

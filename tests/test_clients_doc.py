@@ -4,13 +4,13 @@ memory, and does what the text says."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serving import TinyPipeline, open_files, rows, serving
+from serving import TinyPipeline, rows, serving
 
 from hrpro.clients import request_status
 from hrpro.engine.event_log import EventLog
@@ -25,11 +25,7 @@ Said = dict[str, list[str]]
 Run = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 def test_every_block_is_run() -> None:

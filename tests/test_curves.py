@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from serving import (
     CLOCK,
     PATIENCE_S,
     TinyPipeline,
-    open_files,
     serving,
 )
 from tiny_model import tiny_recording
@@ -26,12 +25,7 @@ from hrpro.engine.keys import Keyring, new_client
 from hrpro.engine.server import Server
 from hrpro.export.bundle import Bundle
 
-
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 def feed(server: Server, stream: str, values: list[float], key: ClientKey | None = None) -> None:

@@ -24,7 +24,6 @@ from serving import (
     chunk,
     hello,
     new_server,
-    open_files,
     rows,
     serving,
 )
@@ -37,12 +36,7 @@ from hrpro.engine.event_log import EventLog
 from hrpro.engine.protocol import Mark, Page, Publication, Subscribed
 from hrpro.engine.server import Server
 
-
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from serving import (
     RawPeer,
     TinyPipeline,
     hello,
-    open_files,
     rows,
     serving,
 )
@@ -25,11 +24,7 @@ from hrpro.engine.protocol import Ended, Error, Publication
 RETRY_S = 0.1
 
 
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 def feeder_to(address: str, **options: object) -> FeatureFeeder:

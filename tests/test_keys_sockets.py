@@ -20,7 +20,6 @@ from serving import (
     hear_until,
     hello,
     new_server,
-    open_files,
     rows,
     serving,
 )
@@ -49,11 +48,7 @@ from hrpro.engine.server import Server
 PUBLICATIONS = (b"event/", b"final/", b"stream/")
 
 
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 class Keys:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import environment
 
-DIM, LENGTH, RECORDINGS = 64, 40_000, 24  # 10 MB each, 246 MB
+DIM, LENGTH, RECORDINGS = 64, 8_000, 120  # 2 MB each, 246 MB
 
 # What is private to the process counts, not the maps of files: RLIMIT_DATA.
 LIMITED = """

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from serving import RawPeer, TinyPipeline, chunk, hello, open_files, serving
+from serving import RawPeer, TinyPipeline, chunk, hello, serving
 
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.feeds import Counters, Feeds
@@ -14,11 +12,7 @@ from hrpro.engine.protocol import Ack, End, Ended, Error, Message, StreamNotice,
 IDLE_S = EngineConfig().idle_s
 
 
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 class FullEngine:

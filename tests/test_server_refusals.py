@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 
 import msgpack
 import numpy as np
@@ -19,7 +18,6 @@ from serving import (
     hear_until,
     hello,
     new_server,
-    open_files,
     rows,
     serving,
 )
@@ -39,12 +37,7 @@ from hrpro.engine.protocol import (
 from hrpro.engine.server import MESSAGES_PER_TURN
 from hrpro.engine.sockets import messages_to_read
 
-
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 # ---- refusals ----------------------------------------------------------------------------------

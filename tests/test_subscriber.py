@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import zmq
-from serving import ANY_PORT, PATIENCE_S, TinyPipeline, open_files, serving
+from serving import ANY_PORT, PATIENCE_S, TinyPipeline, serving
 
 from hrpro.clients import (
     ActionEvent,
@@ -27,11 +26,7 @@ from hrpro.engine.server import Server
 HIGH, LOW = [1.0, 1.0], [-1.0, -1.0]
 
 
-@pytest.fixture(autouse=True)
-def no_leaked_sockets() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 def subscribed(server: Server, **options: Any) -> EventSubscriber:

@@ -86,7 +86,7 @@ def _proposal_table(
         for recording in data.recordings:
             checkpoints.check()
             output = snippet_scores(model, recording.features)
-            file.write(output.embedding.astype(np.float32).tobytes())
+            file.write(np.ascontiguousarray(output.embedding, np.float32).data)
             columns.append(_ranked_columns(config, recording, output, len(data.classes), first))
             first += len(recording)
         file.flush()
