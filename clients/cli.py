@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Streaming action localization, trained from one point label per action.",
 )
 feed_app = typer.Typer(no_args_is_help=True, help="Send snippet features to an engine.")
 app.add_typer(feed_app, name="feed")
@@ -90,6 +90,24 @@ app.command()(cli_status.drain)
 app.command()(cli_watch.watch)
 app.command("stream-eval")(cli_stream_eval.stream_eval)
 app.command("config")(cli_training.show_config)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"hrpro-stream {version('hrpro-stream')}")
+        raise typer.Exit
+
+
+@app.callback()
+def hrpro(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Streaming action localization, trained from one point label per action."""
 
 
 @app.command()

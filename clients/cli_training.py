@@ -114,7 +114,7 @@ def export(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the deployment bundle: two ONNX graphs and what the engine needs to know."""
+    """Write the deployment bundle: the ONNX graphs and what the engine needs to know."""
     from hrpro.export.bundle import PRECISIONS
     from hrpro.export.export import Comparison, export_bundle
     from hrpro.training.run import read_figures, read_run

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import (
@@ -46,6 +47,7 @@ DEPLOY_REFUSED = "deploy_refused"
 # The times at which histograms were made are one and the same, and process_start_time_seconds.
 disable_created_metrics()
 
+_VERSION = version("hrpro-stream")
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _WORK_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _DELAYS_S = (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60)
@@ -173,8 +175,9 @@ def _info(server: Server, pipeline: Pipeline) -> Metric:
     bundles = pipeline.deployments
     return InfoMetricFamily(
         "hrpro_engine",
-        "What works: the bundles, and the provider that computes the windows.",
+        "What works: the version, the bundles, and the provider that computes the windows.",
         {
+            "version": _VERSION,
             "instance": server.instance,
             "provider": bundles.current.provider,
             "bundle_id": bundles.current.bundle_id,

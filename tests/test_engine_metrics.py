@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,8 +169,9 @@ def test_it_says_what_works(
     served, _ = fed
     status = request_status(served.control)
     info = {
-        "instance": status["instance"], "provider": "cpu", "bundle_id": status["bundle_id"],
-        "previous_bundle_id": "", "canary_bundle_id": "",
+        "version": version("hrpro-stream"), "instance": status["instance"], "provider": "cpu",
+        "bundle_id": status["bundle_id"], "previous_bundle_id": "",
+        "canary_bundle_id": "",
     }  # fmt: skip
     assert Scrape(served.metrics).value("engine_info", **info) == 1
 

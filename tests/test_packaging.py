@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import hrpro
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,10 @@ def test_the_tests_run_against_the_wheel(installed: Distribution) -> None:
     assert Path(str(spec.origin)) == installed.locate_file("hrpro/engine/__init__.py")
     for folder in FOLDERS:
         assert importlib.util.find_spec(folder) is None, f"{folder} can be imported bare"
+
+
+def test_the_command_says_its_version(project: dict[str, Any], installed: Distribution) -> None:
+    assert hrpro("--version").stdout == f"hrpro-stream {project['project']['version']}\n"
 
 
 @pytest.mark.parametrize(
