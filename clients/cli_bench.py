@@ -263,7 +263,9 @@ def _described(bundle: Bundle, config: EngineConfig, streams: int) -> dict[str, 
         "inference": "incremental" if by_steps else "window",
         "feature_dim": manifest.feature_dim,
         "classes": len(manifest.classes),
-        "window_snippets": config.window.window_snippets or manifest.window_length,
+        "window_snippets": config.window.length(
+            manifest.context_snippets, manifest.lookahead_snippets
+        ),
         "hop_snippets": config.window.hop_snippets,
         "embedding_width": manifest.embedding_width,
         "max_batch": most_in_a_call(manifest, config),

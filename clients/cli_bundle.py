@@ -44,7 +44,7 @@ def show(bundle: BundleFolder, as_json: JsonFlag = False) -> None:
         "trained on": f"{manifest.data_set}, seed {manifest.training.get('seed', '?')}",
         "classes": ", ".join(names),
         "features": f"{manifest.feature_dim} a snippet of {manifest.snippet_s:g} s",
-        "window": f"{manifest.window_length} snippets, "
+        "window": f"{manifest.window_snippets} snippets, "
         + (
             f"exact from {manifest.context_snippets} to -{manifest.lookahead_snippets}"
             if manifest.exact

@@ -27,8 +27,11 @@ def train(
     from hrpro.engine.settings import load_settings
     from hrpro.training.checkpoint import TrainingStopped
     from hrpro.training.config import TrainingConfig
+    from hrpro.training.run import check_unused
     from hrpro.training.session import train_run
 
+    if not resume:
+        check_unused(out)
     assignments = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
     settings = load_settings(TrainingConfig, config, assignments)
     try:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from hrpro.engine.settings import Settings
+from hrpro.engine.settings import Settings, SettingsError
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 BackendName = Literal["onnxruntime", "triton"]
@@ -92,6 +92,20 @@ class WindowConfig(Settings):
     window_snippets: int | None = Field(
         None, ge=1, description="length of a window (default: the shortest that is exact)"
     )
+
+    def length(self, context: int, lookahead: int) -> int:
+        """Snippets in a window: as configured, or else the shortest one whose hop is exact.
+
+        Raises SettingsError if the configured one is shorter than that.
+        """
+        shortest = context + self.hop_snippets + lookahead
+        window = self.window_snippets or shortest
+        if window < shortest:
+            raise SettingsError(
+                f"window.window_snippets: expected at least {shortest} (context {context} + hop "
+                f"{self.hop_snippets} + look-ahead {lookahead}), got {window}"
+            )
+        return window
 
 
 class TritonConfig(Settings):

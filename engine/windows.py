@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.config import EngineConfig
 from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Manifest
 
@@ -68,21 +68,6 @@ def in_pieces(
     return tuple(np.concatenate(each) for each in zip(*parts, strict=True))
 
 
-def window_length(config: WindowConfig, context: int, lookahead: int) -> int:
-    """Snippets in a window: as configured, or else the shortest one whose hop is exact.
-
-    Raises SettingsError if the configured one is shorter than that.
-    """
-    shortest = context + config.hop_snippets + lookahead
-    window = config.window_snippets or shortest
-    if window < shortest:
-        raise SettingsError(
-            f"window.window_snippets: expected at least {shortest} (context {context} + hop "
-            f"{config.hop_snippets} + look-ahead {lookahead}), got {window}"
-        )
-    return window
-
-
 def decision_lookahead_s(manifest: Manifest, config: EngineConfig) -> float:
     """From the end of a proposal to when it is final, in seconds: as configured, or the least."""
     if config.lookahead_s == "strict":
@@ -107,7 +92,7 @@ def plan_windows(manifest: Manifest, config: EngineConfig) -> WindowPlan:
     complaints = []
     window = 0
     try:
-        window = window_length(config.window, context, lookahead)
+        window = config.window.length(context, lookahead)
     except SettingsError as error:
         complaints.append(str(error))
     needed = least_lookahead(manifest, config)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -42,6 +43,7 @@ from hrpro.engine.wire import label as wire_label
 
 SCHEMA_VERSION = 4
 MANIFEST = "bundle.json"
+_UNFINISHED = f".{MANIFEST}.part"
 SNIPPET_GRAPH = "snippet.onnx"
 STEP_GRAPH = "step.onnx"
 INSTANCE_GRAPH = "instance.onnx"
@@ -107,7 +109,7 @@ class Manifest(Settings):
     )
     window: WindowConfig
     window_length: int = Field(
-        ge=1, description="window in snippets, where the settings leave it open"
+        ge=1, description="snippets in the window of the export, and in the golden windows"
     )
     window_flops: int = Field(
         ge=0, description="floating-point operations of a window's matrix products; 0: not known"
@@ -140,6 +142,23 @@ class Manifest(Settings):
         if unknown:
             raise ValueError(f"display_names: expected names of classes, got {unknown[0]!r}")
         return self
+
+    @model_validator(mode="after")
+    def _seconds_are_those_of_the_clock(self) -> Manifest:
+        if not math.isclose(self.snippet_s, self.clock.snippet_s):
+            raise ValueError(
+                f"snippet_s: expected {self.clock.snippet_s:g}, {self.snippet_frames} frames at "
+                f"{self.frames_per_s:g} frames/s, got {self.snippet_s:g}"
+            )
+        return self
+
+    @property
+    def window_snippets(self) -> int:
+        """Snippets in a window with the bundle's settings as they are.
+
+        Raises SettingsError if they are too few.
+        """
+        return self.window.length(self.context_snippets, self.lookahead_snippets)
 
     @property
     def clock(self) -> SnippetClock:
@@ -184,10 +203,10 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
         raise BundleError(
             f"{path}: file is missing; expected a bundle made by hrpro export"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version not in (*_UPGRADES, SCHEMA_VERSION):
+    if type(version) is not int or version not in (*_UPGRADES, SCHEMA_VERSION):
         raise BundleError(
             f"{path}: expected schema_version {SCHEMA_VERSION} or lower, got {version!r}"
         )
@@ -239,7 +258,7 @@ def _check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None
         try:
             _check_stays(folder, folder / name)
             found = sha256(folder / name)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter for links in a circle
             raise BundleError(f"{folder / name}: cannot be read: {error}") from None
         if found != expected:
             raise BundleError(f"{folder / name}: expected SHA-256 {expected}, got {found}")
@@ -299,7 +318,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
     dumped = Manifest.model_validate(content).model_dump(mode="json")
     dumped["bundle_id"] = content_id(dumped)
     (folder / SIGNATURE).unlink(missing_ok=True)  # it was of another content
-    temporary = folder / f".{MANIFEST}.part"
+    temporary = folder / _UNFINISHED
     temporary.write_text(json.dumps(dumped, indent=2) + "\n")
     temporary.replace(folder / MANIFEST)
     return Manifest.model_validate(dumped)
@@ -324,6 +343,7 @@ def change_settings(
     base = {name: content[name] for name in _Overridable.model_fields}
     changed = load_settings(_Overridable, None, assignments, base)
     check_fixed_settings(manifest, changed.localization)
+    changed.window.length(manifest.context_snippets, manifest.lookahead_snippets)
     names = manifest.display_names | dict(display_names)
     content |= changed.model_dump(mode="json") | {"display_names": names}
     try:
@@ -350,12 +370,11 @@ def check_fixed_settings(manifest: Manifest, localization: LocalizationConfig) -
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``target`` when all went well.
 
-    Raises FileExistsError if ``target`` exists and is not a bundle: nothing else is overwritten.
+    A link is followed. Raises FileExistsError if ``target`` exists and is not a bundle, or has more
+    in it than one: nothing else is overwritten.
     """
-    target = target.absolute()
-    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not is_free and not (target / MANIFEST).is_file():
-        raise FileExistsError(f"{target}: exists and is not a bundle; not overwritten")
+    target = target.resolve()
+    _check_free_or_bundle(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -366,7 +385,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             target.rename(old)
             try:
                 temporary.rename(target)
-            except OSError:
+            except BaseException:  # a signal, too
                 old.rename(target)
                 raise
             shutil.rmtree(old)
@@ -374,3 +393,27 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free_or_bundle(target: Path) -> None:
+    if not target.exists():
+        return
+    names = {each.name for each in target.iterdir()} if target.is_dir() else None
+    if names == set():
+        return
+    if names is None or not _is_manifest(target / MANIFEST):
+        raise FileExistsError(f"{target}: exists and is not a bundle; not overwritten")
+    others = sorted(names - {MANIFEST, _UNFINISHED, SIGNATURE, *FILES})
+    if others:
+        raise FileExistsError(
+            f"{target}: expected nothing but a bundle, which another one replaces as a whole, "
+            f"found {others[0]!r}; not overwritten"
+        )
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "schema_version" in content

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig, LocalizationConfig
 from hrpro.engine.offline import localize_recording
-from hrpro.engine.windows import window_length
 from hrpro.export.bundle import (
     GOLDEN,
     INSTANCE_GRAPH,
@@ -81,10 +80,10 @@ def export_bundle(
     a bundle. Nothing is written to ``target`` in either case.
     """
     exactness = exact_positions(description.config.model)
+    content = _content(description, model, exactness) | {"figures": dict(figures)}
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
         export_instance_graph(model.instance, model.snippet.width, folder / INSTANCE_GRAPH)
-        content = _content(description, model, exactness) | {"figures": dict(figures)}
         step_graph = None
         if exactness.exact:
             step, step_graph = StepModel(model.snippet), folder / STEP_GRAPH
@@ -110,7 +109,7 @@ def _content(
 ) -> dict[str, Any]:
     """The manifest of an fp32 bundle, as far as it is known of the run."""
     config, clock = description.config, description.config.data.clock
-    length = window_length(config.window, exactness.context, exactness.lookahead)
+    length = config.window.length(exactness.context, exactness.lookahead)
     return {
         "precision": "fp32",
         "data_set": description.data_set,

@@ -260,7 +260,7 @@ def _versions(folder: Path) -> list[_Version]:
             about = json.loads((path / MANIFEST).read_bytes())
             _sizes(about)
             found.append(_Version(path, str(about["bundle_id"]), about))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise BundleError(
                 f"{path / MANIFEST}: expected a version that hrpro bundle triton wrote: {error}"
             ) from None
@@ -317,7 +317,7 @@ def _config(
         parts.append(_sequences(model.state))
     elif max_batch_size:
         parts.append(_BATCHING)
-        T, D = manifest.window_length, manifest.feature_dim
+        T, D = manifest.window_snippets, manifest.feature_dim
         parts += [
             _WARMUP.format(batch=batch, features=[T, D], valid=[T]) for batch in (1, max_batch_size)
         ]

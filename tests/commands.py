@@ -30,7 +30,7 @@ HRPRO = (sys.executable, "-m", "hrpro.clients.cli")
 ANY_PORT = "tcp://127.0.0.1:*"
 ANYWHERE = Addresses(ANY_PORT, ANY_PORT, ANY_PORT)
 # Far more than any step of a test takes; it only bounds how long a failure takes to show.
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 MESSAGES: Mapping[str, type[Publication]] = {
     kind.TYPE: kind for kind in (ActionEvent, FinalProposal, StreamNotice)
 }

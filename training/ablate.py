@@ -28,7 +28,11 @@ import numpy as np
 
 from hrpro.engine.settings import SettingsError, load_settings
 from hrpro.engine.wire import HrproError
-from hrpro.training.annotations import read_ground_truth, read_truth
+from hrpro.training.annotations import (
+    read_ground_truth,
+    read_measurable_truth,
+    read_truth,
+)
 from hrpro.training.config import TrainingConfig
 from hrpro.training.data import DataSet, read_test_split, read_training_split
 from hrpro.training.data_config import DataConfig, DataError
@@ -216,7 +220,8 @@ def _read_splits(
         names = [recording.name for recording in evaluated.recordings]
         return fitted, evaluated, read_ground_truth(folder, names, classes, config)
     fitted, evaluated = split(fitted, held_out)
-    segments = read_truth(folder, [recording.name for recording in evaluated.recordings], classes)
+    names = [recording.name for recording in evaluated.recordings]
+    segments = read_measurable_truth(folder, names, classes)
     # The ambiguous stretches are of the test split.
     return fitted, evaluated, GroundTruth(segments, len(classes), config.tiou_thresholds)
 

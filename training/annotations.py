@@ -21,12 +21,25 @@ def read_truth(folder: Path, names: Sequence[str], classes: Sequence[str]) -> di
     return {name: truth_of(folder, database, name, classes) for name in names}
 
 
+def read_measurable_truth(
+    folder: Path, names: Sequence[str], classes: Sequence[str]
+) -> dict[str, Segments]:
+    """As `read_truth`; DataError where there is no instance: average precision is of some."""
+    truth = read_truth(folder, names, classes)
+    if not any(len(segments) for segments in truth.values()):
+        raise DataError(
+            f"{folder / 'gt_full.json'}: expected at least one annotated action in the "
+            f"{len(names)} recordings to evaluate on, found none: without, nothing can be measured"
+        )
+    return truth
+
+
 def read_ground_truth(
     folder: Path, names: Sequence[str], classes: Sequence[str], config: DataConfig
 ) -> GroundTruth:
     """All that evaluation on these recordings needs."""
     return GroundTruth(
-        read_truth(folder, names, classes),
+        read_measurable_truth(folder, names, classes),
         len(classes),
         config.tiou_thresholds,
         read_ambiguous(folder, names, config),
@@ -78,7 +91,7 @@ def read_database(folder: Path) -> dict[str, Any]:
     """The entries of gt_full.json by recording."""
     path = folder / "gt_full.json"
     try:
-        database = json.loads(path.read_text(encoding="utf-8"))["database"]
+        database = json.loads(path.read_text(encoding="utf-8-sig"))["database"]
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing; it has the full annotations") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +124,13 @@ def read_test_split(
     check_clock(folder, config)
     none = np.zeros(0, dtype=np.int64)
     names = read_names(folder, "test", config)
+    if (folder / "split_train.txt").exists():
+        both = sorted({*read_names(folder, "train", config)} & {*names})
+        if both:
+            raise DataError(
+                f"{folder}: expected to test on what is not trained on, {len(both)} recordings are "
+                f"in both splits: {', '.join(both[:5])}"
+            )
     check_features_are_there(folder, "test", names, config)
     recordings = [
         Recording(name, _stored(feature_path(folder, "test", name)), none, none) for name in names
@@ -140,14 +148,18 @@ def read_test_split(
 def read_names(folder: Path, split: Split, config: DataConfig) -> list[str]:
     """The recordings of a split, without those that the preset blocks."""
     path = folder / f"split_{split}.txt"
-    names = read_text(path, "one recording name a line").split()
+    lines = read_text(path, "one recording name a line").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise DataError(f"{path}: expected at least one recording name, the file is empty")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise DataError(f"{path}: recordings named more than once: {', '.join(repeated)}")
     blocked = config.published.blocked if config.published else ()
-    return [name for name in names if name not in blocked]
+    left = [name for name in names if name not in blocked]
+    if not left:
+        raise DataError(f"{path}: expected a recording that {config.preset} does not leave out")
+    return left
 
 
 def feature_path(folder: Path, split: Split, name: str) -> Path:
@@ -179,8 +191,10 @@ def read_features(path: Path) -> NDArray[np.float32]:
         features = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: feature file is missing; expected float32 (T, D)") from None
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
         raise DataError(f"{path}: not a readable .npy array: {error}") from None
+    if not isinstance(features, np.ndarray):
+        raise DataError(f"{path}: expected one array (.npy), got an archive of arrays (.npz)")
     if features.ndim != 2 or 0 in features.shape or features.dtype.kind != "f":
         raise DataError(
             f"{path}: expected a float array (T, D) with T, D >= 1, "

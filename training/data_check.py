@@ -61,7 +61,7 @@ def check_data(folder: Path, config: DataConfig) -> Findings:
         common = Counter(dims.values()).most_common(1)[0][0]
         odd = [f"{name} {dim}" for name, dim in dims.items() if dim != common]
         found.errors.append(f"{folder}: most recordings have D = {common}, but {_some(odd)}")
-    _check_points(found, folder, config, lengths["train"])
+    _check_points(found, folder, config, lengths["train"], lengths["test"])
     _check_annotations(found, folder, config, lengths)
     return found
 
@@ -91,7 +91,11 @@ def _lengths(
 
 
 def _check_points(
-    found: Findings, folder: Path, config: DataConfig, lengths: dict[str, int]
+    found: Findings,
+    folder: Path,
+    config: DataConfig,
+    lengths: dict[str, int],
+    tests: dict[str, int],
 ) -> None:
     points = _try(found, read_points, folder, config)
     if points is None:
@@ -101,6 +105,13 @@ def _check_points(
     if classes is None or rates is None:
         return
     found.classes = classes
+    blocked = config.published.blocked if config.published else ()
+    strays = sorted(points.keys() - lengths.keys() - tests.keys() - {*blocked})
+    if strays:
+        count = sum(len(points[name]) for name in strays)
+        found.warnings.append(
+            f"{folder}: {count} points are of recordings in no split: {_some(strays)}"
+        )
     for name, length in lengths.items():
         for point in points[name]:
             if not length:  # its features are missing, which was said
@@ -137,6 +148,11 @@ def _check_annotations(
             found.instances[split].update(labels.tolist())
             _check_duration(found, name, length, database[name], config)
         found.summary[f"{split}_instances"] = sum(found.instances[split].values())
+    if lengths["test"] and not found.summary["test_instances"]:
+        found.warnings.append(
+            f"{folder / 'gt_full.json'}: no annotated action in the test split: "
+            "nothing can be measured"
+        )
     _try(found, read_ambiguous, folder, list(lengths["test"]), config)
 
 

@@ -38,7 +38,7 @@ def read_feature_source(folder: Path) -> FeatureSource | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: {where}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON: {error}") from None
 
 

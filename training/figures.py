@@ -24,7 +24,7 @@ from hrpro.training.metrics import Segments
 from hrpro.training.plots import Timeline, class_colours, plot_timeline
 from hrpro.training.recorder import METRICS, STAGE_TITLES
 from hrpro.training.run import RunDescription, read_run
-from hrpro.training.session import read_evaluation_data
+from hrpro.training.session import read_test_data
 from hrpro.training.snippet_stage import SnippetScores, snippet_scores
 from hrpro.training.train import TrainedModel
 
@@ -57,12 +57,10 @@ def plot_run(
     """
     description, model = read_run(run)
     curves = read_curves(run)
-    test, truth = read_evaluation_data(folder, description)
+    test = read_test_data(folder, description)
     chosen = _chosen(description, folder, test, recordings, named)
-    segments = {
-        **truth.segments,
-        **read_truth(folder, [each.name for each in chosen], description.classes),
-    }
+    names = dict.fromkeys(each.name for each in (*test.recordings, *chosen))
+    segments = read_truth(folder, list(names), description.classes)
     out.mkdir(parents=True, exist_ok=True)
     paths, seen = [], []
     drawn = _drawn_snippets(test)

@@ -51,9 +51,10 @@ def write_predictions(
 
 
 def read_predictions(
-    path: Path, names: Sequence[str], classes: Sequence[str]
+    path: Path, names: Sequence[str], classes: Sequence[str], blocked: Sequence[str] = ()
 ) -> dict[str, Segments]:
-    """Predictions of the named recordings; those that the file does not have are empty.
+    """Predictions of the named recordings; those that the file does not have are empty, and those
+    of ``blocked`` ones are not looked at.
 
     Raises PredictionsError for a recording or a label that is unknown, a score that is no finite
     number, and a segment that is not two of them in order.
@@ -67,17 +68,21 @@ def read_predictions(
     if not isinstance(results, dict):
         raise PredictionsError(f'{path}: expected recordings by name in "results"')
     known, index = set(names), {label: number for number, label in enumerate(classes)}
-    found = {name: Segments.from_rows([]) for name in names}
+    found: dict[str, Segments] = {}
     for key, rows in results.items():
         name = key if key in known else _PREFIX + key
+        if key in blocked or name in blocked:
+            continue
         if name not in known:
             raise PredictionsError(f"{path}: recording {key!r} is not one of the test split")
         if not isinstance(rows, list):
             raise PredictionsError(f"{path}: {key!r}: expected a list of predictions")
+        if name in found:
+            raise PredictionsError(f"{path}: {name!r} is there with and without {_PREFIX!r}")
         found[name] = Segments.from_rows(
             [_row(f"{path}: {key!r}, prediction {n}", row, index) for n, row in enumerate(rows)]
         )
-    return found
+    return {name: found.get(name, Segments.from_rows([])) for name in names}
 
 
 def _row(where: str, row: Any, index: Mapping[str, int]) -> tuple[float, float, int, float]:

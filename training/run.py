@@ -35,7 +35,7 @@ from hrpro.training.checkpoint import (
     write_atomically,
 )
 from hrpro.training.config import TrainingConfig
-from hrpro.training.data import DataSet
+from hrpro.training.data import DataSet, in_blocks
 from hrpro.training.files import replaced_file
 from hrpro.training.instance_stage import new_instance_model
 from hrpro.training.model import SnippetModel
@@ -76,6 +76,16 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
     )
 
 
+def check_unused(folder: Path) -> None:
+    """Raise RunError where a run was begun or finished in the folder, or its results would go."""
+    for name in (DESCRIPTION, CHECKPOINT):
+        if (folder / name).exists():
+            raise RunError(
+                f"{folder}: expected no run, found {name}; --resume goes on with it, a new run "
+                "needs another folder"
+            )
+
+
 def begin_run(folder: Path) -> None:
     """Make the folder of a run; one that was there counts as unfinished from here on."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +105,14 @@ def finish_run(folder: Path, description: RunDescription) -> None:
 
 
 def data_digest(data: DataSet) -> str:
-    """A digest of the training data: of all points, and of the ends and middle of all features."""
+    """A digest of the training data, of all points and features."""
     digest = hashlib.sha256()
     for recording in data.recordings:
         features = recording.features
         digest.update(f"{recording.name} {features.shape}".encode())
         digest.update(recording.point_index.tobytes() + recording.point_label.tobytes())
-        ends = features[[0, len(recording) // 2, -1]]  # the whole may be terabytes
-        digest.update(np.ascontiguousarray(ends).tobytes())
+        for _, rows in in_blocks(features):
+            digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()
 
 

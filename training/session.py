@@ -25,10 +25,10 @@ from hrpro.training.data import (
 from hrpro.training.data_config import DataConfig
 from hrpro.training.evaluate import evaluate
 from hrpro.training.metrics import GroundTruth, MeanAveragePrecision
-from hrpro.training.model import SnippetModel
+from hrpro.training.model import SnippetModel, band_reach
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
-from hrpro.training.predictions import read_predictions, write_predictions
+from hrpro.training.predictions import PredictionsError, read_predictions, write_predictions
 from hrpro.training.presets import preset_of, read_preset
 from hrpro.training.recorder import Recorder
 from hrpro.training.run import (
@@ -71,9 +71,12 @@ def train_run(
 
     With ``resume`` training goes on where the run in ``out`` was stopped, from the start if
     there is none; if it is finished there is nothing to do. Of several processes the first one
-    writes and reports. Raises DataError, RunError, TrainingError and TrainingStopped.
+    writes and reports. Raises DataError, RunError, SettingsError, TrainingError and
+    TrainingStopped.
     """
     started_s = time.monotonic()
+    if (reach := band_reach(config.model)) is not None:
+        config.window.length(*reach)  # the export would refuse it, when all is trained
     with process_group(training_device(config)):
         data = read_training_split(data_folder, config.data)
         description = describe_run(config, data)
@@ -158,11 +161,11 @@ def evaluate_run(
 
     What was predicted is written to the file ``predictions``, if one is given.
     """
+    if predictions is not None and not predictions.parent.is_dir():
+        raise PredictionsError(f"{predictions}: expected a folder to write it in, there is none")
     description, model = read_run(run)
     data, truth = read_evaluation_data(data_folder, description)
     found = evaluate(model, data, truth, description.config.localization)
-    if predictions is not None:
-        write_predictions(predictions, found.predictions, description.classes)
     write_figures(
         run,
         {
@@ -172,6 +175,8 @@ def evaluate_run(
             "stage1_average_map": found.stage1.average,
         },
     )
+    if predictions is not None:
+        write_predictions(predictions, found.predictions, description.classes)
     figures = _figures(found.both_stages, found.recordings)
     return {**figures, "stage1_average_map": found.stage1.average}
 
@@ -179,6 +184,14 @@ def evaluate_run(
 def read_evaluation_data(
     data_folder: Path, description: RunDescription
 ) -> tuple[DataSet, GroundTruth]:
+    """The test split as the run reads its data, and its ground truth; as `read_test_data`."""
+    data = read_test_data(data_folder, description)
+    names = [recording.name for recording in data.recordings]
+    config, classes = description.config.data, description.classes
+    return data, read_ground_truth(data_folder, names, classes, config)
+
+
+def read_test_data(data_folder: Path, description: RunDescription) -> DataSet:
     """The test split as the run reads its data; RunError if it is of another data set."""
     config, classes = description.config.data, description.classes
     there = known_classes(data_folder, config)
@@ -188,9 +201,7 @@ def read_evaluation_data(
             f"the run was trained on {description.data_set!r} with {len(classes)} classes, "
             f"but {data_folder} has {len(there)}; they differ in {odd}"
         )
-    data = read_test_split(data_folder, classes, config, description.feature_dim)
-    names = [recording.name for recording in data.recordings]
-    return data, read_ground_truth(data_folder, names, classes, config)
+    return read_test_split(data_folder, classes, config, description.feature_dim)
 
 
 def evaluate_predictions(
@@ -201,7 +212,8 @@ def evaluate_predictions(
     everyone = list(read_database(data_folder))
     classes = known_classes(data_folder, config) or annotated_labels(data_folder, everyone)
     truth = read_ground_truth(data_folder, names, classes, config)
-    found = truth.compare(read_predictions(predictions, names, classes))
+    blocked = config.published.blocked if config.published else ()
+    found = truth.compare(read_predictions(predictions, names, classes, blocked))
     return _figures(found, len(names))
 
 

@@ -26,7 +26,6 @@ from hrpro.engine.backends.step import StepSession
 from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
 from hrpro.engine.inference import Outputs
-from hrpro.engine.windows import window_length
 from hrpro.engine.wire import HrproError
 from hrpro.export.bundle import Bundle, Manifest
 
@@ -207,7 +206,7 @@ def _providers(manifest: Manifest, config: EngineConfig) -> Providers:
 
 def _tensorrt_options(manifest: Manifest, config: EngineConfig) -> dict[str, Any]:
     """One profile for all batches and windows: without, each new shape would build an engine."""
-    own = window_length(config.window, manifest.context_snippets, manifest.lookahead_snippets)
+    own = config.window.length(manifest.context_snippets, manifest.lookahead_snippets)
     longest = max(own, manifest.window_length)  # the latter is that of the golden windows
     shapes = {
         name: f"features:{batch}x{length}x{manifest.feature_dim},valid:{batch}x{length}"

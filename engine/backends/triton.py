@@ -20,7 +20,6 @@ from hrpro.engine.backends.triton_connection import CallError, Connection
 from hrpro.engine.backends.triton_memory import Region, Regions, padded_bytes
 from hrpro.engine.config import EngineConfig
 from hrpro.engine.inference import BackendError, Outputs
-from hrpro.engine.windows import window_length
 from hrpro.export.bundle import Bundle, Manifest
 
 # A server takes longer to be replaced by another one than it may be silent without being asked
@@ -127,7 +126,7 @@ def _new_regions(manifest: Manifest, config: EngineConfig) -> Regions | None:
     mode, address = config.triton.shared_memory, config.triton.address
     if mode == "never" or (mode == "auto" and not _is_here(address)):
         return None
-    own = window_length(config.window, manifest.context_snippets, manifest.lookahead_snippets)
+    own = config.window.length(manifest.context_snippets, manifest.lookahead_snippets)
     B = max(config.batch_limit, 2)  # there are two golden windows
     T = max(own, manifest.window_length)
     widths = (manifest.feature_dim, len(manifest.classes), manifest.embedding_width)
