@@ -134,13 +134,19 @@ class Deployment:
         if self.steps is not None:
             self.steps.leave(stream)
 
+    def forget(self) -> None:
+        """What is in flight will be asked for again."""
+        streams = self.inference.forget()
+        if self.steps is not None:
+            self.steps.forget(streams)
+
     def take_over(self, stream: Stream) -> bool:
         """Work for a stream from its next window on; returns whether that is a change."""
         before, stream.deployment = stream.deployment, self
         if before is self:
             return False
         before.leave(stream)
-        before.inference.forget()  # stage 2 of this one cannot read what that one embeds
+        before.forget()  # stage 2 of this one cannot read what that one embeds
         embeds_alike = before.manifest.files[SNIPPET_GRAPH] == self.manifest.files[SNIPPET_GRAPH]
         stream.localizer.use(
             self.config.localization,

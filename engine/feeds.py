@@ -145,11 +145,10 @@ class Feeds:
 
     def streams_of(self, account: str) -> set[str]:
         """The streams that peers of this account feed, or wait to open; idle ones give way."""
-        streams = self._pipeline.streams
         fed = {
             name
             for name, feed in self.live.items()
-            if feed.identity.account == account and not streams[name].idle
+            if feed.identity.account == account and not self._is_idle(name)
         }
         return fed | {name for name, (peer, _) in self._waiting.items() if peer.account == account}
 
@@ -165,13 +164,14 @@ class Feeds:
         """Answers each Hello that waited for the end of a session, once it has come."""
         for name, (identity, hello) in list(self._waiting.items()):
             before = self._pipeline.streams.get(name)
-            if self.draining or before is None or not before.ended:
+            over = not self._is_closing(name) and (before is None or not before.ended)
+            if self.draining or over:
                 del self._waiting[name]
                 self.handle(identity, hello)
 
-    def tend(self) -> None:
-        """Gives up what has been missing for too long, and lets silent streams rest."""
-        now_s = self._now_s()
+    def tend(self, now_s: float) -> None:
+        """Gives up what has been missing for too long, and lets silent streams rest. What came
+        by ``now_s`` has been handled."""
         for name, (first, since_s) in list(self._holes.items()):
             stream = self._pipeline.streams.get(name)
             missing_until = None if stream is None else stream.missing_until
@@ -186,7 +186,7 @@ class Feeds:
             for name, feed in self.live.items():
                 if not feed.reachable:
                     self._touched.add(name)
-                if now_s - feed.heard_s >= self._idle_s:
+                if now_s - feed.heard_s >= self._idle_s and not self._is_closing(name):
                     self._pipeline.rest(name)
 
     def due_in_s(self) -> float | None:
@@ -209,7 +209,7 @@ class Feeds:
                 break
             touched.add(name)
             del self._untold[name]
-        for name in touched & self.live.keys():
+        for name in touched & self.live.keys() & self._pipeline.streams.keys():
             self._untold.pop(name, None)
             feed, state = self.live[name], _state(self._pipeline.streams[name])
             if name in moved:
@@ -234,11 +234,12 @@ class Feeds:
         self._refuse_when_draining(hello.stream)
         self._check_fits(hello)
         live = self._pipeline.streams.get(hello.stream)
-        if live is not None and not live.ended and hello.first_index > live.next_index:
+        is_ending = self._is_closing(hello.stream) or (live is not None and live.ended)
+        if live is not None and not is_ending and hello.first_index > live.next_index:
             goes_on = self._give_up(live, hello.first_index)
             if not goes_on and self.live[hello.stream].identity == identity:
                 del self.live[hello.stream]  # it did not end it
-        if live is not None and live.ended:
+        if is_ending or (live is not None and live.ended):  # it may have been just now
             waiting = self._waiting.get(hello.stream)
             # What is before a gap that ended the session is not processed again.
             if (
@@ -273,7 +274,11 @@ class Feeds:
         ending = sum(stream.ended for stream in streams.values())
         if ending > len(self._waiting.keys() - {name}):
             return True
-        open_feeds = {each: feed for each, feed in self.live.items() if not streams[each].ended}
+        open_feeds = {
+            each: feed
+            for each, feed in self.live.items()
+            if each in streams and not streams[each].ended
+        }
         idle = min(open_feeds, key=lambda each: open_feeds[each].heard_s, default=None)
         if idle is None or self._now_s() - open_feeds[idle].heard_s < self._idle_s:
             return False
@@ -404,6 +409,8 @@ class Feeds:
         return True
 
     def _on_end(self, identity: Peer, end: End) -> None:
+        if self._is_closing(end.stream):
+            return  # it is told then
         ended = self._ended.get(end.stream)
         if ended is None and end.stream not in self._pipeline.streams:
             ended = self._ended_before(end.stream)
@@ -433,6 +440,10 @@ class Feeds:
             raise StreamError(
                 "unknown_stream", f"stream {name!r}: expected a Hello first, came {message.TYPE}"
             )
+        if self._is_closing(name):
+            raise StreamError(
+                "unknown_stream", f"stream {name!r}: expected nothing more, since it is over"
+            )
         feed = self.live[name]
         if feed.identity is _NOBODY:
             raise StreamError(
@@ -448,6 +459,14 @@ class Feeds:
             )
         feed.heard_s = self._now_s()
         return self._pipeline.streams[name], feed
+
+    def _is_closing(self, name: str) -> bool:
+        """Whether a stream is processed to its end, and that is not published yet: the log cannot
+        be written."""
+        return name in self.live and name not in self._pipeline.streams
+
+    def _is_idle(self, name: str) -> bool:
+        return self._is_closing(name) or self._pipeline.streams[name].idle
 
     def _refuse_when_draining(self, name: str) -> None:
         if self.draining:

@@ -17,7 +17,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -382,6 +382,12 @@ class Steps:
         if not self._places:
             self._pool, self._swaps = None, deque()
 
+    def forget(self, streams: Iterable[Stream]) -> None:
+        """What these were fed last may never be computed: they begin anew."""
+        for stream in streams:
+            if stream in self._places:
+                self._places[stream].fed = _NOWHERE
+
     def prepare(self, jobs: Sequence[Job]) -> Prepared:
         """Read what the streams have not fed yet. Batches are to be begun in the order in which
         they were prepared, and may be computed at the same time: one that goes on where another one
@@ -458,8 +464,8 @@ class Steps:
                 at[slot], slots[other] = other, slot
 
     def _feed(self, place: _Place, stream: Stream, jobs: list[Job]) -> _Feed:
-        """What to feed for jobs that follow one another. From then on it counts as fed: what does
-        not come about is noticed, since the next job then begins before."""
+        """What to feed for jobs that follow one another. From then on it counts as fed, unless it
+        is forgotten."""
         first, stop = jobs[0].first, jobs[-1].until + self._delay
         oldest = max(stream.first_index, first - self._context)
         fed, known = place.fed, place.known

@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from hrpro.engine.batcher import Job
 from hrpro.engine.stitch import stitch
 from hrpro.engine.windows import WindowPlan
 from hrpro.engine.wire import HrproError
+
+if TYPE_CHECKING:
+    from hrpro.engine.stream import Stream
 
 # Of threads that compute, more than that of the loop.
 _NICENESS = 5
@@ -153,14 +156,17 @@ class Inference:
         self.waits_for = None
         return scored
 
-    def forget(self) -> None:
-        """What is in flight will be asked for again, of this backend or of another one."""
-        for jobs, answer in self._asked:
+    def forget(self) -> set[Stream]:
+        """What is in flight will be asked for again, of this backend or of another one; returns
+        the streams that it is of."""
+        streams = {job.stream for jobs, _ in self._asked for job in jobs}
+        for _, answer in self._asked:
             answer.cancel()  # one that has begun runs out
-            for job in jobs:
-                job.stream.asked = job.stream.processed
+        for stream in streams:
+            stream.asked = stream.processed
         self._asked.clear()
         self.waits_for = None
+        return streams
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:

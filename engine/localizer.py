@@ -39,6 +39,9 @@ Floats = NDArray[np.float64]
 # What was published is remembered for as long as it can overlap what is still to come, and no
 # more than this many a class.
 _PUBLISHED_LIMIT = 256
+# So many proposals of a class may wait for better ones, or for the end of their action: with those
+# that a snippet adds, few enough for the quick way of soft-NMS.
+_POOL_LIMIT = 192
 
 
 class Final(NamedTuple):
@@ -251,7 +254,15 @@ class StreamLocalizer:
         None says that it embeds as the one before. Otherwise what was embedded before is forgotten,
         since stage 2 knows nothing of another model's: a run that is over is scored with what is
         known of it, and one that goes on will be scored by its contrast alone.
+
+        What a restored one has to remember again is not there yet: the settings hold from
+        `decided_until` on, and runs that are over wait for what the other model embeds of them.
         """
+        if self._history.next_index < self.decided_until:
+            if embedding_width is not None:
+                self._forget_embedding(config, embedding_width)
+            self._due_config, self._scorer = config, scorer
+            return
         if embedding_width is not None or config != self._config:
             ready, self._closed = self._closed, []
             alone(self._refine(ready))
@@ -262,9 +273,12 @@ class StreamLocalizer:
             self._history = self._history.resized(config.history_snippets)
         self._tracker.config = config
         if embedding_width is not None:
-            self._embedded_from = self._detector.next_index
-            self._history = Ring(config.history_snippets, (embedding_width,), self._embedded_from)
+            self._forget_embedding(config, embedding_width)
         self._config, self._scorer = config, scorer
+
+    def _forget_embedding(self, config: LocalizationConfig, width: int) -> None:
+        self._embedded_from = self._history.next_index
+        self._history = Ring(config.history_snippets, (width,), self._embedded_from)
 
     def _replayed(self, config: LocalizationConfig) -> RunDetector:
         """A detector of other thresholds that knows which runs are open.
@@ -330,6 +344,9 @@ class StreamLocalizer:
         is_final = [p.end <= goes_on_from and p.due_from <= due_until for p in pool]
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
+        if len(pool) > _POOL_LIMIT:  # as of noise: each snippet would cost the square of it
+            due = sorted(p.due_from for p in pool)
+            latest = max(latest, min(due[len(pool) - _POOL_LIMIT - 1], due_until))
         some_are_late = self._due_from[label_index] <= latest
         if not (some_are_late or any(is_final)):
             return []

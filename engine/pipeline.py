@@ -48,6 +48,7 @@ class Pipeline:
         self._closing: dict[str, Stream] = {}  # to be flushed when they are processed
         self.streams: dict[str, Stream] = {}
         self.moved: set[str] = set()  # streams that were processed further; the server clears it
+        self.is_held = False  # nothing that comes of it can be published now
         self.is_durable = False  # whether streams outlive the engine, see `hrpro.engine.recovery`
         self.curves = Curves()
         self.batches = 0  # inference calls
@@ -140,7 +141,7 @@ class Pipeline:
         live = self._live(stream)
         live.check(first_index, features)
         stop = first_index + len(features)
-        if live.policy == "drop_oldest" and stop > live.send_until:
+        if live.policy == "drop_oldest" and stop > live.send_until and not self.is_held:
             if live.is_under_way and live.asked == live.processed:  # what it passes over now
                 self._finish_under_way()
             live.drop_oldest(stop)
@@ -324,7 +325,10 @@ class Pipeline:
             span = stream.first_index, stream.processed
             published.append(publisher.notice(stream, "idle", span))
             stream.restart()
-            self._go_on(stream)
+            if stream.resume():  # at once: its state is saved with what is published now
+                span = stream.first_index, stream.processed
+                published.append(publisher.notice(stream, "resumed", span))
+            self._offer(stream)
             if not stream.ended:
                 del self._closing[stream.stream]
             return published

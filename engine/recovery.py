@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
+from hrpro.engine.event_reader import LogError
 from hrpro.engine.messages import Publication
+from hrpro.engine.settings import SettingsError
 from hrpro.engine.stream import Stream
 
 if TYPE_CHECKING:
@@ -58,10 +60,23 @@ def save(pipeline: Pipeline, publications: Iterable[Publication]) -> list[SavedS
 
 
 def restore(pipeline: Pipeline, states: Iterable[tuple[str, bytes]]) -> None:
-    """Go on with the streams of an earlier run of the engine."""
+    """Go on with the streams of an earlier run of the engine.
+
+    Raises LogError for a state that cannot be read, and SettingsError for too many of them.
+    """
     pipeline.is_durable = True
     for name, data in states:
-        pipeline.restore(name, msgpack.unpackb(data))
+        try:
+            pipeline.restore(name, msgpack.unpackb(data))
+        except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
+            raise LogError(
+                f"stream {name!r}: its state in the event log cannot be read: {error!r}"
+            ) from None
+    if len(pipeline.streams) > pipeline.max_streams:
+        raise SettingsError(
+            f"max_streams: expected at least {len(pipeline.streams)}, as many streams as the event "
+            f"log has open, got {pipeline.max_streams}"
+        )
 
 
 def _is_far(stream: Stream) -> bool:

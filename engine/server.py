@@ -68,6 +68,8 @@ _log = logging.getLogger(__name__)
 MESSAGES_PER_TURN = 200
 # Of the reading of a socket, for messages that are refused: there may be any number of them.
 REFUSING_S = 0.0005
+# So long the engine may take to read what came while it stood still.
+_BEHIND_S = 10.0
 # Each may ask for a page of the log, which takes up to some milliseconds.
 SUBSCRIPTIONS_PER_TURN = 20
 
@@ -105,6 +107,8 @@ class Server:
         self.refused: Counter[str] = Counter()  # messages, by the code of their Error
         self._refusals = 0  # all of them
         self.turn_began_s: float | None = None  # monotonic; None while it waits for messages
+        self._heard_until_s = time.monotonic()  # what had come to `feed` by then is handled
+        self._behind_since_s: float | None = None  # when more had come than a turn reads
         self._pipeline = pipeline
         self._deployer = deployer
         self._metrics = metrics or Metrics()
@@ -296,8 +300,7 @@ class Server:
             self._reopen_events()
         if self._doorkeeper is not None:
             self._let_in(self._doorkeeper)
-        if self._feed in ready:
-            self._read(self._feed, self._on_feed)
+        self._hear(self._feed in ready)
         if self._events in ready:
             self._read(self._events, self._on_subscription, SUBSCRIPTIONS_PER_TURN)
         if self._control in ready:
@@ -311,32 +314,48 @@ class Server:
             self._drain_until_s = time.monotonic() + self._drain_s
         self._publish()
         self._feeds.admit_waiting()
-        self._feeds.tend()
+        self._feeds.tend(self._heard_until_s)
         self._feeds.acknowledge()
         self._outbox.tend()
         self._peer_log.say_left_out()
+
+    def _hear(self, is_ready: bool) -> None:
+        """Reads from `feed`, and notes until when everything that had come is handled.
+
+        Behind a turn that stood still there are more messages than one reads: a stream is not
+        silent, and nothing of it missing, as long as those are not read. But not for ever, since
+        one peer can send too much for all the others.
+        """
+        began_s = time.monotonic()
+        if not is_ready or self._read(self._feed, self._on_feed):
+            self._behind_since_s = None
+        elif self._behind_since_s is None:
+            self._behind_since_s = began_s
+        if self._behind_since_s is None or began_s - self._behind_since_s > _BEHIND_S:
+            self._heard_until_s = began_s
 
     def _read(
         self,
         source: zmq.Socket[bytes],
         handle: Callable[[zmq.Frame, list[bytes]], None],
         at_most: int = MESSAGES_PER_TURN,
-    ) -> None:
-        """So many messages, fewer where some are refused."""
+    ) -> bool:
+        """So many messages, fewer where some are refused; returns whether those were all."""
         refusing_s = 0.0
         for _ in range(at_most):
             refusals, began_s = self._refusals, time.monotonic()
             received = None if source.closed else sockets.receive(source)
             if received is None:
-                return
+                return True
             handle(*received)
             if self._refusals > refusals:
                 refusing_s += time.monotonic() - began_s
                 if refusing_s > REFUSING_S:
-                    return
+                    return False
+        return False
 
     def _publish(self) -> None:
-        holds = self._outbox.waits_for is not None
+        self._pipeline.is_held = holds = self._outbox.waits_for is not None
         steps = self._pipeline.step() if not holds and self._pipeline.pending() else ()
         for publication in self._outbox.publish(steps, partial(save, self._pipeline)):
             self._on_published(publication)

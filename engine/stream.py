@@ -95,6 +95,10 @@ class Stream:
         first = max(self.localizer.remembered_from, self.first_index)
         hop = first // self._plan.hop * self._plan.hop
         needed_from = max(hop - self._plan.context, self.first_index)
+        if self.needed_from is not None and needed_from < self.needed_from:
+            # Another bundle may look back further, but what was not needed is gone.
+            needed_from = self.needed_from
+            hop = max(hop, -(-needed_from // self._plan.hop) * self._plan.hop)
         return {
             **{name: getattr(self, name) for name in _SAVED},
             "processed": max(self.processed, self.decided_until),
@@ -294,7 +298,7 @@ class Stream:
         """Whether a stream whose silence is processed goes on now."""
         if not self.idle or self._flush_at is not None:
             return False
-        if max(self.next_index, self.came_until) == self.processed:
+        if max(self.next_index, self._snippets.top_index) <= self.processed:
             return False
         self.idle = False
         return True

@@ -216,10 +216,12 @@ class ActionTracker:
 
     def _start(self, label_index: int, t: int, current: NDArray[np.float64]) -> ActionChange:
         before, now = self._previous[label_index], current[label_index]
-        # As for proposals, the border lies where the score crosses the threshold.
-        crossing = (self.config.event_start - before) / (now - before)
-        start = float(t) if t == self._first_index else t - 0.5 + crossing
-        action = Action(self.next_id, label_index, float(start), first_index=t)
+        threshold, start = self.config.event_start, float(t)
+        # As for proposals, the border lies where the score crosses the threshold; it does not where
+        # the stream begins, or where the threshold of another bundle is lower.
+        if t > self._first_index and before <= threshold:
+            start += float((threshold - before) / (now - before)) - 0.5
+        action = Action(self.next_id, label_index, start, first_index=t)
         self.next_id += 1
         self._open[label_index] = action
         action.score_sum, action.snippets = float(now), 1

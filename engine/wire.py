@@ -42,7 +42,7 @@ VERSION = 1
 # Indices stay exact in an IEEE double, so that any client language can hold them.
 MAX_INDEX = 2**53
 # Where a stream may begin at most: no stream that begins here lives to see MAX_INDEX.
-MAX_FIRST_INDEX = 2**52
+MAX_FIRST_INDEX = 2**40
 MAX_COUNT = 2**31 - 1
 MAX_LIST = 65_536
 # Room for what lists claim to hold, one in another, grows with the square of a header's length. Up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import Drive, Turn, assert_same, engine_config, finals, of_stream
+from driving import PATIENCE_S, Drive, Turn, assert_same, engine_config, finals, of_stream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lives import FIRST_INDEX, LENGTH, Life, durable_config
+from lives import NAMES as STREAMS
 from other_bundles import changed_bundle, renamed_bundle, reweighted_bundle, widened_bundle
 from tiny_model import tiny_recording
 
@@ -23,7 +26,7 @@ from hrpro.engine.config import EngineConfig, LocalizationConfig, WindowConfig
 from hrpro.engine.deployer import FollowedFolder
 from hrpro.engine.deployment import DeployError, Deployment, check_agreement, relied_on
 from hrpro.engine.localizer import Decision, Final, StreamLocalizer
-from hrpro.engine.messages import ActionEvent, Publication
+from hrpro.engine.messages import ActionEvent, Publication, StreamNotice
 from hrpro.engine.pipeline import Pipeline
 from hrpro.engine.proposals import Run, RunDetector
 from hrpro.engine.refine import Proposal
@@ -649,6 +652,118 @@ def test_drops_have_no_embedding_of_another_model(others: dict[str, Loaded], nam
     np.testing.assert_array_equal(rows[0], [last] * 3)
     assert rows[1].shape == (3, others[name].manifest.embedding_width)
     assert rows[1].any() == (name == "renamed")
+
+
+class Gated:
+    """A backend whose steps wait."""
+
+    def __init__(self, inner: OnnxRuntimeBackend) -> None:
+        self._inner = inner
+        self.open = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def score_step(self, *arguments: Any) -> Any:
+        assert self.open.wait(PATIENCE_S)
+        return self._inner.score_step(*arguments)
+
+
+def test_what_was_given_up_at_a_swap_counts_as_never_fed(others: dict[str, Loaded]) -> None:
+    # A canary of "y" gives up what is asked for "x", which then drops what it would have begun
+    # with: its state in the pool has not seen those snippets.
+    features = tiny_recording(60, seed=4)
+    gated = Gated(others["a"].backend)
+    config = engine_config(others["a"].manifest, backlog=12).model_copy(
+        update={"mode": "throughput", "max_wait_ms": 0.0}
+    )
+    drive = Drive(others["a"].manifest, gated, config, {"x": features, "y": features})
+    pipeline, x = drive.pipeline, drive.pipeline.streams["x"]
+    x.policy = "drop_oldest"
+    drive.step()  # announcements
+    for name, count in (("y", 8), ("x", 10)):
+        pipeline.append(name, 0, features[:count])
+        drive.step()  # asked for: the one of "y" waits in the thread, that of "x" behind it
+    assert x.asked > 0
+    canary = Deployment(others["reweighted"].manifest, others["reweighted"].backend, config)
+    pipeline.deploy(canary, ["y"])
+    assert x.asked == 0
+    for first in (10, 16):
+        pipeline.append("x", first, features[first : first + 6])
+    assert x.dropped == 6
+    gated.open.set()
+    drive.settle()
+    scores = drive.scores("x")
+    whole = others["a"].whole(features)[0]
+    assert len(scores) == x.processed == 19
+    np.testing.assert_allclose(scores[6:], whole[6:19], atol=1e-4)
+
+
+# --- after a restart ------------------------------------------------------------------------------
+
+
+def restarted(
+    others: dict[str, Loaded],
+    name: str,
+    killed_at: int,
+    is_before: bool,
+    lookahead_s: float | str,
+) -> Life:
+    """An engine that was killed, whose successor gets another bundle before, or after, the feeders
+    have sent again what its streams have to remember."""
+    made_of = others["a"].bundle, others["a"].backend
+    config = durable_config(made_of[0], hop=1, history=128, lookahead_s=lookahead_s)
+    life = Life(*made_of, config)
+    for stream in STREAMS:
+        life.send_to(stream, killed_at)
+    life.settle()
+    life.pipeline = life.started_again()
+    other = others[name]
+    localization = other.manifest.localization.model_copy(update={"history_snippets": 128})
+    deployment = Deployment(
+        other.manifest,
+        other.backend,
+        config.model_copy(update={"localization": localization}),
+    )
+    if is_before:
+        life.pipeline.deploy(deployment)
+    for stream in STREAMS:
+        restored = life.pipeline.streams[stream]
+        life.sent[stream] = restored.next_index
+        life.send_to(stream, restored.decided_until + made_of[0].manifest.lookahead_snippets)
+    life.settle()
+    if not is_before:
+        life.pipeline.deploy(deployment)
+    life.finish()
+    return life
+
+
+@pytest.mark.parametrize("killed_at", [21, 45, 63])
+def test_other_settings_hold_from_where_a_restored_stream_goes_on(
+    others: dict[str, Loaded], killed_at: int
+) -> None:
+    before, after = (
+        restarted(others, "apart", killed_at, is_before, 5.12) for is_before in (True, False)
+    )
+    for stream in STREAMS:
+        assert_same(of_stream(before.log, stream), of_stream(after.log, stream))
+
+
+@pytest.mark.parametrize("lookahead_s", ["strict", 5.12])
+@pytest.mark.parametrize("name", ["reweighted", "wide", "apart and wide"])
+def test_another_model_takes_over_a_restored_stream_at_once(
+    others: dict[str, Loaded], name: str, lookahead_s: float | str
+) -> None:
+    for killed_at in range(20, 70, 10):
+        life = restarted(others, name, killed_at, is_before=True, lookahead_s=lookahead_s)
+        assert_continuous(life.log, STREAMS)
+        end_s = (FIRST_INDEX + LENGTH) * others["a"].manifest.clock.snippet_s
+        for each in finals(life.log):
+            assert each.start_s < each.end_s <= end_s
+        for stream in STREAMS:
+            last = of_stream(life.log, stream)[-1]
+            assert isinstance(last, StreamNotice)
+            assert (last.kind, last.next_index) == ("ended", FIRST_INDEX + LENGTH)
 
 
 # --- refusals ------------------------------------------------------------------------------------

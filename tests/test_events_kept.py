@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +241,44 @@ def test_a_full_disk_holds_the_streams_and_loses_nothing(
     assert_same(unnumbered(found), expected)
     logged = logged_in(state)
     assert logged == before + found
+    assert numbers(logged) == list(range(1, len(logged) + 1))
+
+
+@pytest.mark.parametrize("is_begun_again", [False, True])
+def test_a_stream_that_ends_while_the_disk_is_full_has_ended_when_it_is_not(
+    bundle: Bundle, state: Path, is_begun_again: bool
+) -> None:
+    # Nothing is found: the first that cannot be logged is that a stream has ended.
+    blind = [f"localization.{name}=0.999" for name in ("event_start", "event_end")]
+    settings = ["localization.thresholds=[0.999]", *blind]
+    options = [each for setting in settings for each in ("--set", setting)]
+    with (
+        engine(bundle.folder, *options, state=state, quiet=False) as served,
+        FeatureFeeder(served.feed, "cam", DIM, timeout_s=PATIENCE_S) as feeder,
+    ):
+        feeder.send(RECORDING[:6])
+        feeder.flush()
+        wait_for(lambda: len(logged_in(state)) == 1)
+        limit_files(served, (state / f"{FILE}-wal").stat().st_size)
+        ending = threading.Thread(target=feeder.end)
+        ending.start()
+        wait_for(lambda: request_status(served.control, PATIENCE_S)["state"] == "waiting")
+        again = threading.Thread(target=feed, args=(served, "cam"))
+        if is_begun_again:  # it has to wait for the end of the session before
+            again.start()
+        time.sleep(0.5)  # the loop turns, and whoever is there asks again
+        assert request_status(served.control, PATIENCE_S)["streams"] == ()
+        limit_files(served, resource.RLIM_INFINITY)
+        ending.join(PATIENCE_S)
+        assert not ending.is_alive()
+        if is_begun_again:
+            again.join(PATIENCE_S)
+            assert not again.is_alive()
+    logged = logged_in(state)
+    assert all(isinstance(each, StreamNotice) for each in logged)
+    told = [(each.session, each.kind, each.next_index) for each in logged]  # type: ignore[union-attr]
+    first = [(1, "opened", 0), (1, "ended", 6)]
+    assert told == ([*first, (2, "opened", 0), (2, "ended", 150)] if is_begun_again else first)
     assert numbers(logged) == list(range(1, len(logged) + 1))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,9 +37,11 @@ from hrpro.engine.protocol import (
     Gap,
     Hello,
     Message,
+    Publication,
     StreamNotice,
     Welcome,
 )
+from hrpro.engine.server import MESSAGES_PER_TURN
 
 WINDOW = 4
 WELCOME = Welcome(
@@ -89,7 +94,7 @@ class Engine:
                     if publication.kind == "ended":
                         self.feeds.on_ended(publication)
         self.feeds.admit_waiting()
-        self.feeds.tend()
+        self.feeds.tend(self.now_s)
         self.feeds.acknowledge()
         return list(self.told)
 
@@ -201,6 +206,59 @@ def test_silence_over_sockets() -> None:
             assert message is not None
             heard.append(message.kind if isinstance(message, StreamNotice) else "")
         assert heard[0] == "opened"
+
+
+def test_what_waits_in_the_socket_was_not_silent() -> None:
+    # The loop stands still for longer than a stream may be silent, as on a disk that does: more
+    # chunks have come then than a turn reads.
+    names = [f"cam{n}" for n in range(MESSAGES_PER_TURN + 60)]
+    stands_still, goes_on = threading.Event(), threading.Event()
+    told: Counter[str] = Counter()
+
+    class Still(TinyPipeline):
+        def step(self) -> Iterator[Publication]:
+            if stands_still.is_set():
+                assert goes_on.wait(PATIENCE_S)
+            for each in super().step():
+                if isinstance(each, StreamNotice):
+                    told[each.kind] += 1
+                yield each
+
+    pipeline = Still(idle_s=2.0, max_streams=len(names))
+    with serving(pipeline) as server, RawPeer(server.feed_address) as peer:
+        for name in names:
+            assert isinstance(peer.ask(hello(name)), Welcome)
+        stands_still.set()
+        peer.say(chunk(0, 1, names[0]))
+        time.sleep(2.2)
+        peer.say(*(chunk(0, 1, name) for name in names[1:]))
+        time.sleep(0.2)  # they have come
+        stands_still.clear()
+        goes_on.set()
+        waiting = set(names)
+        while waiting:
+            ack = peer.hear()
+            assert isinstance(ack, Ack) and ack.next_index == 1
+            waiting.discard(ack.stream)
+    assert told == {"opened": len(names)}
+
+
+def test_what_cannot_be_logged_is_not_passed_over() -> None:
+    pipeline = TinyPipeline()
+    stream = pipeline.open("cam", 0, "drop_oldest")
+    list(pipeline.step())
+    pipeline.append("cam", 0, rows(0, 8))
+    pipeline.append("cam", 8, rows(8, 16))
+    pipeline.is_held = True  # nothing is computed
+    for first in range(16, 96, 8):
+        pipeline.append("cam", first, rows(first, first + 8))
+    assert pipeline._announcements == []
+    assert (stream.dropped, stream.processed, stream.next_index) == (80, 0, 96)
+    pipeline.is_held = False
+    pipeline.append("cam", 96, rows(96, 104))
+    while pipeline.pending():
+        list(pipeline.step())
+    assert stream.processed == 104
 
 
 def test_a_feeder_that_cannot_be_told_keeps_no_stream_awake() -> None:

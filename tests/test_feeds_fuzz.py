@@ -58,7 +58,7 @@ class Engine:
                 if isinstance(publication, StreamNotice) and publication.kind == "ended":
                     self.feeds.on_ended(publication)
         self.feeds.admit_waiting()
-        self.feeds.tend()
+        self.feeds.tend(self.now_s)
         self.feeds.acknowledge()
         assert len(self.pipeline.streams) <= MAX_STREAMS
 

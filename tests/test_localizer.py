@@ -386,6 +386,21 @@ def test_an_endless_alternation_takes_bounded_memory(low: float) -> None:
     assert published >= 10_000 - 2
 
 
+def test_of_a_noisy_action_few_proposals_wait() -> None:
+    localizer = new_localizer(LocalizationConfig(), wait=6)
+    random = np.random.default_rng(0)
+    highest, published = 0, 0
+    for t in range(300):
+        score = random.uniform(0.3, 0.35) if t % 2 else random.uniform(0.85, 0.95)
+        part = rows([score])
+        published += len(finals(localizer.advance(part, part)))
+        highest = max(highest, len(localizer._pool[0]))
+    assert localizer.open_actions == 1
+    # A run ends over each of several thresholds in two snippets: without a limit, 900 would wait.
+    assert 150 < highest <= 192
+    assert published > 300
+
+
 def test_an_endless_action_has_its_borders_and_contrast_at_its_end() -> None:
     config = LocalizationConfig(thresholds=(0.25, 0.5), peak_gate=0.0, history_snippets=32)
     localizer = new_localizer(config, 6, scorer=None)

@@ -3,25 +3,20 @@ undisturbed one does."""
 
 from __future__ import annotations
 
-import threading
 from typing import Literal
 
-import numpy as np
-from driving import PATIENCE_S, assert_same, engine_config, of_stream
+import pytest
+from driving import assert_same, of_stream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_model import tiny_recording
+from lives import FIRST_INDEX, LENGTH, NAMES, Life, durable_config
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
-from hrpro.engine.config import EngineConfig
 from hrpro.engine.deployment import Deployment
-from hrpro.engine.messages import FinalProposal, Publication
-from hrpro.engine.pipeline import Pipeline
-from hrpro.engine.recovery import restore, save
+from hrpro.engine.event_reader import LogError
+from hrpro.engine.messages import FinalProposal, StreamNotice
+from hrpro.engine.settings import SettingsError
 from hrpro.export.bundle import Bundle
-
-NAMES = ("a", "b")
-LENGTH, FIRST_INDEX = 80, 5
 
 happening = st.tuples(
     st.sampled_from(NAMES),
@@ -30,115 +25,6 @@ happening = st.tuples(
 )
 # Snippets that do not exist: (stream, first, how many)
 lost = st.tuples(st.sampled_from(NAMES), st.integers(0, LENGTH - 9), st.integers(1, 9))
-
-
-class Life:
-    """Engines one after the other, what they write down, and the feeders of two streams, which keep
-    no more than they have to."""
-
-    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend, config: EngineConfig) -> None:
-        self.made_of = bundle.manifest, backend, config
-        self.woken = threading.Event()
-        self.log: list[Publication] = []
-        self.states: dict[str, bytes] = {}
-        self.rows = {name: tiny_recording(LENGTH, seed) for seed, name in enumerate(NAMES)}
-        self.here = {name: np.ones(LENGTH, dtype=bool) for name in NAMES}
-        self.sent = dict.fromkeys(NAMES, FIRST_INDEX)
-        self.kept_from = dict.fromkeys(NAMES, FIRST_INDEX)
-        self.pipeline = self._start()
-        for name in NAMES:
-            self.pipeline.open(name, FIRST_INDEX)
-
-    def _start(self) -> Pipeline:
-        pipeline = Pipeline(Deployment(*self.made_of))
-        pipeline.wake = self.woken.set
-        pipeline.is_durable = True
-        restore(pipeline, self.states.items())
-        return pipeline
-
-    def kill(self) -> None:
-        """What is not written is lost; the feeders send again from where they are asked to."""
-        self.pipeline = self._start()
-        for name in NAMES:
-            if name not in self.pipeline.streams:
-                self.pipeline.open(name, FIRST_INDEX)
-            welcome = self.pipeline.streams[name].next_index
-            assert welcome >= self.kept_from[name], "what was asked for is forgotten"
-            until, self.sent[name] = self.sent[name], welcome
-            self.send_to(name, until)
-
-    def step(self, is_written: bool = True) -> None:
-        publications = list(self.pipeline.step())
-        saved = save(self.pipeline, publications)
-        self.pipeline.moved.clear()
-        if not is_written:
-            return
-        self.log += publications
-        for each in saved:
-            if each.data is not None:
-                self.states[each.name] = each.data
-        for each in saved:
-            each.settle()
-            if each.stream is not None:
-                assert each.needed_from >= self.kept_from[each.name], "it never goes back"
-                self.kept_from[each.name] = each.needed_from
-
-    def settle(self) -> None:
-        while True:
-            self.woken.clear()
-            if self.pipeline.pending():
-                self.step()
-            elif any(each.asked > each.processed for each in self.pipeline.streams.values()):
-                assert self.woken.wait(PATIENCE_S), "no answer came"
-            else:
-                return
-
-    def send_to(self, name: str, until: int) -> None:
-        """All snippets below this index, as there is room."""
-        stream = self.pipeline.streams[name]
-        while self.sent[name] < until:
-            first = self.sent[name]
-            stop = min(until, stream.send_until, first + 7)
-            here = self.here[name][first - FIRST_INDEX : stop - FIRST_INDEX]
-            if not len(here):
-                self.settle()
-            elif not here[0]:
-                self.sent[name] += 1
-                self.pipeline.give_up(name, first + 1)
-            else:
-                count = int(np.argmin([*here, False]))  # until one is lost
-                self.sent[name] += count
-                rows = self.rows[name][first - FIRST_INDEX :][:count]
-                self.pipeline.append(name, first, rows)
-
-    def happen(self, name: str, what: str, count: int) -> None:
-        if what == "send":
-            self.send_to(name, min(self.sent[name] + count, FIRST_INDEX + LENGTH))
-        elif what == "step" and self.pipeline.pending():
-            self.step()
-        elif what == "rest":
-            self.settle()
-            self.pipeline.rest(name)
-            self.settle()
-        elif what in ("kill", "crash"):
-            if what == "crash":
-                for _ in range(count % 3):
-                    if self.pipeline.pending():
-                        self.step(is_written=False)
-            self.kill()
-
-    def finish(self) -> None:
-        for name in NAMES:
-            self.send_to(name, FIRST_INDEX + LENGTH)
-            self.pipeline.end(name, FIRST_INDEX + LENGTH)
-        self.settle()
-        assert not self.pipeline.streams
-
-
-def durable_config(bundle: Bundle, hop: int, history: int, **changes: object) -> EngineConfig:
-    config = engine_config(bundle.manifest, hop=hop, lookahead_s="strict", backlog=12)
-    localization = config.localization.model_copy(update={"history_snippets": history})
-    return config.model_copy(update={"localization": localization, **changes})
 
 
 @settings(
@@ -175,6 +61,100 @@ def test_engines_that_are_killed_publish_what_one_does(
     undisturbed, disturbed = lives
     for name in NAMES:
         assert_same(of_stream(disturbed.log, name), of_stream(undisturbed.log, name))
+
+
+def notices(life: Life, name: str) -> list[tuple[int, str]]:
+    return [
+        (each.sequence, each.kind)
+        for each in of_stream(life.log, name)
+        if isinstance(each, StreamNotice)
+    ]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_comes_while_a_silence_is_processed_is_told_with_it(
+    bundle: Bundle, backend: OnnxRuntimeBackend, is_killed: bool
+) -> None:
+    life = Life(bundle, backend, durable_config(bundle, hop=1, history=32))
+    life.send_to("a", 30)
+    life.settle()
+    life.pipeline.rest("a")
+    life.send_to("a", 34)
+    while "idle" not in (kind for _, kind in notices(life, "a")):
+        life.step()
+    if is_killed:
+        life.kill()
+    life.finish()
+    assert [kind for _, kind in notices(life, "a")] == ["opened", "idle", "resumed", "ended"]
+    told = of_stream(life.log, "a")
+    assert [each.sequence for each in told] == list(range(len(told)))
+
+
+def test_a_stream_whose_feeder_stays_away_is_idle_once(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    life = Life(bundle, backend, durable_config(bundle, hop=1, history=32))
+    for name in NAMES:
+        life.send_to(name, 40)
+    life.settle()
+    life.pipeline = life.started_again()
+    for _ in range(3):
+        for name in NAMES:
+            life.pipeline.rest(name)
+        life.settle()
+    for name in NAMES:
+        assert [kind for _, kind in notices(life, name)] == ["opened", "idle"]
+        stream = life.pipeline.streams[name]
+        assert stream.idle
+        assert stream.processed == stream.next_index == 37  # the model looks 3 snippets ahead
+
+
+@pytest.mark.parametrize("at", range(20, 76, 9))
+def test_what_is_needed_never_goes_back_when_another_bundle_looks_further(
+    bundle: Bundle, backend: OnnxRuntimeBackend, at: int
+) -> None:
+    low = durable_config(bundle, hop=1, history=128)
+    settings = {"thresholds": (0.7,), "event_start": 0.9, "event_end": 0.85}
+    localization = low.localization.model_copy(update=settings)
+    life = Life(bundle, backend, low.model_copy(update={"localization": localization}))
+    for name in NAMES:
+        life.send_to(name, at)
+    life.settle()
+    life.made_of = (bundle.manifest, backend, low)
+    life.pipeline.deploy(Deployment(*life.made_of))
+    for name in NAMES:
+        life.send_to(name, at + 2)
+    life.settle()  # `step` sees to what is needed
+    life.kill()
+    life.finish()
+    for name in NAMES:
+        last = of_stream(life.log, name)[-1]
+        assert isinstance(last, StreamNotice)
+        assert (last.kind, last.next_index) == ("ended", FIRST_INDEX + LENGTH)
+        assert not [each for each in notices(life, name) if each[1] == "gap"]
+
+
+def test_a_log_with_more_streams_than_there_may_be_is_refused(
+    bundle: Bundle, backend: OnnxRuntimeBackend
+) -> None:
+    config = durable_config(bundle, hop=1, history=32)
+    life = Life(bundle, backend, config)
+    life.settle()
+    life.made_of = (bundle.manifest, backend, config.model_copy(update={"max_streams": 1}))
+    expected = "max_streams: expected at least 2, as many streams as the event log has open, got 1"
+    with pytest.raises(SettingsError, match=expected):
+        life.started_again()
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"\xc1", b"\x80", b"\x81\xa7session\x01", b"\x05"])
+def test_a_state_that_cannot_be_read_is_named(
+    bundle: Bundle, backend: OnnxRuntimeBackend, spoilt: bytes
+) -> None:
+    life = Life(bundle, backend, durable_config(bundle, hop=1, history=32))
+    life.settle()
+    life.states["b"] = spoilt
+    with pytest.raises(LogError, match="stream 'b': its state in the event log cannot be read: "):
+        life.started_again()
 
 
 def test_a_run_that_is_longer_than_what_is_remembered_is_the_same_after_a_restart(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zmq
+from commands import wait_for
 from serving import (
     PATIENCE_S,
     RawPeer,
@@ -26,6 +30,8 @@ from serving import (
 
 from hrpro.clients import request_drain, request_status
 from hrpro.engine import protocol
+from hrpro.engine.event_log import EventLog
+from hrpro.engine.event_reader import FILE
 from hrpro.engine.protocol import (
     Ack,
     End,
@@ -442,3 +448,17 @@ def test_a_failure_of_the_pipeline_ends_the_server_loudly() -> None:
         peer.say(hello(), chunk(0, 1))
         with pytest.raises(RuntimeError, match="the backend is gone"):
             server.run()
+
+
+def test_a_folder_whose_name_is_no_text_can_be_told_of(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"state\xff")
+    with EventLog(folder) as log:
+        with contextlib.closing(sqlite3.connect(folder / FILE)) as other:
+            other.execute("DROP TABLE events")
+        with serving(log=log) as server, RawPeer(server.feed_address) as peer:
+            assert isinstance(peer.ask(hello()), Welcome)
+            wait_for(
+                lambda: request_status(server.control_address, PATIENCE_S)["state"] == "waiting"
+            )
+            reason = request_status(server.control_address, PATIENCE_S)["waits_for"]
+    assert reason == f"{tmp_path}/state\\udcff/{FILE}: cannot be written: no such table: events"

@@ -80,6 +80,17 @@ def test_starts(scores: list[float], starts: list[float]) -> None:
     ]
 
 
+@pytest.mark.parametrize("now", [0.75, 0.625, 0.5625])
+def test_an_action_that_another_bundle_sees_starts_where_it_is_seen(now: float) -> None:
+    # The score has crossed the lower threshold before: there is no crossing to be found.
+    tracker = ActionTracker(1, LocalizationConfig(event_start=0.875), 0)
+    for score in (0.625, 0.625):
+        assert tracker.push(np.array([score])) == []
+    tracker.config = LocalizationConfig(event_start=0.5)
+    (start,) = tracker.push(np.array([now]))
+    assert (start.kind, start.start, start.score) == ("start", 2.0, now)
+
+
 grid = st.sampled_from([0.0, 0.125, 0.375, 0.625, 0.75, 1.0])
 
 
