@@ -8,9 +8,8 @@
       golden.npz       windows with their outputs, see hrpro.export.golden
       bundle.sig       if it is signed, see hrpro.export.signing
 
-A bundle is read only if every file has the SHA-256 that the manifest says. It is written to a
-temporary folder beside its place and renamed, so a killed export leaves no half bundle. Where it
-takes the place of another one, that one is moved aside first and comes back if the rename fails.
+A bundle is read only if every file has the SHA-256 that the manifest says. It is written as
+`hrpro.export.replaced` does, so a killed export leaves no half bundle.
 
 Schema versions: 3 has the step graph; 2 has golden windows, precision, display names and the time
 of the export. Bundles of earlier versions are read as they are; what they lack is empty.
@@ -25,8 +24,6 @@ import json
 import math
 import mmap
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -43,13 +40,15 @@ from hrpro.engine.wire import label as wire_label
 
 SCHEMA_VERSION = 4
 MANIFEST = "bundle.json"
-_UNFINISHED = f".{MANIFEST}.part"
+UNFINISHED = f".{MANIFEST}.part"
 SNIPPET_GRAPH = "snippet.onnx"
 STEP_GRAPH = "step.onnx"
 INSTANCE_GRAPH = "instance.onnx"
 GOLDEN = "golden.npz"
 SIGNATURE = "bundle.sig"
 FILES = (SNIPPET_GRAPH, STEP_GRAPH, INSTANCE_GRAPH, GOLDEN)
+# What is nested far deeper than any manifest can be read, but not checked, printed or hashed.
+_MOST_LEVELS = 32
 # Settings that the instance graph has inside, too.
 _FIXED_BY_GRAPH = ("border_ratio", "border_limit")
 
@@ -205,6 +204,8 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected JSON: {error}") from None
+    if _is_deeper(content, _MOST_LEVELS):
+        raise BundleError(f"{path}: expected JSON of at most {_MOST_LEVELS} levels, got more")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version not in (*_UPGRADES, SCHEMA_VERSION):
         raise BundleError(
@@ -218,6 +219,8 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
+        if not where:  # of the whole: its message names the places
+            raise BundleError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from None
         raise BundleError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
     absent = {GOLDEN} if version == 1 else set()
     absent |= {STEP_GRAPH} if manifest.step is None else set()
@@ -228,6 +231,14 @@ def read_bundle(folder: Path, manifest_bytes: bytes | None = None) -> Bundle:
             f"got {manifest.bundle_id}; the file was changed"
         )
     return Bundle(folder, manifest)
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether what was read of JSON has more levels than that."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +329,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
     dumped = Manifest.model_validate(content).model_dump(mode="json")
     dumped["bundle_id"] = content_id(dumped)
     (folder / SIGNATURE).unlink(missing_ok=True)  # it was of another content
-    temporary = folder / _UNFINISHED
+    temporary = folder / UNFINISHED
     temporary.write_text(json.dumps(dumped, indent=2) + "\n")
     temporary.replace(folder / MANIFEST)
     return Manifest.model_validate(dumped)
@@ -364,56 +375,3 @@ def check_fixed_settings(manifest: Manifest, localization: LocalizationConfig) -
             )
     if differing:
         raise SettingsError("\n  ".join(differing))
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``target`` when all went well.
-
-    A link is followed. Raises FileExistsError if ``target`` exists and is not a bundle, or has more
-    in it than one: nothing else is overwritten.
-    """
-    target = target.resolve()
-    _check_free_or_bundle(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if target.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            target.rename(old)
-            try:
-                temporary.rename(target)
-            except BaseException:  # a signal, too
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_free_or_bundle(target: Path) -> None:
-    if not target.exists():
-        return
-    names = {each.name for each in target.iterdir()} if target.is_dir() else None
-    if names == set():
-        return
-    if names is None or not _is_manifest(target / MANIFEST):
-        raise FileExistsError(f"{target}: exists and is not a bundle; not overwritten")
-    others = sorted(names - {MANIFEST, _UNFINISHED, SIGNATURE, *FILES})
-    if others:
-        raise FileExistsError(
-            f"{target}: expected nothing but a bundle, which another one replaces as a whole, "
-            f"found {others[0]!r}; not overwritten"
-        )
-
-
-def _is_manifest(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "schema_version" in content

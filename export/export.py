@@ -28,12 +28,12 @@ from hrpro.export.bundle import (
     Manifest,
     Precision,
     read_bundle,
-    replaced_folder,
     write_manifest,
 )
 from hrpro.export.golden import write_golden
 from hrpro.export.graphs import export_instance_graph, export_snippet_graph, export_step_graph
 from hrpro.export.precision import GOLDEN_TOLERANCES, convert
+from hrpro.export.replaced import replaced_folder
 from hrpro.export.step import StepModel
 from hrpro.export.tracing import ExportError
 from hrpro.export.verify import (
@@ -45,12 +45,10 @@ from hrpro.export.verify import (
 from hrpro.training.config import ModelConfig, TrainingConfig
 from hrpro.training.data import DataSet
 from hrpro.training.metrics import GroundTruth, to_segments
-from hrpro.training.model import band_reach
+from hrpro.training.model import band_reach, window_reach
 from hrpro.training.run import RunDescription
 from hrpro.training.train import TrainedModel
 
-# A model that attends to everything is exact nowhere; this much is given to it.
-_FULL_ATTENTION = Exactness(exact=False, context=64, lookahead=4)
 _TIMED_WINDOWS = 15
 _PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -80,6 +78,7 @@ def export_bundle(
     a bundle. Nothing is written to ``target`` in either case.
     """
     exactness = exact_positions(description.config.model)
+    # First: a window that is too short is refused before the graphs are made.
     content = _content(description, model, exactness) | {"figures": dict(figures)}
     with replaced_folder(target) as folder:
         export_snippet_graph(model.snippet, folder / SNIPPET_GRAPH)
@@ -225,5 +224,4 @@ def _localization(config: TrainingConfig, model: TrainedModel) -> LocalizationCo
 
 def exact_positions(config: ModelConfig) -> Exactness:
     """Which positions of a window see all that they would see in the whole recording."""
-    reach = band_reach(config)
-    return _FULL_ATTENTION if reach is None else Exactness(True, *reach)
+    return Exactness(band_reach(config) is not None, *window_reach(config))

@@ -18,11 +18,11 @@ from hrpro.export.bundle import (
     BundleError,
     Manifest,
     read_bundle,
-    replaced_folder,
     write_manifest,
 )
-from hrpro.export.golden import write_golden
+from hrpro.export.golden import read_golden, write_golden
 from hrpro.export.graphs import PROTOTYPES
+from hrpro.export.replaced import replaced_folder
 from hrpro.training.run import read_run
 
 
@@ -52,8 +52,7 @@ def replace_prototypes(folder: Path, run: Path) -> tuple[Manifest, float]:
         shutil.copyfile(bundle.instance_graph, temporary / INSTANCE_GRAPH)
         written = Bundle(temporary, manifest)
         if bundle.golden is not None:
-            with np.load(bundle.golden, allow_pickle=False) as golden:
-                features = golden["features"]
+            features = read_golden(bundle)["features"]
             write_golden(temporary / GOLDEN, OnnxRuntimeBackend(written), features)
         content = manifest.model_dump(mode="json") | {"figures": {}, "compared": {}}
         written = Bundle(temporary, write_manifest(temporary, content))

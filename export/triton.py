@@ -36,8 +36,10 @@ from typing import Any, Literal, get_args
 
 import onnxruntime
 
+from hrpro.engine.backends.onnxruntime import loading
 from hrpro.engine.backends.session import CPU_PROVIDER
-from hrpro.export.bundle import MANIFEST, Bundle, BundleError, Manifest, replaced_folder
+from hrpro.export.bundle import MANIFEST, Bundle, BundleError, Manifest
+from hrpro.export.replaced import replaced_folder
 
 Backend = Literal["onnxruntime", "python"]
 Device = Literal["cpu", "gpu"]
@@ -145,25 +147,35 @@ def write_repository(
     backend runs the graphs by the onnxruntime package of the server's Python; each of its instances
     is a process.
 
-    Raises BundleError, before anything is written, if the version exists or if the others of the
-    repository have other inputs and outputs or another backend, or if ``stateful`` is
-    asked of a bundle without steps or for the Python backend.
+    A version that only some of the models have, of the same bundle, is completed: a call before may
+    have failed between two of them. Raises BundleError, before anything is written, if the version
+    exists or if the others of the repository have other inputs and outputs or another backend, or
+    if ``stateful`` is asked of a bundle without steps or for the Python backend.
     """
     _check_arguments(name, version, instances)
     models = _models(bundle, out, name)
     if stateful:
         models.append(_stream_model(bundle, out, name, backend))
     versions = [_versions(model.folder) for model in models]
+    known = [{each.number: each.bundle_id for each in found} for found in versions]
+    bundle_id = bundle.manifest.bundle_id
+    is_begun = {ids.get(version) for ids in known} == {bundle_id, None}
     for model, found in zip(models, versions, strict=True):
         for each in found:
-            _check_fits(each, version, bundle.manifest, backend, bool(model.state))
+            _check_fits(each, bundle.manifest, backend, bool(model.state))
+            if each.number == version and not is_begun:
+                raise BundleError(
+                    f"{each.folder}: exists, of bundle {each.bundle_id}; versions are not "
+                    "overwritten, expected a new number"
+                )
     written = []
-    for model, found in zip(models, versions, strict=True):
-        bundle_ids = {each.number: each.bundle_id for each in found}
-        bundle_ids[version] = bundle.manifest.bundle_id
+    for model, ids in zip(models, known, strict=True):
+        is_there = version in ids
+        bundle_ids = ids | {version: bundle_id}
         config = _config(model, bundle.manifest, backend, device, instances, bundle_ids)
         _write_config(model.folder, config)
-        written.append(_write_version(model, bundle, backend, version))
+        folder = model.folder / str(version)
+        written.append(folder if is_there else _write_version(model, bundle, backend, folder))
     return written
 
 
@@ -193,7 +205,8 @@ def _models(bundle: Bundle, out: Path, name: str) -> list[_Model]:
         ),
     )
     # Bundles of schema versions 1 and 2 know of one stretch alone.
-    session = onnxruntime.InferenceSession(bundle.instance_graph, providers=[CPU_PROVIDER])
+    with loading(bundle.instance_graph):
+        session = onnxruntime.InferenceSession(bundle.instance_graph, providers=[CPU_PROVIDER])
     known = {each.name for each in session.get_inputs()}
     inputs = (
         _Tensor("features", (-1, W)),
@@ -267,14 +280,7 @@ def _versions(folder: Path) -> list[_Version]:
     return found
 
 
-def _check_fits(
-    there: _Version, number: int, manifest: Manifest, backend: Backend, has_state: bool
-) -> None:
-    if there.number == number:
-        raise BundleError(
-            f"{there.folder}: exists, of bundle {there.bundle_id}; versions are not overwritten, "
-            "expected a new number"
-        )
+def _check_fits(there: _Version, manifest: Manifest, backend: Backend, has_state: bool) -> None:
     sizes, found = _sizes(manifest.model_dump()), _sizes(there.manifest)
     if has_state:
         sizes["state"] = manifest.model_dump(mode="json")["step"]
@@ -346,8 +352,7 @@ def _write_config(folder: Path, text: str) -> None:
     temporary.replace(folder / CONFIG)
 
 
-def _write_version(model: _Model, bundle: Bundle, backend: Backend, version: int) -> Path:
-    target = model.folder / str(version)
+def _write_version(model: _Model, bundle: Bundle, backend: Backend, target: Path) -> Path:
     with replaced_folder(target) as folder:
         if model.state:
             _write_stateful_graph(bundle, folder / GRAPH)

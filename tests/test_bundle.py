@@ -6,6 +6,7 @@ import contextlib
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from cryptography.hazmat.primitives.serialization import (
 from onnx import numpy_helper
 from tiny_model import (
     CLASSES,
+    CONTEXT,
+    LOOKAHEAD,
     copy_graphs,
     tiny_config,
     tiny_model,
@@ -35,7 +38,7 @@ from hrpro.clients import request_status
 from hrpro.clients.cli import app
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
-from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
+from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, sha256
 from hrpro.export.export import Comparison, export_bundle
 from hrpro.export.golden import check_golden
 from hrpro.export.precision import GOLDEN_TOLERANCES
@@ -43,6 +46,8 @@ from hrpro.export.tracing import ExportError
 from hrpro.export.verify import compare_graphs
 
 pytest_plugins = ("cli_fixtures",)
+
+Damage = Callable[[Path], None]
 
 
 @pytest.fixture
@@ -123,8 +128,6 @@ def test_an_engine_that_computes_otherwise_does_not_start(bundle: Bundle, copy: 
     arrays["scores"][1, 5, 2] += 0.01
     np.savez(copy / "golden.npz", **arrays)
     content = json.loads((copy / "bundle.json").read_text())
-    from hrpro.export.bundle import sha256
-
     rewrite(copy, files=content["files"] | {"golden.npz": sha256(copy / "golden.npz")})
     somewhere = ("--feed", "tcp://127.0.0.1:*", "--events", "tcp://127.0.0.1:*")
     somewhere += ("--state", "none")
@@ -133,6 +136,165 @@ def test_an_engine_that_computes_otherwise_does_not_start(bundle: Bundle, copy: 
         said = refusal(*command, *more)
         assert "golden windows: scores differ by 0.01 from those of the export" in said
         assert "expected at most 0.0001: this machine computes otherwise" in said
+
+
+def golden_with(folder: Path, **changes: object) -> None:
+    """Other arrays among the golden windows, None for one that is not there, in a bundle that is
+    consistent."""
+    with np.load(folder / "golden.npz") as golden:
+        arrays = dict(golden) | changes
+    np.savez(folder / "golden.npz", **{k: v for k, v in arrays.items() if v is not None})
+    vouch(folder)
+
+
+def vouch(folder: Path) -> None:
+    """Let the manifest have the hashes of what is there."""
+    content = json.loads((folder / "bundle.json").read_text())
+    rewrite(folder, files={name: sha256(folder / name) for name in content["files"]})
+
+
+def of_bytes(content: bytes) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "golden.npz").write_bytes(content)
+        vouch(folder)
+
+    return damage
+
+
+def an_array_alone(folder: Path) -> None:
+    with (folder / "golden.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    vouch(folder)
+
+
+def half_of_it(folder: Path) -> None:
+    content = (folder / "golden.npz").read_bytes()
+    of_bytes(content[: len(content) // 2])(folder)
+
+
+T = CONTEXT + 1 + LOOKAHEAD
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (of_bytes(b"no archive"), r"golden\.npz: expected an archive of arrays \(\.npz\): "),
+        (of_bytes(b""), r"golden\.npz: expected an archive of arrays"),
+        (an_array_alone, r"golden\.npz: expected an archive of arrays"),
+        (half_of_it, r"golden\.npz: expected an archive of arrays"),
+        (
+            lambda f: golden_with(f, stretch=None),
+            r"golden\.npz: expected features, valid, .*: stretch is not a file in the archive",
+        ),
+        (
+            lambda f: golden_with(f, features=zeros(2, T, 9)),
+            rf"golden\.npz: features: expected float32 \(2, {T}, 8\) .*, got float32 \(2, {T}, 9\)",
+        ),
+        (
+            lambda f: golden_with(f, features=zeros(1, T, 8)),
+            rf"features: expected float32 \(2, {T}, 8\) .*, got float32 \(1, {T}, 8\)",
+        ),
+        (
+            lambda f: golden_with(f, features=np.zeros((2, T, 8))),
+            rf"features: expected float32 \(2, {T}, 8\) .*, got float64",
+        ),
+        (
+            lambda f: golden_with(f, valid=np.ones((2, T))),
+            rf"valid: expected bool \(2, {T}\) .*, got float64 \(2, {T}\)",
+        ),
+        (
+            lambda f: golden_with(f, valid=np.zeros((2, T), np.bool_)),
+            "valid: expected snippets that are there, got none",
+        ),
+        (
+            lambda f: golden_with(f, scores=zeros(2, T, 1)),  # not to be broadcast
+            rf"scores: expected float32 \(2, {T}, 3\) .*, got float32 \(2, {T}, 1\)",
+        ),
+        (
+            lambda f: golden_with(f, embedding=zeros(2, T, 7)),
+            rf"embedding: expected float32 \(2, {T}, 8\) .*, got float32 \(2, {T}, 7\)",
+        ),
+        (
+            lambda f: golden_with(f, proposals=zeros(0, 2)),
+            r"proposals: expected float32 \(1, 2\) .*, got float32 \(0, 2\)",
+        ),
+        (
+            lambda f: golden_with(f, proposals=np.float32(1)),
+            r"proposals: expected float32 \(1, 2\) .*, got float32 \(\)",
+        ),
+        (
+            lambda f: golden_with(f, refined=zeros(4, 2)),
+            r"refined: expected float32 \(5, 2\) .*, got float32 \(4, 2\)",
+        ),
+        (
+            lambda f: rewrite(f, tolerances={"scores": 1e-4, "completeness": 1e-4}),
+            r"bundle\.json: tolerances: expected those of golden windows, embedding, borders is",
+        ),
+        (lambda f: rewrite(f, tolerances={}), r"bundle\.json: tolerances: expected those of"),
+    ],
+)  # fmt: skip
+def test_golden_windows_that_do_not_belong_to_the_bundle(
+    backend: OnnxRuntimeBackend, copy: Path, damage: Damage, message: str
+) -> None:
+    damage(copy)
+    with pytest.raises(BundleError, match=message) as caught:
+        check_golden(read_bundle(copy), backend)
+    assert str(caught.value).startswith(f"{copy}/")
+
+
+def test_verify_and_check_say_what_is_wrong_with_golden_windows(copy: Path) -> None:
+    golden_with(copy, scores=zeros(2, T, 1))
+    expected = f"{copy / 'golden.npz'}: scores: expected float32 (2, {T}, 3) "
+    assert refusal("bundle", "verify", copy).startswith(expected)
+    assert refusal("serve", copy, "--check").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "inference"),
+    [("snippet.onnx", "window"), ("step.onnx", "incremental"), ("instance.onnx", "window")],
+)
+def test_a_graph_that_is_none(copy: Path, name: str, inference: str) -> None:
+    (copy / name).write_bytes(b"no graph")
+    vouch(copy)
+    config = EngineConfig.model_validate({"threads": 1, "inference": inference})
+    with pytest.raises(BundleError) as caught:
+        OnnxRuntimeBackend(read_bundle(copy), config)
+    expected = f"{copy / name}: expected a graph that ONNX Runtime can load: "
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+    for command in (("bundle", "verify", copy), ("serve", copy, "--check")):
+        if (command[0], name) != ("bundle", "snippet.onnx"):  # it computes by steps
+            more = ("--set", f"inference={inference}") if command[0] == "serve" else ()
+            assert refusal(*command, *more).startswith(expected)
+    if name == "instance.onnx":
+        said = refusal("bundle", "triton", copy, "--out", copy.parent / "models")
+        assert said.startswith(expected) and not (copy.parent / "models").exists()
+
+
+def copying(width: int) -> onnx.ModelProto:
+    """A graph that is fine, but of another model."""
+    helper = onnx.helper
+    value = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["t", width])
+    out = helper.make_tensor_value_info("completeness", onnx.TensorProto.FLOAT, ["t", width])
+    node = helper.make_node("Identity", ["features"], ["completeness"])
+    graph = helper.make_graph([node], "other", [value], [out])
+    opset = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+
+def test_a_graph_of_something_else(copy: Path) -> None:
+    onnx.save(copying(8), copy / "instance.onnx")
+    vouch(copy)
+    other = read_bundle(copy)
+    with pytest.raises(BundleError) as caught:
+        check_golden(other, OnnxRuntimeBackend(other, EngineConfig(threads=1)))
+    expected = f"{copy}: expected graphs that compute the golden windows: "
+    assert str(caught.value).startswith(expected)
+    assert "proposals" in str(caught.value)
+    assert refusal("bundle", "verify", copy).startswith(expected)
 
 
 # --- show, verify, diff, set ---------------------------------------------------------------------
@@ -175,12 +337,31 @@ def test_settings_are_overridden_in_place(bundle: Bundle, copy: Path) -> None:
         (["localization.border_limit=2"], "expected 3, which the bundle was trained with"),
         (["--name", "swim=Swimming"], "display_names: expected names of classes, got 'swim'"),
         (["training.seed=1"], "no such setting"),
+        (
+            ["window.window_snippets=5"],
+            "window.window_snippets: expected at least 17 (context 13 + hop 1 + look-ahead 3), got",
+        ),
+        (
+            ["window.window_snippets=20", "window.hop_snippets=5"],
+            "window.window_snippets: expected at least 21 (context 13 + hop 5 + look-ahead 3), got",
+        ),
     ],
 )
 def test_what_cannot_be_set_changes_nothing(copy: Path, arguments: list[str], message: str) -> None:
     before = (copy / "bundle.json").read_bytes()
     assert message in refusal("bundle", "set", copy, *arguments)
     assert (copy / "bundle.json").read_bytes() == before
+
+
+def test_the_window_is_the_one_that_is_set(copy: Path) -> None:
+    assert f"{T} snippets, exact" in hrpro("bundle", "show", copy).stdout
+    hrpro("bundle", "set", copy, "window.window_snippets=40")
+    changed = read_bundle(copy).manifest
+    assert (changed.window_snippets, changed.window_length) == (40, T)
+    assert "40 snippets, exact from 13 to -3" in hrpro("bundle", "show", copy).stdout
+    hrpro("bundle", "set", copy, "window.window_snippets=null", "window.hop_snippets=4")
+    assert read_bundle(copy).manifest.window_snippets == T + 3
+    assert check_golden(read_bundle(copy), OnnxRuntimeBackend(read_bundle(copy)))
 
 
 # --- signatures ----------------------------------------------------------------------------------

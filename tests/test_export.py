@@ -31,7 +31,8 @@ from tiny_model import (
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
 from hrpro.engine.config import EngineConfig
 from hrpro.export import export, verify
-from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle, replaced_folder
+from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
+from hrpro.export.replaced import replaced_folder
 from hrpro.export.tracing import ExportError
 from hrpro.export.verify import (
     TOLERANCES,
@@ -240,6 +241,19 @@ def append_byte(folder: Path) -> None:
         file.write(b"\0")
 
 
+def nested_training(levels: int) -> Callable[[Path], object]:
+    training: dict[str, object] = {}
+    for _ in range(levels):
+        training = {"more": training}
+    return changed(training=training)
+
+
+def circular_link(folder: Path) -> None:
+    (folder / "instance.onnx").unlink()
+    (folder / "instance.onnx").symlink_to("other.onnx")
+    (folder / "other.onnx").symlink_to("instance.onnx")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -265,6 +279,29 @@ def append_byte(folder: Path) -> None:
         (changed(files={"../x": "0"}), r"files: expected .*got \.\./x"),
         (lambda f: (f / "instance.onnx").unlink(), r"instance\.onnx: cannot be read"),
         (append_byte, r"snippet\.onnx: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}"),
+        (changed(schema_version=4.0), r"expected schema_version 4 .*, got 4\.0"),
+        (changed(schema_version=True), "expected schema_version 4 .*, got True"),
+        (
+            changed(snippet_s=0.5),
+            r"bundle\.json: snippet_s: expected 0\.64, 16 frames at 25 frames/s, got 0\.5$",
+        ),
+        (
+            changed(classes=["run", "run", "run"]),
+            r"bundle\.json: classes: expected distinct names$",
+        ),
+        (
+            lambda f: (f / "bundle.json").write_text("[" * 100_000),
+            r"bundle\.json: expected JSON: ",
+        ),
+        (
+            lambda f: (f / "bundle.json").write_text('{"training": ' * 40 + "1" + "}" * 40),
+            r"bundle\.json: expected JSON of at most 32 levels, got more",
+        ),
+        (
+            nested_training(300),  # which can be read and hashed, but not printed
+            r"bundle\.json: expected JSON of at most 32 levels, got more",
+        ),
+        (circular_link, r"instance\.onnx: cannot be read: "),
     ],
 )
 def test_what_is_no_bundle_is_refused(
@@ -301,6 +338,97 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(copy: Path, tmp_path: Pat
         assert {path.name for path in copy.iterdir()} == before.keys()  # until all went well
     assert {path.name: path.read_text() for path in copy.iterdir()} == {"bundle.json": "whole"}
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(copy: Path, tmp_path: Path) -> None:
+    current, absent = tmp_path / "current", tmp_path / "absent"
+    current.symlink_to("copy")
+    absent.symlink_to("new")
+    for link in (current, absent):
+        with replaced_folder(link) as folder:
+            (folder / "bundle.json").write_text("whole")
+    assert (current.readlink(), absent.readlink()) == (Path("copy"), Path("new"))
+    for target in (copy, tmp_path / "new"):
+        assert not target.is_symlink()
+        assert {path.name: path.read_text() for path in target.iterdir()} == {
+            "bundle.json": "whole"
+        }
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_links_in_a_circle_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    refusal = pytest.raises(FileExistsError, match="expected a folder, got links in a circle")
+    with refusal, replaced_folder(tmp_path / "one"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("done", [1, 2], ids=["old-aside", "new-in-place"])
+def test_a_signal_between_the_renames_leaves_a_whole_bundle(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """It comes when the first rename is done, or the second: before they have returned."""
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    rename = Path.rename
+    renamed = []
+
+    def stopped(path: Path, target: Path) -> Path:
+        found = rename(path, target)
+        renamed.append(target)
+        if len(renamed) == done:
+            raise SystemExit(143)
+        return found
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(SystemExit), replaced_folder(copy) as folder:
+        (folder / "bundle.json").write_bytes(b"whole")
+    after = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert after == (before if done == 1 else {"bundle.json": b"whole"})
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_old_bundle_that_cannot_come_back_is_kept_aside(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    rename = Path.rename
+
+    def once(path: Path, target: Path) -> Path:
+        if path != copy:
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(OSError, match="no more"), replaced_folder(copy) as folder:
+        (folder / "bundle.json").write_bytes(b"whole")
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.endswith(".old")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+
+
+def test_a_bundle_that_others_keep_files_in_is_not_overwritten(copy: Path) -> None:
+    (copy / "bundle.sig").write_text("a signature is one of its files")
+    (copy / "notes.txt").write_text("text")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    refusal = pytest.raises(FileExistsError, match=r"nothing but a bundle.*found 'notes\.txt'")
+    with refusal, replaced_folder(copy):
+        pass
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    (copy / "notes.txt").unlink()
+    with replaced_folder(copy):
+        pass
+    assert list(copy.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{}", "[4]", "{", "[" * 100_000])
+def test_another_file_of_that_name_makes_no_bundle(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bundle.json").write_text(content)
+    refusal = pytest.raises(FileExistsError, match="exists and is not a bundle; not overwritten")
+    with refusal, replaced_folder(tmp_path):
+        pass
+    assert (tmp_path / "bundle.json").read_text() == content
 
 
 def test_folders_above_are_made_and_an_empty_one_is_taken(tmp_path: Path) -> None:

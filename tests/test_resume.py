@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import assignments, hrpro, refusal, running
@@ -19,7 +20,8 @@ from tiny_data import write_tiny_data
 from hrpro.training import checkpoint, instance_stage
 from hrpro.training.checkpoint import TrainingStopped, write_atomically
 from hrpro.training.config import TrainingConfig
-from hrpro.training.run import RunError, read_run
+from hrpro.training.data import read_training_split
+from hrpro.training.run import RunError, data_digest, read_run
 from hrpro.training.session import train_run
 
 # Saved after every step: what is left by a kill -9 is then just one step old.
@@ -171,6 +173,33 @@ def test_a_finished_run_is_left_alone(data: Path, whole: Path, tmp_path: Path) -
     said = refusal("train", data, "--out", run, *SET, "--resume")
     assert "run.json: made with other data" in said
     assert (run / "snippet.pt").stat().st_mtime_ns == before
+
+
+def test_nothing_is_trained_over_a_run(data: Path, whole: Path, halfway: Path) -> None:
+    for run, name in ((whole, "run.json"), (halfway, "checkpoint.pt")):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        said = refusal("train", data, "--out", run, *SET)
+        assert said == (
+            f"{run}: expected no run, found {name}; --resume goes on with it, a new run needs "
+            "another folder"
+        )
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_any_value_that_changes_is_seen(
+    data: Path, whole: Path, config: TrainingConfig, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(data, tmp_path / "data"))
+    before = data_digest(read_training_split(other))
+    assert before == data_digest(read_training_split(data))
+    path = other / "features" / "train" / "train3.npy"
+    features = np.load(path)
+    features[17, 2] += np.float32(0.5)  # neither at an end nor in the middle
+    np.save(path, features)
+    assert data_digest(read_training_split(other)) != before
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    with pytest.raises(RunError, match=r"run\.json: made with other data"):
+        train_run(other, run, config, Console(quiet=True), resume=True)
 
 
 def test_a_damaged_bit_is_seen(whole: Path, tmp_path: Path) -> None:

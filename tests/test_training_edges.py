@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_data import CLASSES, tiny_truth, write_tiny_data
 
+from hrpro.engine.config import WindowConfig
+from hrpro.engine.settings import SettingsError
 from hrpro.training.config import (
     InstanceStageConfig,
     ModelConfig,
@@ -19,6 +22,7 @@ from hrpro.training.data import read_test_split, read_training_split
 from hrpro.training.data_config import DataError
 from hrpro.training.evaluate import evaluate
 from hrpro.training.optimisation import precision
+from hrpro.training.session import train_run
 from hrpro.training.snippet_stage import snippet_scores
 from hrpro.training.train import TrainedModel, train
 
@@ -121,6 +125,29 @@ def test_a_class_without_points_is_refused(folder: Path) -> None:
     (folder / "classes.txt").write_text("hop\nspin\nroll\n")
     with pytest.raises(DataError, match=r"no training point for roll; each class needs"):
         read_training_split(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # 1 block of 8 back and 0 ahead, and 1 for the convolution
+        ({"window_snippets": 10}, r"expected at least 11 \(context 9 \+ hop 1 \+ look-ahead 1\)"),
+        ({"window_snippets": 12, "hop_snippets": 3}, r"expected at least 13 \(context 9 \+ hop 3 "),
+    ],
+)
+def test_a_window_that_is_too_short_is_refused_before_training(
+    folder: Path, tmp_path: Path, settings: dict[str, int], message: str
+) -> None:
+    window = WindowConfig.model_validate(settings)
+    config = QUICK.model_copy(update={"window": window})
+    with pytest.raises(SettingsError, match=rf"^window\.window_snippets: {message}"):
+        train_run(folder, tmp_path / "run", config, Console(quiet=True))
+    # So with full attention, where a window is exact nowhere.
+    full = QUICK.model.model_copy(update={"attention_past": None})
+    config = config.model_copy(update={"model": full})
+    with pytest.raises(SettingsError, match=r"\(context 64 \+ hop . \+ look-ahead 4\)"):
+        train_run(folder, tmp_path / "run", config, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -23,6 +23,7 @@ import typer
 from commands import wait_for
 from google.protobuf import text_format
 from numpy.typing import NDArray
+from other_bundles import changed_bundle
 from tiny_model import tiny_recording, tiny_run
 from triton_server import TritonServer, triton_server
 from tritonclient import grpc
@@ -349,6 +350,53 @@ def test_a_disk_that_is_full_leaves_no_version(
     assert set(tree(tmp_path)) == {"hrpro-snippet/config.pbtxt"}
     write_repository(bundle, tmp_path, "hrpro", "python", 1, "cpu", 1)
     assert len(tree(tmp_path)) == 8
+
+
+def test_a_disk_that_is_full_between_two_models(
+    bundle: Bundle, other_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on, once there is room."""
+    copyfile = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if source == bundle.instance_graph:
+            raise OSError("no space left on device")
+        copyfile(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(shutil, "copyfile", full)
+        write_repository(bundle, tmp_path, "hrpro", "python", 1, "cpu", 1)
+    begun = tree(tmp_path)
+    written = (tmp_path / "hrpro-snippet" / "1" / "model.onnx").stat()
+    assert "hrpro-snippet/1/model.onnx" in begun and "hrpro-instance/1/model.onnx" not in begun
+    with pytest.raises(BundleError, match="hrpro-snippet/1: exists, of bundle"):
+        write_repository(other_bundle, tmp_path, "hrpro", "python", 1, "cpu", 1)
+    assert tree(tmp_path) == begun
+    folders = write_repository(bundle, tmp_path, "hrpro", "python", 1, "cpu", 1)
+    assert folders == [tmp_path / "hrpro-snippet" / "1", tmp_path / "hrpro-instance" / "1"]
+    write_repository(bundle, tmp_path / "whole", "hrpro", "python", 1, "cpu", 1)
+    whole = tree(tmp_path / "whole")
+    assert {name: tree(tmp_path)[name] for name in whole} == whole
+    again = (tmp_path / "hrpro-snippet" / "1" / "model.onnx").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    with pytest.raises(BundleError, match="hrpro-snippet/1: exists, of bundle"):
+        write_repository(bundle, tmp_path, "hrpro", "python", 1, "cpu", 1)
+
+
+def test_a_server_is_warmed_with_the_window_that_is_set(bundle: Bundle, tmp_path: Path) -> None:
+    changed = changed_bundle(bundle.folder, tmp_path / "bundle", "window.window_snippets=40")
+    write_repository(changed, tmp_path / "out", "hrpro", "onnxruntime", 1, "cpu", 1)
+    warm = read_config(tmp_path / "out" / "hrpro-snippet").model_warmup
+    shapes = [{name: list(each.dims) for name, each in one.inputs.items()} for one in warm]
+    assert shapes == [{"features": [40, 8], "valid": [40]}] * 2
+
+
+@pytest.mark.parametrize("depth", [100_000, 500])
+def test_a_version_that_is_nested_is_refused(bundle: Bundle, tmp_path: Path, depth: int) -> None:
+    write_repository(bundle, tmp_path, "hrpro", "onnxruntime", 1, "cpu", 1)
+    (tmp_path / "hrpro-instance" / "1" / "bundle.json").write_text("[" * depth + "]" * depth)
+    with pytest.raises(BundleError, match=r"bundle\.json: expected a version that hrpro bundle tr"):
+        write_repository(bundle, tmp_path, "hrpro", "onnxruntime", 2, "cpu", 1)
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -17,6 +17,8 @@ from hrpro.training.config import ModelConfig
 
 EMBEDDING_KERNEL = 3
 _FEATURE_LIMIT = 1e4  # standard deviations
+# A model that attends to everything is exact nowhere; so much before and after is given to it.
+_FULL_ATTENTION = (64, 4)
 
 
 def band_reach(config: ModelConfig) -> tuple[int, int] | None:
@@ -32,6 +34,12 @@ def band_reach(config: ModelConfig) -> tuple[int, int] | None:
         config.blocks * config.attention_past + reach,
         config.blocks * config.attention_future + reach,
     )
+
+
+def window_reach(config: ModelConfig) -> tuple[int, int]:
+    """How many snippets a window has before and after its hop: the reach of a band, or, without
+    one, where nothing is exact, what is given to it."""
+    return band_reach(config) or _FULL_ATTENTION
 
 
 class SnippetOutput(NamedTuple):

@@ -77,7 +77,7 @@ def describe_run(config: TrainingConfig, data: DataSet) -> RunDescription:
 
 
 def check_unused(folder: Path) -> None:
-    """Raise RunError where a run was begun or finished in the folder, or its results would go."""
+    """Raise RunError where a run was begun or finished in the folder: its results would go."""
     for name in (DESCRIPTION, CHECKPOINT):
         if (folder / name).exists():
             raise RunError(

@@ -25,7 +25,7 @@ from hrpro.training.data import (
 from hrpro.training.data_config import DataConfig
 from hrpro.training.evaluate import evaluate
 from hrpro.training.metrics import GroundTruth, MeanAveragePrecision
-from hrpro.training.model import SnippetModel, band_reach
+from hrpro.training.model import SnippetModel, window_reach
 from hrpro.training.optimisation import training_device
 from hrpro.training.parallel import process_group, process_rank
 from hrpro.training.predictions import PredictionsError, read_predictions, write_predictions
@@ -75,8 +75,7 @@ def train_run(
     TrainingStopped.
     """
     started_s = time.monotonic()
-    if (reach := band_reach(config.model)) is not None:
-        config.window.length(*reach)  # the export would refuse it, when all is trained
+    config.window.length(*window_reach(config.model))  # before the export refuses what is trained
     with process_group(training_device(config)):
         data = read_training_split(data_folder, config.data)
         description = describe_run(config, data)

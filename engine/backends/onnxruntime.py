@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from hrpro.engine.backends.device_pool import DevicePool, PooledSession
 from hrpro.engine.backends.session import (
@@ -27,7 +30,7 @@ from hrpro.engine.config import EngineConfig, Provider
 from hrpro.engine.incremental import Floats, Stepped, runs_by_steps
 from hrpro.engine.inference import Outputs
 from hrpro.engine.wire import HrproError
-from hrpro.export.bundle import Bundle, Manifest
+from hrpro.export.bundle import Bundle, BundleError, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,24 @@ _PROVIDERS: dict[Provider, str] = {
 _SNIPPET_OUTPUTS = ["scores", "embedding", "attention"]
 _INSTANCE_OUTPUTS = ["completeness", "refined", "refined_completeness"]
 Providers = list[str | tuple[str, dict[str, Any]]]
+# ONNX Runtime's exceptions have no ancestor of their own.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
+    each
+    for each in vars(onnxruntime_pybind11_state).values()
+    if isinstance(each, type) and issubclass(each, Exception)
+)
+
+
+@contextmanager
+def loading(graph: Path | None) -> Iterator[None]:
+    """Raise BundleError where ONNX Runtime cannot load a graph."""
+    try:
+        yield
+    except RUNTIME_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{graph}: expected a graph that ONNX Runtime can load: {reason}"
+        ) from None
 
 
 class ProviderError(HrproError):
@@ -53,9 +74,10 @@ class InstanceStage:
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
-        self._instance = onnxruntime.InferenceSession(
-            bundle.instance_graph, session_options(config.session_threads), [CPU_PROVIDER]
-        )
+        with loading(bundle.instance_graph):
+            self._instance = onnxruntime.InferenceSession(
+                bundle.instance_graph, session_options(config.session_threads), [CPU_PROVIDER]
+            )
         # Bundles of schema versions 1 and 2 know of one stretch alone.
         self._has_stretches = len(self._instance.get_inputs()) > 2
 
@@ -85,7 +107,7 @@ class InstanceStage:
 
 
 class OnnxRuntimeBackend(InstanceStage):
-    """Both stages of a bundle as ONNX Runtime sessions. Raises ProviderError.
+    """Both stages of a bundle as ONNX Runtime sessions. Raises BundleError and ProviderError.
 
     Stage 1 is the step graph or the snippet graph, as `runs_by_steps` says; both can score windows.
     By steps, a device has the state of streams in its memory, and the CPU is given it.
@@ -98,13 +120,15 @@ class OnnxRuntimeBackend(InstanceStage):
         self._pooled: PooledSession | None = None
         self.provider: Provider
         if runs_by_steps(bundle.manifest, config):
-            self.provider = self._load_steps(bundle, config)
+            with loading(bundle.step_graph):
+                self.provider = self._load_steps(bundle, config)
             return
-        self._snippet = onnxruntime.InferenceSession(
-            bundle.snippet_graph,
-            session_options(config.session_threads),
-            _providers(bundle.manifest, config),
-        )
+        with loading(bundle.snippet_graph):
+            self._snippet = onnxruntime.InferenceSession(
+                bundle.snippet_graph,
+                session_options(config.session_threads),
+                _providers(bundle.manifest, config),
+            )
         self.provider = _provider_in_use(self._snippet, config)
         self._bound = None if self.provider == "cpu" else BoundSession(self._snippet, "cuda")
 
