@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,13 +55,17 @@ def _files_of(path: Path) -> list[Path]:
     split = path / "split_test.txt"
     if not split.is_file():
         raise FeatureFileError(f"{path}: expected a data folder with split_test.txt, or .npy files")
-    return [path / "features" / "test" / f"{name}.npy" for name in split.read_text().split()]
+    lines = split.read_text(encoding="utf-8-sig").splitlines()  # names may have blanks
+    names = [line.strip() for line in lines if line.strip()]
+    return [path / "features" / "test" / f"{name}.npy" for name in names]
 
 
 def _read(file: Path) -> NDArray[np.float32]:
     try:
-        features = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Opened here, since numpy leaves the files of damaged archives open.
+        with file.open("rb") as opened:
+            features = np.load(opened, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise FeatureFileError(
             f"{file}: expected a .npy array, could not read it: {error}"
         ) from None

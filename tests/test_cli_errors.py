@@ -115,6 +115,42 @@ def test_evaluating_on_features_of_another_kind(
     assert "96" in said and "95" in said
 
 
+def test_a_test_split_without_an_action(
+    refused: Refused, trained: Trained, data: Path, tmp_path: Path
+) -> None:
+    path = data / "gt_full.json"
+    content = json.loads(path.read_text())
+    for name in ("seq5", "seq6"):
+        content["database"][name]["annotations"] = []
+    path.write_text(json.dumps(content))
+    expected = (
+        f"{path}: expected at least one annotated action in the 2 recordings to evaluate on, "
+        "found none: without, nothing can be measured"
+    )
+    predictions = tmp_path / "p.json"
+    predictions.write_text('{"results": {}}')
+    out = ("--out", tmp_path / "out")
+    for command in (
+        ("evaluate", trained.run),
+        ("evaluate", "--predictions", predictions),
+        ("stream-eval", trained.bundle),
+        ("stream-eval", trained.bundle, "--curve"),
+        ("export", trained.run, *out, "--precision", "int8"),
+    ):
+        assert refused(*command, "--data", data) == expected
+    assert refused("ablate", data, *out, "--row", "a:") == expected
+    assert not (tmp_path / "out" / "bundle.json").exists()
+
+
+def test_recordings_that_are_trained_on(refused: Refused, trained: Trained, data: Path) -> None:
+    with (data / "split_train.txt").open("a") as file:
+        file.write("seq6\n")
+    for command in (("evaluate", trained.run), ("stream-eval", trained.bundle)):
+        said = refused(*command, "--data", data)
+        assert said.startswith(f"{data}: expected to test on what is not trained on, but 1 ")
+        assert said.endswith("in both splits: seq6")
+
+
 # ---- runs and bundles --------------------------------------------------------------------------
 
 
@@ -195,9 +231,10 @@ def test_features_that_are_none(
 
 
 def test_a_file_that_is_no_array(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "cam.npy").write_text("no array")
-    said = refused("feed", "features", tmp_path / "cam.npy", "--to", ANY_PORT)
-    assert said.startswith(f"{tmp_path / 'cam.npy'}: expected a .npy array")
+    for content in (b"no array", b"PK\x03\x04 a damaged archive"):
+        (tmp_path / "cam.npy").write_bytes(content)
+        said = refused("feed", "features", tmp_path / "cam.npy", "--to", ANY_PORT)
+        assert said.startswith(f"{tmp_path / 'cam.npy'}: expected a .npy array")
 
 
 def test_two_files_of_one_name(refused: Refused, trained: Trained) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrpro.clients.feeding import read_sources
 from hrpro.engine.timebase import SnippetClock
-from hrpro.training.annotations import read_truth
+from hrpro.training.annotations import read_measurable_truth, read_truth
 from hrpro.training.data import read_test_split, read_training_split
 from hrpro.training.data_config import DataConfig, DataError
 
@@ -75,6 +76,28 @@ def test_training_needs_no_annotations(folder: Path) -> None:
     assert len(read_training_split(folder).recordings) == 2
 
 
+def test_a_test_split_needs_no_training_split_that_can_be_used(folder: Path) -> None:
+    for damage in (write("split_train.txt", "\n"), remove("split_train.txt")):
+        damage(folder)
+        assert [each.name for each in read_test_split(folder, ["run"]).recordings] == ["three"]
+
+
+def test_names_may_have_blanks(folder: Path) -> None:
+    for split, name in (("train", "one"), ("test", "three")):
+        features = folder / "features" / split
+        (features / f"{name}.npy").rename(features / f"clip {name} of 3.npy")
+        listed = folder / f"split_{split}.txt"
+        listed.write_text(listed.read_text().replace(name, f"  clip {name} of 3\t"))
+    marked = folder / "point_labels" / "p.csv"
+    marked.write_text(marked.read_text().replace(",one,", ",clip one of 3,"))
+    one, two = read_training_split(folder).recordings
+    assert (one.name, one.point_index.tolist(), two.name) == ("clip one of 3", [0, 2, 4], "two")
+    (three,) = read_test_split(folder, ["jump", "run"]).recordings
+    assert (three.name, len(three)) == ("clip three of 3", 3)
+    (source,) = read_sources([folder])
+    assert (source.stream, source.features.shape) == ("clip three of 3", (3, 2))
+
+
 def test_a_test_split_has_no_points(folder: Path) -> None:
     (folder / "point_labels" / "p.csv").unlink()
     (folder / "gt_full.json").unlink()
@@ -82,6 +105,18 @@ def test_a_test_split_has_no_points(folder: Path) -> None:
     (three,) = data.recordings
     assert data.classes == ("jump", "run")
     assert (three.name, len(three), len(three.point_index)) == ("three", 3, 0)
+
+
+def test_without_an_action_nothing_is_measurable(folder: Path) -> None:
+    classes = ["jump", "run"]
+    truth = read_measurable_truth(folder, ["three", "four"], classes)
+    assert [len(truth[name]) for name in ("three", "four")] == [2, 0]
+    with pytest.raises(
+        DataError,
+        match=r"gt_full\.json: expected at least one annotated action in the 1 recordings .* none",
+    ):
+        read_measurable_truth(folder, ["four"], classes)
+    assert len(read_truth(folder, ["four"], classes)["four"]) == 0
 
 
 def test_truth(folder: Path) -> None:
@@ -116,6 +151,11 @@ def features(array: object) -> Damage:
     )
 
 
+def archive(folder: Path) -> None:
+    with (folder / "features/train/two.npy").open("wb") as file:
+        np.savez(file, features=np.ones((4, 2), np.float32))
+
+
 def points(*rows: str) -> Damage:
     return write("point_labels/p.csv", "\n".join(["class,video_id,point", *rows, ""]))
 
@@ -144,6 +184,11 @@ TRAINING: dict[str, tuple[Damage, str]] = {
         r"two\.npy: snippet 1 is not finite",
     ),
     "beyond-float32": (features([[0.0, 1.0], [1e300, 1.0]]), r"two\.npy: snippet 1 is not finite"),
+    "archive": (archive, r"two\.npy: not a readable \.npy array: .* got b'PK"),
+    "damaged-archive": (
+        write_bytes("features/train/two.npy", b"PK\x03\x04" + bytes(100)),
+        r"two\.npy: not a readable \.npy array: .* got b'PK",
+    ),
     "another-dimension": (
         features(np.ones((4, 3))),
         r"recording 'two' has D = 3, but 'one' has D = 2",
@@ -231,12 +276,17 @@ def test_a_byte_order_mark_is_none_of_the_text(folder: Path) -> None:
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
     (folder / "classes.txt").write_text("\n".join(before.classes), encoding="utf-8-sig")
+    truth = read_truth(folder, ["three"], before.classes)["three"]
+    content = (folder / "gt_full.json").read_text()
+    (folder / "gt_full.json").write_text(content, encoding="utf-8-sig")
     after = read_training_split(folder)
     assert after.classes == before.classes
     assert [each.name for each in after.recordings] == [each.name for each in before.recordings]
     for one, other in zip(before.recordings, after.recordings, strict=True):
         assert one.point_index.tolist() == other.point_index.tolist()
         assert one.point_label.tolist() == other.point_label.tolist()
+    again = read_truth(folder, ["three"], before.classes)["three"]
+    assert len(truth) == 2 and again.start_s.tolist() == truth.start_s.tolist()
 
 
 def test_one_of_several_point_files_can_be_named(folder: Path) -> None:
@@ -254,6 +304,11 @@ def test_one_of_several_point_files_can_be_named(folder: Path) -> None:
         (
             remove("features/test/three.npy"),
             r"1 of 1 feature files are missing: three\.npy",
+        ),
+        (
+            write("split_test.txt", "one\nthree\ntwo\n"),
+            r"expected to test on what is not trained on, but 2 recordings are in both splits: "
+            r"one, two$",
         ),
     ],
 )

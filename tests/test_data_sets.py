@@ -146,6 +146,18 @@ def test_blocked_recordings_are_left_out(folder: Path) -> None:
         split.write_text(split.read_text().replace(old, new))
     data = read_test_split(folder, CLASSES, config)
     assert [each.name for each in data.recordings] == ["video_test_0000004", "test2"]
+    split.write_text("video_test_0000270\n")
+    with pytest.raises(
+        DataError, match=r"split_test\.txt: expected a recording that thumos14 does"
+    ):
+        read_test_split(folder, CLASSES, config)
+
+
+@pytest.mark.parametrize("depth", [1, 50, 100_000])
+def test_a_source_of_features_that_is_nested(folder: Path, depth: int) -> None:
+    (folder / "features.json").write_text("[" * depth + "]" * depth)
+    with pytest.raises(DataError, match=r"features\.json: "):
+        read_training_split(folder)
 
 
 # --- clocks, maps, stretches ---------------------------------------------------------------------
@@ -406,6 +418,29 @@ def test_all_that_is_wrong_is_told(folder: Path) -> None:
         "train0: 60 snippets of 0.64 s, but the annotations say that it lasts 100 s"
         in (found.warnings[0])
     )
+
+
+def test_what_may_be_meant_is_warned_of(folder: Path) -> None:
+    change_annotations(folder, annotations=[])
+    with (folder / "point_labels" / "points.csv").open("a") as file:
+        file.write("hop,train9,5\nhop,train8,5\nspin,train9,7\nhop,test0,7\n")
+    found = check_data(folder, DataConfig())
+    assert found.errors == []
+    assert found.warnings == [
+        f"{folder}: 3 points are of recordings in no split: train8, train9",
+        f"{folder / 'gt_full.json'}: no annotated action in the test split: "
+        "nothing can be measured",
+    ]
+    assert (found.summary["points"], found.summary["test_instances"]) == (24, 0)
+
+
+def test_points_of_blocked_recordings_are_meant(folder: Path) -> None:
+    preset = {"preset": "thumos14", "point_frames_per_s": None, "point_labels": "points.csv"}
+    with (folder / "point_labels" / "points.csv").open("a") as file:
+        file.write("hop,video_test_0000270,5\nhop,train9,5\n")
+    found = check_data(folder, DataConfig.model_validate(preset))
+    told = [each for each in found.warnings if "in no split" in each]
+    assert told == [f"{folder}: 1 points are of recordings in no split: train9"]
 
 
 def test_the_check_command(folder: Path) -> None:

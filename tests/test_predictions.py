@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from hypothesis import strategies as st
 from plain_metrics import Row
 from tiny_data import CLASSES, write_tiny_data
 
+from hrpro.training import session
 from hrpro.training.annotations import point_rates, read_truth
 from hrpro.training.data_config import DataConfig, DataError
 from hrpro.training.metrics import Segments, mean_average_precision
 from hrpro.training.predictions import PredictionsError, read_predictions, write_predictions
+from hrpro.training.presets import read_preset
+from hrpro.training.session import evaluate_predictions, evaluate_run
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -146,6 +150,43 @@ def test_what_is_no_file_of_predictions_is_refused(
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
 
 
+def test_a_recording_is_there_once(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    for names in (("one", "v_one"), ("v_one", "one")):
+        path.write_text(json.dumps({"results": {name: [GOOD] for name in names}}))
+        with pytest.raises(PredictionsError) as caught:
+            read_predictions(path, ["v_one"], ("hop",))
+        assert str(caught.value) == f"{path}: 'v_one' is there with and without 'v_'"
+        both = read_predictions(path, ["one", "v_one"], ("hop",))  # two recordings
+        assert [len(both[name]) for name in ("one", "v_one")] == [1, 1]
+
+
+def test_predictions_of_blocked_recordings_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    results = {"two": [GOOD], "v_three": "whatever", "four": [], "one": [GOOD, GOOD]}
+    path.write_text(json.dumps({"results": results}))
+    found = read_predictions(path, ["one"], ("hop",), ["two", "v_three", "v_four"])
+    assert {name: len(each) for name, each in found.items()} == {"one": 2}
+    with pytest.raises(PredictionsError, match="recording 'two' is not one of the test split"):
+        read_predictions(path, ["one"], ("hop",), ["v_three", "v_four"])
+
+
+def test_a_preset_leaves_out_its_blocked_recordings_of_a_file(tmp_path: Path) -> None:
+    blocked = "video_test_0000270"
+    label = read_preset("thumos14").classes[0]
+    good, other = {**GOOD, "label": label}, {**GOOD, "label": label, "segment": [50, 60]}
+    (tmp_path / "split_test.txt").write_text(f"test0\n{blocked}\n")
+    database = {"test0": {"annotations": [{"label": label, "segment": [1, 2]}]}, blocked: {}}
+    database[blocked] = {"annotations": []}
+    (tmp_path / "gt_full.json").write_text(json.dumps({"database": database}))
+    (tmp_path / "Ambiguous_test.txt").write_text("")
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"results": {"test0": [good], blocked: [other]}}))
+    config = DataConfig.model_validate({"preset": "thumos14"})
+    figures = evaluate_predictions(path, tmp_path, config)
+    assert (figures["recordings"], figures["instances"], figures["average_map"]) == (1, 1, 1.0)
+
+
 def test_annotations_that_no_number_can_hold_are_refused(tmp_path: Path) -> None:
     segment = {"label": "hop", "segment": [0, 10**400]}
     path = tmp_path / "gt_full.json"
@@ -171,6 +212,24 @@ def test_a_run_is_evaluated_as_its_predictions_are(trained: Trained, tmp_path: P
     assert again == {**figures, "stage1_average_map": None}
     said = hrpro("evaluate", "--predictions", path, "--data", trained.data, "--preset", "mocap6")
     assert f"{figures['average_map']:.3f}" in said.stdout
+
+
+def test_predictions_that_cannot_be_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    path = tmp_path / "absent" / "p.json"
+    monkeypatch.setattr(session, "read_run", pytest.fail)  # it is said before the work
+    with pytest.raises(PredictionsError, match=r"absent/p\.json: expected a folder to write it in"):
+        evaluate_run(run, trained.data, path)
+    monkeypatch.undo()
+    # What was measured is noted, whatever comes of the file.
+    (run / "figures.json").unlink(missing_ok=True)
+    (tmp_path / "p.json").mkdir()
+    with pytest.raises(OSError, match=r"p\.json"):
+        evaluate_run(run, trained.data, tmp_path / "p.json")
+    figures = json.loads((run / "figures.json").read_text())
+    assert figures["recordings"] == 2 and 0.2 < figures["average_map"] < 1
 
 
 def test_one_of_run_and_predictions(trained: Trained, tmp_path: Path) -> None:

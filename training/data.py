@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,13 +123,7 @@ def read_test_split(
     check_clock(folder, config)
     none = np.zeros(0, dtype=np.int64)
     names = read_names(folder, "test", config)
-    if (folder / "split_train.txt").exists():
-        both = sorted({*read_names(folder, "train", config)} & {*names})
-        if both:
-            raise DataError(
-                f"{folder}: expected to test on what is not trained on, {len(both)} recordings are "
-                f"in both splits: {', '.join(both[:5])}"
-            )
+    _check_splits_are_apart(folder, names)
     check_features_are_there(folder, "test", names, config)
     recordings = [
         Recording(name, _stored(feature_path(folder, "test", name)), none, none) for name in names
@@ -147,9 +140,8 @@ def read_test_split(
 
 def read_names(folder: Path, split: Split, config: DataConfig) -> list[str]:
     """The recordings of a split, without those that the preset blocks."""
-    path = folder / f"split_{split}.txt"
-    lines = read_text(path, "one recording name a line").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    path = _split_file(folder, split)
+    names = _names_in(path)
     if not names:
         raise DataError(f"{path}: expected at least one recording name, the file is empty")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -160,6 +152,27 @@ def read_names(folder: Path, split: Split, config: DataConfig) -> list[str]:
     if not left:
         raise DataError(f"{path}: expected a recording that {config.preset} does not leave out")
     return left
+
+
+def _split_file(folder: Path, split: Split) -> Path:
+    return folder / f"split_{split}.txt"
+
+
+def _names_in(path: Path) -> list[str]:
+    """Names may have blanks."""
+    lines = read_text(path, "one recording name a line").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _check_splits_are_apart(folder: Path, names: Sequence[str]) -> None:
+    """Raise DataError where recordings of the test split are trained on, too."""
+    path = _split_file(folder, "train")
+    both = sorted({*names} & {*_names_in(path)}) if path.exists() else []  # a test needs no other
+    if both:
+        raise DataError(
+            f"{folder}: expected to test on what is not trained on, but {len(both)} recordings are "
+            f"in both splits: {', '.join(both[:5])}"
+        )
 
 
 def feature_path(folder: Path, split: Split, name: str) -> Path:
@@ -188,20 +201,19 @@ def check_features_are_there(
 def read_features(path: Path) -> NDArray[np.float32]:
     """Features (T, D): float32 is mapped into memory, other float types are converted."""
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Not np.load, which takes archives, too, and leaves files of damaged ones open.
+        stored = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path}: feature file is missing; expected float32 (T, D)") from None
-    except (ValueError, EOFError, OSError, BadZipFile) as error:
+    except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{path}: not a readable .npy array: {error}") from None
-    if not isinstance(features, np.ndarray):
-        raise DataError(f"{path}: expected one array (.npy), got an archive of arrays (.npz)")
-    if features.ndim != 2 or 0 in features.shape or features.dtype.kind != "f":
+    if stored.ndim != 2 or 0 in stored.shape or stored.dtype.kind != "f":
         raise DataError(
             f"{path}: expected a float array (T, D) with T, D >= 1, "
-            f"got {features.dtype} {features.shape}"
+            f"got {stored.dtype} {stored.shape}"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
-        features = np.ascontiguousarray(features, dtype=np.float32)
+        features = np.ascontiguousarray(stored, dtype=np.float32)
     for first, rows in in_blocks(features):
         bad = ~np.isfinite(rows).all(axis=1)
         if bad.any():

@@ -219,7 +219,8 @@ def _check_split(folder: Path, split: Split, name: str) -> None:
 
 def _listed(folder: Path, split: Split) -> list[str]:
     path = folder / f"split_{split}.txt"
-    return path.read_text(encoding="utf-8-sig").split() if path.exists() else []
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _write(folder: Path, split: Split, name: str, made: VideoFeatures) -> None:
