@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -12,12 +15,21 @@ from commands import Trained, hrpro, hrpro_json, refusal
 from matplotlib.colors import to_rgba
 from tiny_data import CLASSES, write_tiny_data
 
+from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import HrproError
+from hrpro.training import figures
 from hrpro.training.annotations import read_truth
 from hrpro.training.data import read_training_split
-from hrpro.training.figures import best_tiou, look_at, rank_correlation, read_curves, timeline
+from hrpro.training.figures import (
+    Looked,
+    best_tiou,
+    look_at,
+    rank_correlation,
+    read_curves,
+    timeline,
+)
 from hrpro.training.metrics import Segments
-from hrpro.training.plots import Timeline, class_colours, shown_classes
+from hrpro.training.plots import Timeline, class_colours, plot_timeline, shown_classes
 from hrpro.training.run import read_run
 from hrpro.training.snippet_stage import snippet_scores
 
@@ -106,6 +118,56 @@ def test_what_is_seen_of_a_recording(trained: Trained) -> None:
     assert len(before) == len(after) > 0
     assert not np.allclose(before.start_s, after.start_s)
     assert ((after.score >= 0) & (after.score <= 1)).all()
+
+
+NAMES = ("_hidden", "cost $x^2$", "$", "\\alpha")
+
+
+def texts(picture: Path) -> list[str]:
+    """The texts of an SVG in which they were left as such, in their order."""
+    return [
+        html.unescape(each) for each in re.findall(r"<text[^>]*>(.*?)</text>", picture.read_text())
+    ]
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    cas = np.full((100, 4), 0.75, np.float32)
+    truth = Segments.from_rows([(15 * c, 15 * c + 14, c, 1) for c in range(4)])
+    shown = Timeline("cam_$1$", truth, cas, cas[:, 0], Segments.from_rows([]))
+    plot_timeline(shown, NAMES, SnippetClock(25.0, 16), tmp_path / "timeline.svg")
+    found = texts(tmp_path / "timeline.svg")
+    assert "cam_$1$" in found
+    assert [found.count(name) for name in NAMES] == [2] * 4  # on its bar, and in the legend
+    assert found[-5:] == [*NAMES, "attention A"]
+
+    embedding = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    nothing = Segments.from_rows([])
+    looked = Looked(nothing, (nothing, nothing), embedding, np.arange(40) % 5 - 1)
+    figures._plot_embedding([looked], NAMES, tmp_path / "embedding.svg")
+    assert texts(tmp_path / "embedding.svg")[-5:] == ["background", *NAMES]
+
+
+def test_losses_have_numbers_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    values = {"step": np.arange(3.0), "loss": np.array([100.0, 1.0, 0.001])}
+    figures._plot_learning({"snippet": values}, tmp_path / "learning.svg")
+    found = texts(tmp_path / "learning.svg")
+    assert {"0", "0.01", "0.1", "1", "10", "100", "loss"} <= {*found}
+    assert not any("$" in each for each in found)
+
+
+def test_without_an_action_there_are_pictures(trained: Trained, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(trained.data, tmp_path / "data"))
+    content = json.loads((data / "gt_full.json").read_text())
+    for entry in content["database"].values():
+        entry["annotations"] = []
+    (data / "gt_full.json").write_text(json.dumps(content))
+    pictures = figures.plot_run(trained.run, data, tmp_path / "out", 1, ["seq1"])
+    assert [path.name for path in pictures] == [
+        "timeline_seq1.png", "reliability.png", "embedding.png", "learning.png",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 5000 for path in pictures)
 
 
 def test_a_run_of_another_data_set(trained: Trained, tmp_path: Path) -> None:

@@ -219,15 +219,17 @@ def _plot_embedding(seen: Sequence[Looked], classes: Sequence[str], path: Path) 
         perplexity = min(30.0, (len(label) - 1) / 3)
         plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embedding)
         colours = class_colours(len(classes))
+        dots, names = [], []
         for index in [-1, *range(len(classes))]:
             shown = label == index
             if shown.any():
                 colour = "0.8" if index < 0 else colours[index]
-                name = "background" if index < 0 else classes[index]
-                axes.scatter(plane[shown, 0], plane[shown, 1], s=9, color=colour, label=name)
+                dots.append(axes.scatter(plane[shown, 0], plane[shown, 1], s=9, color=colour))
+                names.append("background" if index < 0 else classes[index])
         axes.legend(
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, markerscale=2
-        )
+            dots, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8,
+            markerscale=2,
+        )  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(f"embedding X^e of {len(label)} snippets of the test split (t-SNE)")
@@ -275,6 +277,7 @@ def _plot_learning(curves: Curves, path: Path) -> Path:
         panel.set_title(STAGE_TITLES.get(stage, stage))
         panel.set_xlabel("step")
         panel.set_yscale("symlog", linthresh=1e-2)
+        panel.yaxis.set_major_formatter("{x:g}")  # powers would be formulas, which are not set
         panel.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from hrpro.engine.timebase import SnippetClock
 from hrpro.training.metrics import Segments
 
+matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula's
+
 _LEGEND_CLASSES = 20
 _LABEL_POINTS = 7
 _CHARACTER_POINTS = 4.6  # how wide a character of that size is
@@ -115,15 +117,19 @@ def _draw_activation(
 ) -> None:
     """S of the classes that are there or seem to be, and A."""
     centres_s = [clock.seconds(index + 0.5) for index in range(len(timeline.cas))]
+    lines, names = [], []
     for index in shown_classes(timeline):
-        axes.plot(centres_s, timeline.cas[:, index], color=colours[index], label=classes[index])
-    axes.plot(centres_s, timeline.attention, color="0.4", linestyle=":", label="attention A")
+        lines += axes.plot(centres_s, timeline.cas[:, index], color=colours[index])
+        names.append(classes[index])
+    lines += axes.plot(centres_s, timeline.attention, color="0.4", linestyle=":")
+    names.append("attention A")
     axes.set_ylabel("activation S")
     axes.set_ylim(-0.03, 1.03)
     figure = axes.get_figure(root=True)
     assert figure is not None
     # Of the figure: one of the axes would push those below away, where classes are many.
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    # By hand: left to itself a legend leaves names out that begin with "_".
+    figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize=8)
 
 
 def shown_classes(timeline: Timeline) -> list[int]:
