@@ -18,12 +18,13 @@ from rich.table import Table
 
 from hrpro.clients.stream_eval import delay_percentiles, offline_segments, published_segments
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
-from hrpro.engine.config import EngineConfig
+from hrpro.engine.config import EngineConfig, WindowConfig
 from hrpro.engine.deployment import Deployment
 from hrpro.engine.inference import Backend
 from hrpro.engine.messages import FinalProposal, Publication
 from hrpro.engine.noted import NotedBackend
 from hrpro.engine.pipeline import Pipeline
+from hrpro.engine.settings import SettingsError
 from hrpro.engine.windows import decision_lookahead_s, least_lookahead
 from hrpro.export.bundle import Bundle
 from hrpro.training.data import DataSet
@@ -49,6 +50,7 @@ class Point:
     """One run. ``lookahead_s`` is what the engine derived, None for the whole recording.
 
     What is below ``least_s``, the least look-ahead of model and hop, has no figures: they are None.
+    So are those of a hop that the configured window is too short for.
     """
 
     hop_snippets: int
@@ -115,7 +117,7 @@ def measure_curve(
     for hop in sorted({*HOPS, config.window.hop_snippets}):
         window = config.window.model_copy(update={"hop_snippets": hop})
         at_hop = config.model_copy(update={"window": window})
-        timed = _Timed(OnnxRuntimeBackend(bundle, at_hop))
+        timed = _Timed(OnnxRuntimeBackend(bundle, at_hop)) if _fits(bundle, window) else None
         for lookahead in _lookaheads(config):
             points.append(_measure(bundle, at_hop, lookahead, timed, data, truth))
             progress(1)
@@ -125,6 +127,16 @@ def measure_curve(
 def count_points(config: EngineConfig) -> int:
     """How many points `measure_curve` measures."""
     return len({*HOPS, config.window.hop_snippets}) * len(_lookaheads(config))
+
+
+def _fits(bundle: Bundle, window: WindowConfig) -> bool:
+    """Whether a window is long enough for its hop; that of the engine itself is."""
+    manifest = bundle.manifest
+    try:
+        window.length(manifest.context_snippets, manifest.lookahead_snippets)
+    except SettingsError:
+        return False
+    return True
 
 
 def _lookaheads(config: EngineConfig) -> list[Lookahead]:
@@ -137,7 +149,7 @@ def _measure(
     bundle: Bundle,
     config: EngineConfig,
     lookahead: Lookahead,
-    timed: _Timed,
+    timed: _Timed | None,
     data: DataSet,
     truth: GroundTruth,
 ) -> Point:
@@ -153,7 +165,7 @@ def _measure(
     derived_s = decision_lookahead_s(manifest, config)
     told_s = None if lookahead == "infinite" else derived_s
     point = Point(hop, lookahead, told_s, clock.seconds(least))
-    if clock.position(derived_s) + 1e-9 < least:
+    if timed is None or clock.position(derived_s) + 1e-9 < least:
         return point
     deployment = Deployment(manifest, timed.backend, config)
     deployment.warm_up(timed.backend)
@@ -227,7 +239,9 @@ def curve_table(curve: Curve) -> Table:
 
 def _cells(curve: Curve, point: Point) -> list[str]:
     if point.average_map is None or point.delay_s is None or point.cost is None:
-        return [_lookahead_text(point), "n/a", f"least {point.least_s:.2f}"]
+        is_below = isinstance(point.lookahead, float) and point.lookahead < point.least_s
+        why = f"least {point.least_s:.2f}" if is_below else "window too short"
+        return [_lookahead_text(point), "n/a", why]
     retention = curve.retention(point)
     strict = f" {point.least_s:.2f}" if point.lookahead == "strict" else ""
     return [

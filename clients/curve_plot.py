@@ -101,8 +101,11 @@ def _draw_cost(axes: Axes, by_hop: dict[int, Sequence[Point]], colours: np.ndarr
     """The median over the runs of a hop, which differ in nothing that costs much."""
     for n, points in enumerate(by_hop.values()):
         costs = [p.cost for p in points if p.cost is not None]
-        inference = float(np.median([each.inference_ms for each in costs])) if costs else 0.0
-        total = float(np.median([each.total_ms for each in costs])) if costs else 0.0
+        if not costs:
+            axes.annotate("n/a", (n, 0), ha="center", va="bottom", fontsize=9)
+            continue
+        inference = float(np.median([each.inference_ms for each in costs]))
+        total = float(np.median([each.total_ms for each in costs]))
         axes.bar(n, inference, color=colours[n])
         axes.bar(n, total - inference, bottom=inference, color=colours[n], alpha=0.35)
         axes.annotate(f"{total:.2f}", (n, total), ha="center", va="bottom", fontsize=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,12 +10,22 @@ import pytest
 from commands import ANY_PORT, PATIENCE_S, Trained, hrpro, hrpro_json, refusal, running
 from driving import assert_same, of_stream
 
-from hrpro.clients.curve import HOPS, Cost, Curve, Point, curve_table, run_in_process
+from hrpro.clients import curve as curves
+from hrpro.clients.curve import (
+    HOPS,
+    Cost,
+    Curve,
+    Point,
+    count_points,
+    curve_table,
+    measure_curve,
+    run_in_process,
+)
 from hrpro.clients.curve_plot import plot_curve
 from hrpro.clients.engine_process import running_engine
 from hrpro.clients.feeder import FeatureFeeder
 from hrpro.clients.feeding import Source
-from hrpro.clients.stream_eval import stream_recordings
+from hrpro.clients.stream_eval import read_evaluation_data, stream_recordings
 from hrpro.engine.serve import load_engine_config, new_deployment
 from hrpro.export.bundle import read_bundle
 
@@ -124,6 +135,44 @@ def test_an_engine_says_what_strict_is(trained: Trained) -> None:
         assert said["window"].endswith("hop 2, look-ahead 1.92 s (strict)")
         with FeatureFeeder(said["feed"], "cam", 96) as feeder:
             assert feeder.connect(PATIENCE_S).lookahead_s == pytest.approx(1.92)
+
+
+def test_hops_that_a_window_is_too_short_for_have_no_figures(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(curves, "HOPS", (1, 2, 4))
+    monkeypatch.setattr(curves, "LOOKAHEADS", ("strict", "infinite"))
+    bundle = read_bundle(trained.bundle)
+    shortest = bundle.manifest.context_snippets + 2 + bundle.manifest.lookahead_snippets
+    settings = ["threads=1", "window.hop_snippets=2", f"window.window_snippets={shortest}"]
+    config = load_engine_config(bundle, None, settings)
+    data, truth = read_evaluation_data(trained.data, bundle)
+    told: list[int] = []
+    curve = measure_curve(bundle, config, data, truth, told.append)
+    assert len(told) == count_points(config) == len(curve.points) == 9
+    for point in curve.points:
+        can_be = point.hop_snippets < 4
+        figures = (point.average_map, point.delay_s, point.cost)
+        assert [each is not None for each in figures] == [can_be] * 3
+        assert point.least_s == pytest.approx(LEAST_S[point.hop_snippets])
+    assert [each["streaming_average_map"] for each in json_points(curve)[-3:]] == [None] * 3
+    rows = table_rows(curve)
+    for start in (["4", "strict"], ["4", "4"], ["4", "infinite"]):
+        assert [*start, "n/a", "window", "too", "short"] in rows
+    plot_curve(curve, tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+
+
+def json_points(curve: Curve) -> list[dict[str, object]]:
+    return json.loads(json.dumps(curve.figures()))["points"]
+
+
+def table_rows(curve: Curve) -> list[list[str]]:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(curve_table(curve))
+    return [line.split() for line in console.export_text().splitlines()]
 
 
 # ---- what is shown -----------------------------------------------------------------------------
