@@ -312,6 +312,11 @@ def test_other_data_are_trained_on_again(
     path = own_data / "features" / "test" / "test0.npy"
     np.save(path, np.load(path) + np.float32(1))
     assert (measure(), measure()) == (1, 0)
+    path = own_data / "features" / "train" / "train3.npy"
+    features = np.load(path)
+    features[17, 2] += np.float32(0.5)  # one value, neither at an end nor in the middle
+    np.save(path, features)
+    assert (measure(), measure()) == (1, 0)
     path = own_data / "gt_full.json"
     content = json.loads(path.read_text())
     content["database"]["test0"]["annotations"].pop()

@@ -246,6 +246,19 @@ def test_golden_windows_that_do_not_belong_to_the_bundle(
     assert str(caught.value).startswith(f"{copy}/")
 
 
+def test_graphs_that_give_other_shapes(
+    bundle: Bundle, backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        backend, "score_snippets", lambda *_: (zeros(2, T, 1), zeros(2, T, 8), zeros(2, T))
+    )
+    with pytest.raises(BundleError) as caught:
+        check_golden(bundle, backend)
+    assert str(caught.value) == (
+        f"{bundle.golden}: scores: expected (2, {T}, 1), which the graphs give, got (2, {T}, 3)"
+    )
+
+
 def test_verify_and_check_say_what_is_wrong_with_golden_windows(copy: Path) -> None:
     golden_with(copy, scores=zeros(2, T, 1))
     expected = f"{copy / 'golden.npz'}: scores: expected float32 (2, {T}, 3) "

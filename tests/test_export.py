@@ -29,7 +29,8 @@ from tiny_model import (
 )
 
 from hrpro.engine.backends.onnxruntime import OnnxRuntimeBackend
-from hrpro.engine.config import EngineConfig
+from hrpro.engine.config import EngineConfig, WindowConfig
+from hrpro.engine.settings import SettingsError
 from hrpro.export import export, verify
 from hrpro.export.bundle import Bundle, BundleError, content_id, read_bundle
 from hrpro.export.replaced import replaced_folder
@@ -324,6 +325,17 @@ def test_a_failed_export_leaves_nothing(
         model.snippet.classify.bias.add_(0.1)
     with pytest.raises(ExportError, match="scores"):
         export.export_bundle(tiny_description(tiny_config()), model, {}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_that_is_too_short_is_refused_before_the_graphs_are_made(
+    model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "export_snippet_graph", pytest.fail)
+    window = WindowConfig(window_snippets=16)
+    config = tiny_config().model_copy(update={"window": window})
+    with pytest.raises(SettingsError, match=r"expected at least 17 \(context 13 .*, got 16"):
+        export.export_bundle(tiny_description(config), model, {}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
