@@ -56,7 +56,8 @@ _ACK_WAIT_S = 0.5
 # What a feeder is told of its stream: next_index, send_until, missing_until, dropped, needed_from.
 State = tuple[int, int, int | None, int, int | None]
 
-# In the place of the connection that feeds a stream of an earlier run of the engine.
+# In the place of the connection that feeds a stream of an earlier run of the engine, or fed a
+# session that a gap has ended.
 _NOBODY = Peer(b"")
 
 
@@ -177,8 +178,8 @@ class Feeds:
             missing_until = None if stream is None else stream.missing_until
             if stream is None or stream.ended or missing_until is None:
                 del self._holes[name]
-            elif stream.next_index != first:  # another one
-                self._holes[name] = stream.next_index, now_s
+            elif stream.next_index != first:  # another one, known from now on
+                self._holes[name] = stream.next_index, self._now_s()
             elif now_s - since_s >= self._gap_wait_s:
                 self._give_up(stream, missing_until)
         if now_s >= self._look_at_s:
@@ -227,7 +228,7 @@ class Feeds:
             del self._ended[next(iter(self._ended))]
         feed = self.live.pop(notice.stream, None)
         self._untold.pop(notice.stream, None)
-        if feed is not None:
+        if feed is not None and feed.identity is not _NOBODY:
             self._send(feed.identity, ended)
 
     def _on_hello(self, identity: Peer, hello: Hello) -> None:
@@ -238,7 +239,7 @@ class Feeds:
         if live is not None and not is_ending and hello.first_index > live.next_index:
             goes_on = self._give_up(live, hello.first_index)
             if not goes_on and self.live[hello.stream].identity == identity:
-                del self.live[hello.stream]  # it did not end it
+                self._leave_alone(hello.stream)
         if is_ending or (live is not None and live.ended):  # it may have been just now
             waiting = self._waiting.get(hello.stream)
             # What is before a gap that ended the session is not processed again.
@@ -389,8 +390,8 @@ class Feeds:
             stream.dropped += gap.next_index - stream.next_index
             self._count_dropped(stream, gap.next_index - stream.next_index)
         if not over and not self._give_up(stream, gap.next_index):
-            # The feeder did not end it, and goes on in the next session.
-            del self.live[gap.stream]
+            # The feeder goes on in the next session.
+            self._leave_alone(gap.stream)
             clock, dim = self._pipeline.clock, self._pipeline.feature_dim
             frames = clock.frames_per_s, clock.snippet_frames
             hello = Hello(gap.stream, dim, *frames, gap.next_index, stream.policy)
@@ -448,8 +449,7 @@ class Feeds:
         if feed.identity is _NOBODY:
             raise StreamError(
                 "unknown_stream",
-                f"stream {name!r}: expected a Hello since the engine was started, came"
-                f" {message.TYPE}",
+                f"stream {name!r}: expected another Hello first, came {message.TYPE}",
             )
         if feed.identity is not identity and feed.identity != identity:  # often the same object
             raise StreamError(
@@ -459,6 +459,10 @@ class Feeds:
             )
         feed.heard_s = self._now_s()
         return self._pipeline.streams[name], feed
+
+    def _leave_alone(self, name: str) -> None:
+        """A gap has ended the session, and not its feeder: that is not told so."""
+        self.live[name] = Feed(_NOBODY, self._now_s(), None, False)
 
     def _is_closing(self, name: str) -> bool:
         """Whether a stream is processed to its end, and that is not published yet: the log cannot

@@ -39,8 +39,8 @@ Floats = NDArray[np.float64]
 # What was published is remembered for as long as it can overlap what is still to come, and no
 # more than this many a class.
 _PUBLISHED_LIMIT = 256
-# So many proposals of a class may wait for better ones, or for the end of their action: with those
-# that a snippet adds, few enough for the quick way of soft-NMS.
+# So many proposals of a class that are due may wait for better ones, or for the end of their
+# action: with those that a snippet adds, few enough for the quick way of soft-NMS.
 _POOL_LIMIT = 192
 
 
@@ -274,7 +274,7 @@ class StreamLocalizer:
         self._tracker.config = config
         if embedding_width is not None:
             self._forget_embedding(config, embedding_width)
-        self._config, self._scorer = config, scorer
+        self._config, self._scorer, self._due_config = config, scorer, None
 
     def _forget_embedding(self, config: LocalizationConfig, width: int) -> None:
         self._embedded_from = self._history.next_index
@@ -345,8 +345,8 @@ class StreamLocalizer:
         # An action may last for hours: nothing waits for longer than what is remembered.
         latest = due_until - self._config.history_snippets
         if len(pool) > _POOL_LIMIT:  # as of noise: each snippet would cost the square of it
-            due = sorted(p.due_from for p in pool)
-            latest = max(latest, min(due[len(pool) - _POOL_LIMIT - 1], due_until))
+            due_from = sorted(p.due_from for p in pool)
+            latest = max(latest, min(due_from[len(pool) - _POOL_LIMIT - 1], due_until))
         some_are_late = self._due_from[label_index] <= latest
         if not (some_are_late or any(is_final)):
             return []

@@ -30,6 +30,16 @@ from hrpro.engine.stream import Stream
 if TYPE_CHECKING:
     from hrpro.engine.pipeline import Pipeline
 
+# What comes of numbers and bytes that are no state.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    msgpack.UnpackException,
+)
 # A stream of which nothing is published is written that often, so that its feeder keeps no more.
 _SAVE_EVERY_SNIPPETS = 64
 
@@ -68,14 +78,16 @@ def restore(pipeline: Pipeline, states: Iterable[tuple[str, bytes]]) -> None:
     for name, data in states:
         try:
             pipeline.restore(name, msgpack.unpackb(data))
-        except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
+        except _UNREADABLE as error:
             raise LogError(
-                f"stream {name!r}: its state in the event log cannot be read: {error!r}"
-            ) from None
+                f"stream {name!r}: its state in the event log cannot be read: {error!r}. Move the "
+                "log away: the engine then begins a new one, without what the streams of before "
+                "have left"
+            ) from error
     if len(pipeline.streams) > pipeline.max_streams:
         raise SettingsError(
             f"max_streams: expected at least {len(pipeline.streams)}, as many streams as the event "
-            f"log has open, got {pipeline.max_streams}"
+            f"log has open, got {pipeline.max_streams}; start with so many, and drain"
         )
 
 

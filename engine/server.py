@@ -323,8 +323,8 @@ class Server:
         """Reads from `feed`, and notes until when everything that had come is handled.
 
         Behind a turn that stood still there are more messages than one reads: a stream is not
-        silent, and nothing of it missing, as long as those are not read. But not for ever, since
-        one peer can send too much for all the others.
+        silent, and nothing of it missing, as long as those are not read. But not for ever: one peer
+        that sends more than is read would keep all streams awake.
         """
         began_s = time.monotonic()
         if not is_ready or self._read(self._feed, self._on_feed):
@@ -355,10 +355,11 @@ class Server:
         return False
 
     def _publish(self) -> None:
-        self._pipeline.is_held = holds = self._outbox.waits_for is not None
+        holds = self._outbox.waits_for is not None
         steps = self._pipeline.step() if not holds and self._pipeline.pending() else ()
         for publication in self._outbox.publish(steps, partial(save, self._pipeline)):
             self._on_published(publication)
+        self._pipeline.is_held = self._outbox.waits_for is not None
         for scores in self._pipeline.curves.take():
             sockets.try_send(self._events, protocol.encode(scores))
         self._report_waiting()

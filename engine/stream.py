@@ -94,14 +94,17 @@ class Stream:
         ``needed_from`` on, which have to come again."""
         first = max(self.localizer.remembered_from, self.first_index)
         hop = first // self._plan.hop * self._plan.hop
+        decided = max(self.processed, self.decided_until)
         needed_from = max(hop - self._plan.context, self.first_index)
         if self.needed_from is not None and needed_from < self.needed_from:
             # Another bundle may look back further, but what was not needed is gone.
             needed_from = self.needed_from
-            hop = max(hop, -(-needed_from // self._plan.hop) * self._plan.hop)
+            next_hop = -(-needed_from // self._plan.hop) * self._plan.hop
+            hop = max(hop, min(next_hop, decided))
         return {
             **{name: getattr(self, name) for name in _SAVED},
-            "processed": max(self.processed, self.decided_until),
+            "idle": self.idle and self._flush_at is None,  # once that is processed
+            "processed": decided,
             "asked": max(hop, self.localizer.began_at),
             "came_until": self.came_until,
             "gap_start": self._gap_start,

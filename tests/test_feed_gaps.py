@@ -160,6 +160,53 @@ def test_a_gap_longer_than_a_window_begins_another_session() -> None:
     assert [each.session for each in engine.notices] == [1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("by", ["gap", "hello"])
+def test_a_session_that_a_gap_ends_is_over_when_that_is_published(by: str) -> None:
+    engine = Engine()
+    engine.say(chunk(0, 4))
+    engine.told.clear()
+    far = 4 + 2 * WINDOW
+    ends = Gap("cam", 4, far) if by == "gap" else hello(first_index=far)
+    engine.feeds.handle(b"cam", ends)  # type: ignore[arg-type]
+    published = [each for each in drained(engine.pipeline) if isinstance(each, StreamNotice)]
+    assert [(each.session, each.kind) for each in published] == [(1, "ended")]
+    # It is not published, as on a full disk.
+    for _ in range(3):
+        engine.feeds.admit_waiting()
+        engine.feeds.tend(engine.now_s)
+        engine.feeds.acknowledge()
+    assert engine.told == [] and engine.pipeline.streams == {}
+    engine.feeds.on_ended(published[0])
+    (welcome,) = engine.say()
+    assert isinstance(welcome, Welcome) and welcome.next_index == far
+    assert engine.say(hello(first_index=far + 9 * WINDOW))[-1:] != []
+    assert engine.pipeline.streams.keys() == engine.feeds.live.keys() == {"cam"}
+
+
+def drained(pipeline: TinyPipeline) -> list[Publication]:
+    published: list[Publication] = []
+    while pipeline.pending():
+        published += pipeline.step()
+    return published
+
+
+def test_what_is_known_to_be_missing_only_now_is_waited_for() -> None:
+    # The engine stood still: what came by `now_s` is handled, and that is long ago.
+    engine = Engine(gap_wait_s=5.0)
+    engine.say(chunk(1, 2))
+    began_s = engine.now_s
+    engine.now_s += 6
+    for first in (0, 4):
+        engine.feeds.handle(b"cam", chunk(first, first + 1))  # type: ignore[arg-type]
+    engine.feeds.tend(began_s)
+    engine.now_s += 4
+    engine.say()
+    assert engine.seen() == [("opened", 0, 0)]
+    engine.now_s += 2
+    engine.say()
+    assert engine.pipeline.streams["cam"].next_index == 5
+
+
 def test_a_hello_behind_the_stream_is_a_gap() -> None:
     engine = Engine()
     engine.say(chunk(0, 4))

@@ -367,6 +367,20 @@ def test_localizers_share_no_state(
     assert decisions + one.flush() == run_all(new_pair(wait, scorer), track)
 
 
+def test_a_bundle_that_comes_at_once_is_not_undone_by_what_was_due_before() -> None:
+    # Nothing has to come again: the settings of the restart are due, and those of the bundle hold.
+    settings = {"peak_gate": 0.0, "event_start": 0.95, "event_end": 0.9}
+    of_life, of_restart, of_bundle = (
+        LocalizationConfig(thresholds=(each,), **settings) for each in (0.25, 0.375, 0.75)
+    )
+    before = new_localizer(of_life, wait=3)
+    before.advance(rows([0.0] * 40), rows([0.0] * 40))
+    restored = StreamLocalizer.restored(1, 1, of_restart, None, 3, 40, before.state())
+    restored.use(of_bundle, None, None)
+    found = run_all(restored, rows([0.0, 0.5, 0.5, 0.0, 0.0, 0.875, 0.875, 0.0]))
+    assert [(each.start > 44, each.end > 46) for each in finals(found)] == [(True, True)]
+
+
 # --- endless streams -----------------------------------------------------------------------------
 
 

@@ -109,6 +109,25 @@ def test_a_stream_whose_feeder_stays_away_is_idle_once(
         assert stream.processed == stream.next_index == 37  # the model looks 3 snippets ahead
 
 
+@pytest.mark.parametrize("at", range(20, 60, 8))
+def test_a_silence_that_was_not_processed_at_a_kill_is_processed_then(
+    bundle: Bundle, backend: OnnxRuntimeBackend, at: int
+) -> None:
+    life = Life(bundle, backend, durable_config(bundle, hop=1, history=32))
+    life.send_to("a", at)
+    life.settle()
+    life.pipeline.rest("a")
+    life.step()
+    assert life.pipeline.streams["a"].idle
+    assert [kind for _, kind in notices(life, "a")] == ["opened"]
+    life.pipeline = life.started_again()
+    for _ in range(2):
+        life.pipeline.rest("a")
+        life.settle()
+    assert [kind for _, kind in notices(life, "a")] == ["opened", "idle"]
+    assert life.pipeline.streams["a"].open_actions == 0
+
+
 @pytest.mark.parametrize("at", range(20, 76, 9))
 def test_what_is_needed_never_goes_back_when_another_bundle_looks_further(
     bundle: Bundle, backend: OnnxRuntimeBackend, at: int
