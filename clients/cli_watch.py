@@ -15,7 +15,7 @@ from hrpro.clients.cli_shared import KeyFile, address_errors, console
 from hrpro.engine.wire import HrproError
 
 if TYPE_CHECKING:
-    from hrpro.clients.sinks import PositionFile, Sink
+    from hrpro.clients.sinks import Position, PositionFile, Sink
     from hrpro.clients.subscriber import EventSubscriber
 
 
@@ -77,7 +77,7 @@ def watch(
         ),
     ] = None,
     until_idle: Annotated[
-        float | None, typer.Option(help="Leave when nothing came for so many seconds.")
+        float | None, typer.Option(help="Leave when nothing came for so many seconds.", min=0)
     ] = None,
     key: KeyFile = None,
 ) -> None:
@@ -92,30 +92,28 @@ def watch(
     # The table counts the streams that are live, whatever else it shows.
     is_table = jsonl is None and not any(others.values())
     kinds = ("final", *(("stream",) if is_table else ())) if final else KINDS
-    is_file = jsonl is not None and str(jsonl) != "-"
-    kept = sinks.PositionFile(resume) if resume else None
-    begin = sinks.end_of_lines(jsonl) if jsonl and is_file else sinks.Position()
-    begin = kept.position if kept else begin
-    since = since if begin.number is None else begin.number
     # Leave as on Ctrl-C, so that the file is closed and the terminal restored.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         contextlib.suppress(KeyboardInterrupt),
         address_errors(from_),
+        _begin(jsonl, resume) as (lines, kept, begin),
         EventSubscriber(
             from_,
             stream,
             label,
             kinds=kinds,
             min_score=min_score,
-            since=since,
+            since=since if begin.number is None else begin.number,
             key=key,
             instance=begin.instance,
         ) as by,
-        contextlib.closing(kept) if kept else contextlib.nullcontext(),
-        _sink(jsonl, webhook, mqtt, exec_, resume, retry_s) as sink,
+        contextlib.ExitStack() as opened,
     ):
-        _wait_for_engine(by, from_)
+        sink = lines or _sink(webhook, mqtt, exec_, resume, retry_s)
+        if sink is not None:
+            opened.callback(sink.close)
+        _wait_for_engine(by, from_, key)
         if sink is None:
             show_table(by, console(), until_idle, finals=final)
         else:
@@ -141,33 +139,36 @@ def _check_sinks(jsonl: Path | None, others: dict[str, str | None], resume: Path
 
 
 @contextlib.contextmanager
-def _sink(
-    jsonl: Path | None,
-    webhook: str | None,
-    mqtt: str | None,
-    command: str | None,
-    resume: Path | None,
-    retry_s: float,
-) -> Iterator[Sink | None]:
-    """The sink that was asked for, closed at the end; None for the table."""
+def _begin(
+    jsonl: Path | None, resume: Path | None
+) -> Iterator[tuple[Sink | None, PositionFile | None, Position]]:
+    """The sink of JSON lines, if that was asked for; where it is noted how far a sink is, and where
+    it goes on."""
     from hrpro.clients import sinks
 
-    with contextlib.ExitStack() as opened:
-        sink: Sink | None = None
-        if jsonl is not None and str(jsonl) == "-":
-            sink = sinks.JsonLines(sys.stdout)
-        elif jsonl is not None:
-            sink = sinks.JsonLines(opened.enter_context(jsonl.open("a", encoding="utf-8")))
-        elif webhook is not None and resume is not None:
-            dead_letters = resume.with_name(resume.name + ".dead.jsonl")
-            sink = sinks.Webhook(webhook, dead_letters, retry_s)
-        elif mqtt is not None:
-            sink = _mqtt(mqtt)
-        elif command is not None:
-            sink = sinks.Command(command)
-        if sink is not None:
-            opened.callback(sink.close)
-        yield sink
+    if resume is not None:
+        with contextlib.closing(sinks.PositionFile(resume)) as kept:
+            yield None, kept, kept.position
+    elif jsonl is None or str(jsonl) == "-":
+        yield sinks.JsonLines(sys.stdout) if jsonl else None, None, sinks.Position()
+    else:
+        with sinks.lines_in(jsonl) as begin:
+            yield begin
+
+
+def _sink(
+    webhook: str | None, mqtt: str | None, command: str | None, resume: Path | None, retry_s: float
+) -> Sink | None:
+    """The sink that was asked for; None for JSON lines and the table."""
+    from hrpro.clients import sinks
+
+    if webhook is not None and resume is not None:
+        from hrpro.clients.sink_webhook import Webhook
+
+        return Webhook(webhook, resume.with_name(resume.name + ".dead.jsonl"), retry_s)
+    if mqtt is not None:
+        return _mqtt(mqtt)
+    return None if command is None else sinks.Command(command)
 
 
 def _mqtt(url: str) -> Sink:
@@ -186,7 +187,7 @@ def _say_what_cannot_resume(subscriber: EventSubscriber, kept: PositionFile | No
         print(said, file=sys.stderr, flush=True)
 
 
-def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
+def _wait_for_engine(subscriber: EventSubscriber, address: str, key: Path | None) -> None:
     """Say on stderr when the subscription is in force, or that nobody is there yet."""
     from hrpro.clients import NoReplyError
 
@@ -194,4 +195,6 @@ def _wait_for_engine(subscriber: EventSubscriber, address: str) -> None:
         subscriber.wait_connected()
         print(f"hrpro: watching {address}", file=sys.stderr, flush=True)
     except NoReplyError:
-        print(f"hrpro: no engine answers at {address} yet; waiting", file=sys.stderr, flush=True)
+        doubt = "" if key is None else "; does it know this key?"
+        said = f"hrpro: no engine answers at {address} yet; waiting{doubt}"
+        print(said, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import ssl
 import sys
 import threading
 import time
+import unicodedata
 from urllib.parse import SplitResult, unquote
 
 from paho.mqtt import client as mqtt
@@ -38,7 +39,7 @@ class Mqtt:
     def __init__(self, url: str) -> None:
         parts = split_url(url, "--mqtt", tuple(_PORTS))
         host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
-        self._prefix = unquote(parts.path.strip("/")) or "hrpro"
+        self._prefix = _prefix(parts)
         self._where = f"{host}:{port}"
         self._taken: queue.SimpleQueue[int] = queue.SimpleQueue()  # the messages' own numbers
         self._refused = ""
@@ -139,6 +140,19 @@ class Mqtt:
             _log.warning("MQTT broker at %s: %s; trying again", self._where, reason)
         self._is_away = True
         self._heard.set()
+
+
+def _prefix(parts: SplitResult) -> str:
+    """What topics begin with."""
+    prefix = unquote(parts.path.strip("/")) or "hrpro"
+    # Brokers close the line of who publishes to a topic with one of these.
+    has_special = any(each in "+#" or unicodedata.category(each) == "Cc" for each in prefix)
+    if has_special or parts.query or parts.fragment:
+        raise HrproError(
+            "--mqtt: expected a prefix of topics behind the host, without +, # and control "
+            f"characters, and %3F for a question mark, came {prefix!r}"
+        )
+    return prefix
 
 
 def _credentials(parts: SplitResult) -> tuple[str | None, str | None]:

@@ -26,19 +26,16 @@ _STYLES = {"● now": "bold green", "over": "green", "retracted": "dim"}
 def publications(
     subscriber: EventSubscriber, until_idle_s: float | None = None
 ) -> Iterator[Publication | None]:
-    """What comes; None whenever nothing came for a while. Ends when nothing came for so long."""
+    """What comes; None whenever nothing came for a while. Ends, behind a None, when nothing came
+    for so long."""
     last_s = time.monotonic()
     while True:
         publication = subscriber.receive(timeout_s=_POLL_S)
-        if (
-            publication is None
-            and until_idle_s is not None
-            and time.monotonic() - last_s >= until_idle_s
-        ):
-            return
         yield publication
         if publication is not None:
             last_s = time.monotonic()  # what is done with it is no idle time
+        elif until_idle_s is not None and time.monotonic() - last_s >= until_idle_s:
+            return
 
 
 def to_json(

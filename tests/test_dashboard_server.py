@@ -127,7 +127,10 @@ def test_a_token_is_long(tmp_path: Path) -> None:
 
 
 def test_a_camera_client_is_a_url() -> None:
-    for url in ("127.0.0.1:80", "https://127.0.0.1:80", "http://", "http://a:b", "http://a/path"):
+    for url in (
+        "127.0.0.1:80", "https://127.0.0.1:80", "http://", "http://a:b", "http://a/path",
+        "http://[::1", f"http://{'a' * 64}.org",
+    ):  # fmt: skip
         with pytest.raises(HrproError, match="--thumbnails: expected http://HOST:PORT, came "):
             CameraClient(url, None)
 

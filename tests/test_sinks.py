@@ -33,7 +33,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from serving import serving
 from triton_server import free_port
 
-from hrpro.clients import FeatureFeeder, sink_mqtt, sinks
+from hrpro.clients import EventSubscriber, FeatureFeeder, sink_mqtt, sink_webhook, sinks
 from hrpro.clients.watching import to_json
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.messages import Publication
@@ -119,15 +119,152 @@ def test_json_lines_go_on_in_another_log_from_its_beginning(log: EventLog, tmp_p
     assert numbers(read_lines(file)) == [1, 2, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("text", ["a diary", "a diary\n", '{"type": "stream"}\n', "[1]\n"])
+def test_json_lines_go_on_where_nothing_was_wanted(log: EventLog, tmp_path: Path) -> None:
+    """A watch that has written nothing yet begins where it was all the same."""
+    file, position = tmp_path / "lines.jsonl", tmp_path / ".lines.jsonl.position"
+    log.commit([notice("a"), notice("b")])
+    with serving(log=log) as server:
+        options = ("watch", "--from", server.events_address, "--until-idle", 0.1)
+        sink = ("--stream", "a", "--jsonl", file)
+        hrpro(*options, *sink)
+        assert (file.read_text(), json.loads(position.read_text())["number"]) == ("", 2)
+    log.commit([notice("a"), notice("b"), notice("b")])
+    with serving(log=log) as server:
+        options = ("watch", "--from", server.events_address, "--until-idle", 0.1)
+        hrpro(*options, *sink)
+        hrpro(*options, *sink)
+        assert numbers(read_lines(file)) == [3]
+        assert json.loads(position.read_text()) == {"instance": log.instance, "number": 5}
+        file.unlink()  # and with it what it has come to
+        hrpro(*options, *sink, "--since", 0)
+        assert numbers(read_lines(file)) == [1, 3]
+
+
+def test_json_lines_do_not_go_on_from_an_action_that_was_open(
+    log: EventLog, tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    log.commit([action("start", 0), *several(3)])
+    with serving(log=log) as server:
+        options = ("watch", "--from", server.events_address, "--until-idle", 0.1, "--jsonl", file)
+        hrpro(*options)
+        hrpro(*options)
+        lines = read_lines(file)
+        assert [(each["number"], each["snapshot"]) for each in lines] == [(1, True)]
+    log.commit(several(1))
+    with serving(log=log) as server:
+        watch(server, "--jsonl", file)
+    assert numbers(read_lines(file)) == [1, 5]
+
+
+A, B = "a" * 16, "b" * 16
+
+
+@pytest.mark.parametrize(
+    ("end", "kept", "begin"),
+    [
+        ((A, 3), (A, 9), (A, 9)),
+        ((A, 9), (A, 3), (A, 9)),  # killed behind the line
+        ((None, None), (A, 3), (A, 3)),
+        ((A, 3), (None, None), (A, 3)),
+        ((A, 3), (B, 9), (A, 3)),  # nothing of the other log was wanted, or it was before
+        ((A, None), (B, 9), (A, None)),  # of an engine without a log
+    ],
+)
+def test_where_json_lines_begin(
+    end: tuple[str, int], kept: tuple[str, int], begin: tuple[str, int], tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    position = sinks.PositionFile(tmp_path / ".lines.jsonl.position")
+    position.save(sinks.Position(*kept))
+    position.close()
+    line = json.loads(to_json(notice("a"), instance=end[0])) | {"number": end[1]}
+    file.write_text(json.dumps(line) + "\n" if end[0] else "")
+    with sinks.lines_in(file) as (_, _, found):
+        assert found == sinks.Position(*begin)
+
+
+def test_lines_are_on_the_disk_before_a_position_behind_them(
+    log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(sinks.os, "fsync", lambda _: done.append(("lines", None)))
+    save = sinks.PositionFile.save
+
+    def saved(kept: sinks.PositionFile, position: sinks.Position) -> None:
+        done.append(("position", position.number))
+        save(kept, position)
+
+    monkeypatch.setattr(sinks.PositionFile, "save", saved)
+    log.commit(several(3))
+    with (
+        serving(log=log) as server,
+        EventSubscriber(server.events_address, since=0) as subscriber,
+        sinks.lines_in(tmp_path / "lines.jsonl") as (sink, kept, _),
+    ):
+        subscriber.wait_connected()
+        sinks.run(subscriber, sink, kept, until_idle_s=0.1)
+    assert done == [("lines", None), ("position", 3)]
+
+
+def test_what_keeps_nothing_has_no_position(log: EventLog, tmp_path: Path) -> None:
+    log.commit(several(2))
+    with serving(log=log) as server:
+        watch(server, "--jsonl", "/dev/null")
+        options = ("--until-idle", 0.1, "--since", 0, "--jsonl", "-")
+        said = hrpro("watch", "--from", server.events_address, *options).stdout
+    assert numbers([json.loads(line) for line in said.splitlines()]) == [1, 2]
+    assert not Path("/dev/.null.position").exists()
+
+
+def test_one_watch_has_a_file(log: EventLog, tmp_path: Path) -> None:
+    lines, position = tmp_path / "lines.jsonl", tmp_path / "position"
+    log.commit(several(2))
+    with serving(log=log) as server:
+        for file, options in (
+            (lines, ("--jsonl", lines)),
+            (position, ("--exec", "true", "--resume", position)),
+        ):
+            with watching(server, *options) as process:
+                soon(lambda file=file: file.exists() and file.stat().st_size > 0)
+                said = refusal("watch", "--from", server.events_address, *options)
+                assert said == (
+                    f"{file}: another hrpro watch has it; stop that one, or give this one another "
+                    "file"
+                )
+                kill(process)
+        watch(server, "--jsonl", lines)
+    assert numbers(read_lines(lines)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a diary", "a diary\n", '{"type": "stream"}\n', "[1]\n", '{"number": 1, "instance": null}\n'],
+)
 def test_a_file_of_something_else_is_left_as_it_is(text: str, tmp_path: Path) -> None:
     file = tmp_path / "diary"
     file.write_text(text)
     said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--jsonl", file)
     assert said == f"{file}: expected what hrpro watch writes, came something else"
     said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--exec", "true", "--resume", file)
-    assert said == f"{file}: expected what hrpro watch writes, came something else"
+    assert said == f"{file}: expected a position that hrpro watch has noted, came another"
     assert file.read_text() == text
+    assert [each.name for each in tmp_path.iterdir()] == ["diary"]
+
+
+def test_neither_file_is_taken_for_the_other(log: EventLog, tmp_path: Path) -> None:
+    lines, position = tmp_path / "lines", tmp_path / "position"
+    log.commit(several(1))
+    with serving(log=log) as server:
+        watch(server, "--jsonl", lines)
+        watch(server, "--exec", "true", "--resume", position)
+    before = lines.read_text(), position.read_text()
+    options = ("watch", "--from", "tcp://127.0.0.1:1")
+    said = refusal(*options, "--exec", "true", "--resume", lines)
+    assert said == f"{lines}: expected a position that hrpro watch has noted, came another"
+    said = refusal(*options, "--jsonl", position)
+    assert said == f"{position}: expected what hrpro watch writes, came something else"
+    assert (lines.read_text(), position.read_text()) == before
 
 
 def test_the_last_line_is_found_in_a_long_file(tmp_path: Path) -> None:
@@ -298,11 +435,11 @@ def test_what_is_refused_is_in_the_dead_letters(log: EventLog, tmp_path: Path) -
 def test_a_webhook_is_tried_again_and_not_overtaken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(sinks, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(sink_webhook, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(sink_webhook, "LONGEST_PAUSE_S", 0.1)
     statuses = iter([500, 408, 429, None, 503, 200, 200])
     with receiving(lambda _: next(statuses)) as receiver:
-        sink = sinks.Webhook(
+        sink = sink_webhook.Webhook(
             receiver.url.replace("//", "//me:a%40b@"), tmp_path / "dead", retry_s=PATIENCE_S
         )
         began_s = time.monotonic()
@@ -321,17 +458,62 @@ def test_a_webhook_is_tried_again_and_not_overtaken(
 def test_after_so_long_it_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_s: float, status: int, attempts: int
 ) -> None:
-    monkeypatch.setattr(sinks, "FIRST_PAUSE_S", 0.04)
+    monkeypatch.setattr(sink_webhook, "FIRST_PAUSE_S", 0.04)
     with receiving(lambda _: status) as receiver:
-        sinks.Webhook(receiver.url, tmp_path / "dead", retry_s).deliver(notice("a"), "{}")
+        sink_webhook.Webhook(receiver.url, tmp_path / "dead", retry_s).deliver(notice("a"), "{}")
     (letter,) = read_lines(tmp_path / "dead")
     assert letter["reason"] == f"answered {status}"
     assert letter["attempts"] == len(receiver.got) <= attempts
 
 
+def test_an_attempt_is_over_in_time_however_slowly_the_answer_drips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink_webhook, "ATTEMPT_S", 0.5)
+    left, asked = threading.Event(), threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):  # the other one has left
+            assert connection.recv(1)
+            asked.set()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while not left.wait(0.05):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        began_s = time.monotonic()
+        try:
+            sink_webhook.Webhook(url, tmp_path / "dead", 0).deliver(notice("a"), "{}")
+            assert 0.5 <= time.monotonic() - began_s < PATIENCE_S
+        finally:
+            left.set()
+            thread.join()
+    assert asked.is_set()
+    (letter,) = read_lines(tmp_path / "dead")
+    assert letter["reason"] == "no answer: TimeoutError('timed out')"
+
+
+def test_what_a_path_may_not_have_is_encoded(tmp_path: Path) -> None:
+    with receiving(lambda _: 200) as receiver:
+        address = receiver.url.removesuffix("/hook?of=us")
+        for path in ("/a b/é?q=ü d&e=[1]", "/a%20b%2F;c=1,2/~", "?only=query", ""):
+            sink_webhook.Webhook(address + path, tmp_path / "dead", 0).deliver(notice("a"), "{}")
+    assert [each["path"] for each in receiver.headers] == [
+        "/a%20b/%C3%A9?q=%C3%BC%20d&e=[1]",
+        "/a%20b%2F;c=1,2/~",
+        "/?only=query",
+        "/",
+    ]
+    assert not (tmp_path / "dead").exists()
+
+
 def test_a_receiver_that_is_not_there(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    sinks.Webhook(url, tmp_path / "dead", 0).deliver(notice("a"), "{}")
+    sink_webhook.Webhook(url, tmp_path / "dead", 0).deliver(notice("a"), "{}")
     (letter,) = read_lines(tmp_path / "dead")
     assert "refused" in letter["reason"]
 
@@ -420,6 +602,13 @@ def test_one_sink_a_watch(options: list[str], expected: str) -> None:
     assert expected in said
 
 
+@pytest.mark.parametrize("option", ["--until-idle", "--retry-s"])
+@pytest.mark.parametrize("seconds", ["nan", "-1"])
+def test_it_is_said_when_it_is_over(option: str, seconds: str) -> None:
+    said = hrpro("watch", "--from", "tcp://127.0.0.1:1", option, seconds, status=2).stderr
+    assert f"Invalid value for '{option}'" in said
+
+
 def test_a_position_that_cannot_be_kept_is_refused_at_the_start(tmp_path: Path) -> None:
     position = tmp_path / "nowhere" / "position"
     said = refusal("watch", "--from", "tcp://127.0.0.1:1", "--exec", "true", "--resume", position)
@@ -431,7 +620,23 @@ def test_a_position_that_cannot_be_kept_is_refused_at_the_start(tmp_path: Path) 
     [
         ("--webhook", "ftp://host/x", "--webhook: expected an address such as http://HOST:PORT"),
         ("--webhook", "http://me:secret@host:99999", "--webhook: expected an address such as"),
+        ("--webhook", "http://[::1", "--webhook: expected an address such as"),
+        ("--webhook", "http://me:secret[@host/", "--webhook: expected an address such as"),
+        ("--webhook", "http://a b/", "--webhook: expected an address such as"),
+        (
+            "--webhook",
+            f"http://me:secret@{'a' * 64}.org/",
+            "--webhook: expected an address such as",
+        ),
+        ("--webhook", "http://a..b/", "--webhook: expected an address such as"),
         ("--mqtt", "host:1883", "--mqtt: expected an address such as mqtt://HOST:PORT"),
+        ("--mqtt", "mqtt://me:secret[@host", "--mqtt: expected an address such as"),
+        ("--mqtt", f"mqtt://me:secret@{'a' * 64}", "--mqtt: expected an address such as"),
+        ("--mqtt", "mqtt://me:secret@host/home/+", "--mqtt: expected a prefix of topics"),
+        ("--mqtt", "mqtt://me:secret@host/home%23", "--mqtt: expected a prefix of topics"),
+        ("--mqtt", "mqtt://me:secret@host/home%00x", "--mqtt: expected a prefix of topics"),
+        ("--mqtt", "mqtt://me:secret@host/home/a#b", "--mqtt: expected a prefix of topics"),
+        ("--mqtt", "mqtt://me:secret@host/home/a?b", "--mqtt: expected a prefix of topics"),
         ("--exec", "no-such-command", "--exec: expected a command that can be run"),
         ("--exec", "'", "--exec: No closing quotation"),
     ],

@@ -39,12 +39,13 @@ class CameraClient:
     """One camera client's pictures. Raises HrproError for a URL that is none."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
+            (parts.hostname or "").encode("idna")
             port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme != "http" or not parts.hostname or port == -1 or parts.path.strip("/"):
+        except ValueError:  # also a host that cannot be one
+            parts, port = urlsplit(""), None
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
             raise HrproError(f"--thumbnails: expected http://HOST:PORT, came {url}")
         self.url = f"http://{parts.netloc}"
         self._host, self._port = parts.hostname, port
