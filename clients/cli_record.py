@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -61,19 +62,18 @@ def record(
     with address_errors(from_, events, feed), EventSubscriber(events, key=events_key) as subscriber:
         subscriber.wait_connected()  # nothing is published of what is fed before
         writer = RecordingWriter(file)
+        log = AcceptanceLog(writer)
         try:
-            log = AcceptanceLog(writer)
             relay = FeedRelay(feed, from_, log, key)
-            try:
-                if as_json:
-                    say(json.dumps({"feed": relay.address, "file": str(file), "state": "READY"}))
-                else:
-                    say(f"feed     {relay.address}\nREADY")
-                _keep(stop, relay, log, writer, subscriber)
-            finally:
-                relay.close()
-        finally:
-            writer.close()
+        except BaseException:
+            writer.discard()
+            raise
+        with contextlib.closing(writer), contextlib.closing(relay):
+            if as_json:
+                say(json.dumps({"feed": relay.address, "file": str(file), "state": "READY"}))
+            else:
+                say(f"feed     {relay.address}\nREADY")
+            _keep(stop, relay, log, writer, subscriber)
 
 
 def _keep(

@@ -139,7 +139,7 @@ def feed_sources(
                     ended[source.stream] = feeders[source.stream].end()
                     warn_of_drops(feeders[source.stream])
         except BaseException:
-            _end_all(feeder for name, feeder in feeders.items() if name not in ended)
+            end_all(feeder for name, feeder in feeders.items() if name not in ended)
             raise
     return ended
 
@@ -170,7 +170,7 @@ def warn_of_drops(feeder: FeatureFeeder | AsyncFeatureFeeder) -> None:
         _logger.warning("stream %r: %d snippets dropped", feeder.stream, feeder.dropped)
 
 
-def _end_all(feeders: Iterable[FeatureFeeder]) -> None:
+def end_all(feeders: Iterable[FeatureFeeder]) -> None:
     """End streams as far as the engine still answers."""
     for feeder in feeders:
         try:

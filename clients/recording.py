@@ -89,6 +89,11 @@ class RecordingWriter:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_NEW_FILE)
 
+    def discard(self) -> None:
+        """Closes, and leaves no file: nothing was to be recorded."""
+        self.close()
+        self.file.unlink()
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -199,7 +204,8 @@ class Recording:
             yield number, Take(number, said, answer)
 
     def _rows(self, query: str) -> Iterator[tuple[Any, ...]]:
-        yield from self._db.execute(f"{query} ORDER BY 1")
+        # No generator: one that is left early closes its cursor, maybe behind the file.
+        return iter(self._db.execute(f"{query} ORDER BY 1").fetchone, None)
 
     def close(self) -> None:
         """Closes the file; what a killed recorder has left beside it is in it then."""

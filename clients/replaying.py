@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 from hrpro.clients.connection import Key
 from hrpro.clients.feeder import FeatureFeeder
+from hrpro.clients.feeding import end_all, warn_of_resumption
 from hrpro.clients.recording import Fed, Recording, Take
 from hrpro.clients.watching import to_json
 from hrpro.engine.access import Peer
@@ -39,29 +40,36 @@ def feed_recording(
     """Feed an engine what was recorded, all streams or one; returns how many snippets.
 
     The streams come in the recorded order, at the recorded pace times ``speed``; None feeds as fast
-    as the credit allows. A stream whose end was not recorded stays open. ``progress`` is told how
-    many snippets were sent. The policy is ``wait`` whatever was recorded: what was accepted once is
-    to be accepted again. Raises StreamError and NoReplyError as a feeder does.
+    as the credit allows. A stream whose end was not recorded stays open; when something goes wrong,
+    all are ended where they are. One that the engine has already is continued behind what it has,
+    with a warning. ``progress`` is told how many snippets were sent. The policy is ``wait``
+    whatever was recorded: what was accepted once is to be accepted again. Raises StreamError and
+    NoReplyError as a feeder does.
     """
     started_s, snippets = time.monotonic(), 0
     feeders: dict[int, FeatureFeeder] = {}
     with contextlib.ExitStack() as stack:
-        for fed in recording.fed(stream):
-            if speed is not None:
-                time.sleep(max(0.0, started_s + fed.at_s / speed - time.monotonic()))
-            number = fed.take.number
-            if number not in feeders:
-                feeder = _feeder(fed.take, address, timeout_s, key)
-                feeders[number] = stack.enter_context(feeder)
-            _give(feeders[number], fed)
-            if fed.features is not None:
-                snippets += len(fed.features)
-                if progress is not None:
-                    progress(len(fed.features))
-            if fed.kind == "end":
-                feeders.pop(number).close()
-        for feeder in feeders.values():
-            feeder.flush()
+        try:
+            for fed in recording.fed(stream):
+                if speed is not None:
+                    time.sleep(max(0.0, started_s + fed.at_s / speed - time.monotonic()))
+                number = fed.take.number
+                if number not in feeders:
+                    feeder = _feeder(fed.take, address, timeout_s, key)
+                    feeders[number] = stack.enter_context(feeder)
+                    _warn_if_open(feeder, fed.take)
+                _give(feeders[number], fed)
+                if fed.features is not None:
+                    snippets += len(fed.features)
+                    if progress is not None:
+                        progress(len(fed.features))
+                if fed.kind == "end":
+                    feeders.pop(number).close()
+            for feeder in feeders.values():
+                feeder.flush()
+        except BaseException:
+            end_all(feeders.values())
+            raise
     return snippets
 
 
@@ -77,6 +85,12 @@ def _feeder(take: Take, address: str, timeout_s: float, key: Key) -> FeatureFeed
         timeout_s=timeout_s,
         key=key,
     )
+
+
+def _warn_if_open(feeder: FeatureFeeder, take: Take) -> None:
+    welcome = feeder.welcome
+    if welcome is not None and welcome.next_index > take.hello.first_index:
+        warn_of_resumption(feeder, "continuing behind them")
 
 
 def _give(feeder: FeatureFeeder, fed: Fed) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 from commands import hrpro, refusal, running, wait_for
 from driving import PATIENCE_S, assert_same, of_stream
-from serving import ANY_PORT, DIM, RawPeer, chunk, hello, rows, serving
+from serving import ANY_PORT, DIM, RawPeer, TinyPipeline, chunk, hello, rows, serving
 from tiny_model import tiny_recording
 
-from hrpro.clients import EventSubscriber, FeatureFeeder
+from hrpro.clients import EventSubscriber, FeatureFeeder, request_status
 from hrpro.clients.chaos_link import Link
 from hrpro.clients.recording import Fed, Recording, RecordingError, RecordingWriter
 from hrpro.clients.relay import AcceptanceLog, FeedRelay
@@ -28,6 +29,7 @@ from hrpro.engine.messages import (
     End,
     Ended,
     Error,
+    FinalProposal,
     Gap,
     Hello,
     Message,
@@ -212,6 +214,95 @@ def test_a_killed_recorder_leaves_what_it_had(bundle: Bundle, tmp_path: Path) ->
     assert recorded
     assert differences(recorded, offline, ()) == []
     assert len(differences(recorded, offline, {"cam"})) == len(offline) - len(recorded)
+
+
+def write_recording(file: Path, ends: bool = True) -> None:
+    """Of the stream cam: 16 snippets in chunks of 2, one each second."""
+    writer = RecordingWriter(file)
+    take = writer.begin_take(0.0, hello(), welcome())
+    for at in range(0, 16, 2):
+        writer.add_snippets(at / 2, take, at, rows(at, at + 2))
+    if ends:
+        writer.add_end(8.0, take, 16)
+    writer.close()
+
+
+def test_a_stream_that_is_open_already_is_told(tmp_path: Path) -> None:
+    file, pipeline = tmp_path / "session.hrpro", TinyPipeline()
+    write_recording(file)
+    replay = ("replay", file, "--speed", "max", "--to")
+    with serving(pipeline) as server:
+        with FeatureFeeder(server.feed_address, "cam", DIM) as feeder:
+            feeder.send(-rows(0, 5))
+            feeder.flush()
+        said = hrpro(*replay, server.feed_address).stderr
+        assert said == (
+            "hrpro: stream 'cam': the engine has 5 snippets of it already; continuing behind them\n"
+        )
+        firsts = [first for _, first in pipeline.received["cam"]]
+        assert firsts == [*range(-1, -6, -1), *range(6, 17)]
+        assert hrpro(*replay, server.feed_address).stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_replay_that_is_left_ends_its_streams(tmp_path: Path, number: signal.Signals) -> None:
+    file, pipeline = tmp_path / "session.hrpro", TinyPipeline()
+    write_recording(file)
+    with (
+        serving(pipeline) as server,
+        EventSubscriber(server.events_address) as subscriber,
+        running("replay", file, "--to", server.feed_address) as process,
+    ):
+        subscriber.wait_connected()
+        wait_for(lambda: isinstance(subscriber.receive(0.1), FinalProposal))
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) != 0
+        ended = until_ended(subscriber, 1)[-1]
+    assert isinstance(ended, StreamNotice)
+    assert 0 < ended.next_index < 16
+
+
+def test_a_stream_whose_end_was_not_recorded_stays_open(tmp_path: Path) -> None:
+    file, pipeline = tmp_path / "session.hrpro", TinyPipeline()
+    write_recording(file, ends=False)
+    with serving(pipeline) as server:
+        hrpro("replay", file, "--speed", "max", "--to", server.feed_address)
+        (cam,) = request_status(server.control_address)["streams"]
+    assert (cam["stream"], cam["next_index"]) == ("cam", 16)
+
+
+def test_who_stops_reading_a_replay_hears_no_more(bundle: Bundle, tmp_path: Path) -> None:
+    file, features = tmp_path / "session.hrpro", tiny_recording(LENGTH, seed=1)
+    writer = RecordingWriter(file)
+    shape = bundle.manifest.clock
+    opened = replace(
+        hello(dim=features.shape[1]),
+        frames_per_s=shape.frames_per_s,
+        snippet_frames=shape.snippet_frames,
+    )
+    take = writer.begin_take(0.0, opened, welcome())
+    for at in range(0, LENGTH, 2):
+        writer.add_snippets(0.0, take, at, features[at : at + 2])
+    writer.close()
+    with running("replay", file, "--bundle", bundle.folder) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == ""
+
+
+def test_a_recorder_that_cannot_start_leaves_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "session.hrpro"
+    with serving() as server:
+        sides = ("--from", server.feed_address, "--events", server.events_address)
+        said = refusal("record", file, *sides, "--feed", "tcp://0.0.0.0:0")
+        assert "expected an address that only this machine reaches" in said
+        said = refusal("record", file, *sides, "--feed", server.control_address)
+        assert "Address already in use" in said
+        assert list(tmp_path.iterdir()) == []
+        with recorder(file, server):
+            pass
+    assert fed_in(file) == []
 
 
 # ---- the relay -----------------------------------------------------------------------------------
