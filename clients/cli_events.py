@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hrpro.clients.cli_shared import console
+from hrpro.clients.cli_shared import aligned
 
 
 def events(
@@ -18,7 +18,7 @@ def events(
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines.")] = False,
 ) -> None:
     """Print the publications in an event log, the oldest first; the engine may be running."""
-    from hrpro.clients.watching import log_table, to_json
+    from hrpro.clients.watching import LOG_COLUMNS, log_row, to_json
     from hrpro.engine.event_reader import reading
     from hrpro.engine.protocol import decode_logged
 
@@ -27,6 +27,7 @@ def events(
         if gone > 0:
             said = f"hrpro: {gone} of the numbers asked for are no longer in the log"
             print(said, file=sys.stderr)
+        has_heading = False
         while since < newest:  # what comes meanwhile is not waited for
             page, since = log.read(since, stream)
             logged = [(each.logged_s, decode_logged(each.header)) for each in page]
@@ -34,4 +35,7 @@ def events(
                 for _, publication in logged:
                     print(to_json(publication))
             elif logged:
-                console().print(log_table(logged))
+                # Lines, which a terminal may wrap and nobody cuts.
+                lines = aligned([LOG_COLUMNS, *(log_row(*each) for each in logged)])
+                print("\n".join(lines[has_heading:]))
+                has_heading = True

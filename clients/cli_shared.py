@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +45,17 @@ def console(quiet: bool = False) -> Console:
     """Where people read: stdout, or stderr when stdout is for a JSON object alone."""
     from rich.console import Console
 
-    return Console(stderr=quiet, highlight=False)
+    # Streams are named as site:key:3, which would be a picture of a key.
+    return Console(stderr=quiet, highlight=False, emoji=False)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, in columns that are as wide as they must be: nothing is cut."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 @contextlib.contextmanager

@@ -28,13 +28,17 @@ def status(
 ) -> None:
     """A running engine and its streams: a live table until Ctrl-C."""
     from hrpro.clients.control import request_status
-    from hrpro.clients.status_table import show_status, status_table
+    from hrpro.clients.status_table import show_status, status_lines, status_table
 
     with address_errors(control):
         if as_json:
             print(json.dumps(request_status(control, timeout, key)))
         elif once:
-            console().print(status_table(request_status(control, timeout, key)))
+            reply, screen = request_status(control, timeout, key), console()
+            if screen.is_terminal:
+                screen.print(status_table(reply))
+            else:
+                say("\n".join(status_lines(reply)))
         else:
             # Leave as on Ctrl-C, so that the terminal is restored.
             signal.signal(signal.SIGTERM, signal.default_int_handler)

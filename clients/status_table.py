@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hrpro.clients.cli_shared import aligned
 from hrpro.clients.connection import Key
 from hrpro.clients.control import request_status
 from hrpro.engine.protocol import NoReplyError
@@ -20,6 +21,7 @@ Entry = Mapping[str, Any]
 Positions = dict[tuple[str, str, int], int]
 
 _REFUSED = "refused_"
+_NUMBERS = ("lag", "credit", "open", "drops", "events", "finals")
 
 
 def show_status(
@@ -71,41 +73,42 @@ def _key(reply: Entry, stream: Entry) -> tuple[str, str, int]:
 
 def status_table(reply: Entry, rates: Rates | None = None) -> Group:
     """The engine in some lines, then its streams, those that lag first."""
-    table = Table()
-    names = ("stream", "snippets", "lag", "credit", "open", "drops", "events", "finals", "feeder")
-    for name in (*names[:2], *(["rate"] if rates else []), *names[2:]):
+    table = Table(padding=0)  # a rate and all else in 80 columns
+    for name in ("stream", "snippets", *(["rate"] if rates else []), *_NUMBERS, "feeder"):
         left = name in {"stream", "feeder"}
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for each in sorted(reply["streams"], key=lambda each: (-each["lag_snippets"], each["stream"])):
+    for each in _by_lag(reply):
         rate = rates.of(reply, each) if rates else None
-        table.add_row(
-            each["stream"],
-            str(each["next_index"]),
-            *([] if rates is None else ["" if rate is None else f"{rate:.1f}/s"]),
-            _lag(each),
-            str(each["credit_snippets"]),
-            str(each["open_actions"]),
-            str(each["dropped"]),
-            str(each["events"]),
-            str(each["proposals"]),
-            _feeder(each),
-            style=_style(each),
-        )
+        stream, snippets, *others = _cells(each)
+        shown = [] if rates is None else ["" if rate is None else f"{rate:.1f}/s"]
+        table.add_row(stream, snippets, *shown, *others, style=_style(each))
     return Group(*map(Text, _summary(reply)), table)
 
 
+def status_lines(reply: Entry) -> list[str]:
+    """The same where there is no terminal, of any width."""
+    names = ("stream", "snippets", *_NUMBERS, "feeder")
+    return [*_summary(reply), "", *aligned([names, *map(_cells, _by_lag(reply))])]
+
+
+def _by_lag(reply: Entry) -> list[Entry]:
+    return sorted(reply["streams"], key=lambda each: (-each["lag_snippets"], each["stream"]))
+
+
+def _cells(stream: Entry) -> list[str]:
+    names = "credit_snippets", "open_actions", "dropped", "events", "proposals"
+    numbers = [str(stream[name]) for name in names]
+    return [stream["stream"], str(stream["next_index"]), _lag(stream), *numbers, _feeder(stream)]
+
+
 def stream_lines(streams: Sequence[Entry]) -> list[str]:
-    """A heading and a line for each stream, in columns that are as wide as they must be."""
+    """A heading and a line for each stream."""
     names = [
         *("session", "next_index", "processed", "lag_snippets", "open_actions"),
         *("dropped", "missing", "bundle_id"),
     ]
-    rows = [("stream", *names), *((e["stream"], *(str(e[n]) for n in names)) for e in streams)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    rows = [(each["stream"], *(str(each[name]) for name in names)) for each in streams]
+    return aligned([("stream", *names), *rows])
 
 
 def _summary(reply: Entry) -> list[str]:

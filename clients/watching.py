@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 
@@ -20,6 +20,7 @@ from hrpro.engine.protocol import ActionEvent, FinalProposal, Publication, Strea
 
 _POLL_S = 0.25  # how often the idle time is looked at
 _ROWS = 24
+LOG_COLUMNS = "number", "logged", "stream", "what", "action", "from", "to", "score", "session"
 _STYLES = {"● now": "bold green", "over": "green", "retracted": "dim"}
 
 
@@ -68,20 +69,14 @@ def show_table(
             live.update(board.table())
 
 
-def log_table(logged: Sequence[tuple[float, Publication]]) -> Table:
-    """Publications out of the log, each with the wall clock's time when it was logged.
+def log_row(logged_s: float, publication: Publication) -> tuple[str, ...]:
+    """A publication out of the log, and the wall clock's time when it was logged, as LOG_COLUMNS.
 
     Of actions the seconds, of streams the snippets (#) are shown.
     """
-    table = Table()
-    for name in ("number", "logged", "stream", "session", "what", "action", "from", "to", "score"):
-        is_number = name in {"number", "session", "from", "to", "score"}
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
-    for logged_s, publication in logged:
-        at = datetime.fromtimestamp(logged_s).astimezone()
-        head = (str(publication.number), f"{at:%Y-%m-%d %H:%M:%S}", publication.stream)
-        table.add_row(*head, str(publication.session), *_cells(publication))
-    return table
+    at = datetime.fromtimestamp(logged_s).astimezone()
+    head = str(publication.number), f"{at:%Y-%m-%d %H:%M:%S}", publication.stream
+    return (*head, *_cells(publication), str(publication.session))
 
 
 def _cells(publication: Publication) -> tuple[str, ...]:
@@ -90,7 +85,7 @@ def _cells(publication: Publication) -> tuple[str, ...]:
     kind = publication.kind if isinstance(publication, ActionEvent) else "final"
     end = "" if publication.end_s is None else f"{publication.end_s:.2f} s"
     times = f"{publication.start_s:.2f} s", end
-    return kind, escape(publication.label), *times, f"{publication.score:.2f}"
+    return kind, publication.label, *times, f"{publication.score:.2f}"
 
 
 class EventBoard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import threading
@@ -36,7 +37,7 @@ from hrpro.clients import (
     request_drain,
     request_status,
 )
-from hrpro.clients.watching import to_json
+from hrpro.clients.watching import LOG_COLUMNS, to_json
 from hrpro.engine.config import LogConfig
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.event_reader import FILE
@@ -161,6 +162,16 @@ def test_the_log_is_read_while_the_engine_runs_and_after(
     rows = [line for line in table.splitlines() if " a " in line]
     assert len(rows) == sum(each.stream == "a" for each in logged[3:])
     assert "ended" in rows[-1]
+    heading, *_, last = table.splitlines()
+    assert heading.split() == list(LOG_COLUMNS)
+    number, day, hour, *others = last.split()
+    ended = [each for each in logged if each.stream == "a"][-1]
+    assert isinstance(ended, StreamNotice)
+    assert [number, *others] == [
+        str(ended.number), "a", "ended", f"#{ended.first_index}", f"#{ended.next_index}", "1"
+    ]  # fmt: skip
+    assert last[heading.index("session") :] == "1"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", f"{day} {hour}")
     said = refusal("events", "--state", tmp_path)
     assert said == f"state folder {tmp_path}: expected the event log {FILE}, found none"
 

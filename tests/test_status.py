@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ from serving import RawPeer, TinyPipeline, chunk, hello, serving
 from tiny_model import DIM, LOOKAHEAD, tiny_recording
 
 from hrpro.clients import EventSubscriber, FeatureFeeder, StreamNotice, request_status
-from hrpro.clients.status_table import Rates, status_table, stream_lines
+from hrpro.clients.cli_shared import console
+from hrpro.clients.status_table import Rates, status_lines, status_table, stream_lines
 
 if TYPE_CHECKING:
     from hrpro.export.bundle import Bundle
@@ -106,9 +108,11 @@ def test_status_once(fed: Engine, bundle: Bundle) -> None:
         "lost      0 snippets dropped, 0 missing in 0 gaps",
         "deploys   0, 0 refused",
     ]
-    assert rows(said) == [
+    assert [re.split("  +", line) for line in said.splitlines()[8:]] == [
+        [""],
+        ["stream", "snippets", "lag", "credit", "open", "drops", "events", "finals", "feeder"],
         ["cam1", "40", "0 (0.0 s)", str(cam["credit_snippets"]), str(cam["open_actions"]),
-         "0", str(cam["events"]), str(cam["proposals"]), ""]
+         "0", str(cam["events"]), str(cam["proposals"])],
     ]  # fmt: skip
     assert cam["credit_snippets"] > 60
 
@@ -169,6 +173,29 @@ def test_who_lags_stands_first_and_refusals_have_their_reason() -> None:
     reasons = "42 messages (no_credit 40, too_large 2); 3 duplicate snippets"
     assert lines[5] == f"refused   {reasons}"
     assert lines[6] == "lost      7 snippets dropped, 9 missing in 4 gaps"
+
+
+def busy_reply() -> dict[str, Any]:
+    """With numbers as after some days, and a name that would be a picture."""
+    return replied(
+        {
+            "stream": "gate:key:3", "next_index": 1234567, "lag_snippets": 12, "lag_ms": 7680,
+            "credit_snippets": 64, "open_actions": 2, "dropped": 12345, "events": 54321,
+            "proposals": 98765, "fed_by": False,
+        }
+    )  # fmt: skip
+
+
+def test_nothing_is_cut_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    reply, rates = busy_reply(), Rates()
+    rates.take(reply, 1.0)
+    rates.take(reply, 2.0)
+    cells = ["gate:key:3", "1234567", "12 (7.7 s)", "64", "2", "12345", "54321", "98765", "gone"]
+    screen = console()
+    screen.width = 80
+    screen.print(status_table(reply, rates))
+    assert rows(capsys.readouterr().out) == [[*cells[:2], "0.0/s", *cells[2:]]]
+    assert re.split("  +", status_lines(reply)[-1]) == cells
 
 
 def test_a_rate_needs_two_answers_of_one_session() -> None:

@@ -33,9 +33,11 @@ from rich.console import Console
 from serving import serving
 
 from hrpro.clients import FeatureFeeder
+from hrpro.clients.cli_shared import console
 from hrpro.clients.feeding import Source, feed_sources
-from hrpro.clients.watching import EventBoard, show_table
+from hrpro.clients.watching import EventBoard, log_row, show_table
 from hrpro.engine.event_log import EventLog
+from hrpro.engine.keys import Keyring
 from hrpro.engine.messages import ActionEvent, FinalProposal, Publication, StreamNotice
 from hrpro.engine.timebase import SnippetClock
 
@@ -334,6 +336,39 @@ def test_a_label_is_shown_as_it_is() -> None:
     board = EventBoard()
     board.take(action("start", label="jump [left]"))
     assert rows(board)[0][1] == "jump [left]"
+
+
+def test_names_are_no_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    board = EventBoard()
+    board.take(action("start", stream="site:key:3", label="a :cat: b"))
+    screen = console()
+    screen.width = 100
+    screen.print(board.table())
+    shown = capsys.readouterr().out
+    assert "site:key:3" in shown and "a :cat: b" in shown
+
+
+def test_a_row_of_the_log_is_as_it_was_published() -> None:
+    started = replace(action("start", stream="site:key:3", label="jump [left]"), number=7)
+    number, _, *others = log_row(0.0, started)
+    assert number == "7"
+    assert others == ["site:key:3", "start", "jump [left]", "1.28 s", "", "0.75", "1"]
+    _, _, *others = log_row(0.0, replace(final(), number=8))
+    assert others == ["cam1", "final", "jump", "1.28 s", "3.20 s", "0.90", "1"]
+
+
+def test_who_may_not_subscribe_is_told_of_the_key(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    options = ("--role", "producer", "--streams", "*", "--out", tmp_path / "camera.key")
+    hrpro("keys", "new", "camera", "--keys", keys, *options)
+    with serving(keyring=Keyring(keys)) as server:
+        key = ("--key", tmp_path / "camera.key")
+        watch = ("watch", "--from", server.events_address, "--jsonl", "-", "--until-idle", 0.1)
+        said = hrpro(*watch, *key).stderr
+    assert said == (
+        f"hrpro: no engine answers at {server.events_address} yet; waiting; does it know this "
+        "key?\n"
+    )
 
 
 def test_the_table_is_live(trained: Trained, served: Engine) -> None:
