@@ -69,7 +69,8 @@ class Webhook:
         """One attempt, on a connection of its own; what went wrong, if anything."""
         until_s = time.monotonic() + ATTEMPT_S
         kind = http.client.HTTPConnection if self._tls is None else http.client.HTTPSConnection
-        connection = kind(self._url.hostname or "", self._url.port)
+        # With a port, or a part of an IPv6 address would be taken for one.
+        connection = kind(self._url.hostname or "", self._url.port or kind.default_port)
         try:
             connection.sock = self._connected(connection.host, connection.port, until_s)
             connection.request("POST", self._target, line.encode(), self._headers)

@@ -497,6 +497,28 @@ def test_an_attempt_is_over_in_time_however_slowly_the_answer_drips(
     assert letter["reason"] == "no answer: TimeoutError('timed out')"
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://[::1]/hook", ("::1", 80)),
+        ("https://[::1]", ("::1", 443)),
+        ("https://here:8443/", ("here", 8443)),
+    ],
+)
+def test_where_a_receiver_is(
+    url: str, address: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def connect(at: tuple[str, int], _timeout_s: float) -> None:
+        asked.append(at)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(sink_webhook.socket, "create_connection", connect)
+    sink_webhook.Webhook(url, tmp_path / "dead", 0).deliver(notice("a"), "{}")
+    assert asked == [address]
+
+
 def test_what_a_path_may_not_have_is_encoded(tmp_path: Path) -> None:
     with receiving(lambda _: 200) as receiver:
         address = receiver.url.removesuffix("/hook?of=us")
