@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import Connection, Line
+from hrpro.clients.connection import Line, SharedConnection
 from hrpro.clients.feed_talk import FeedTalk
 from hrpro.clients.feeder import FeatureFeeder
 from hrpro.clients.kept_snippets import KeptSnippets
@@ -74,7 +74,7 @@ def features_of(recording: NDArray[np.float32], stream: str, snippets: int) -> N
     return recording[(start + np.arange(snippets)) % len(recording)]
 
 
-class _RoughConnection(Connection):
+class _RoughConnection(SharedConnection):
     """Some chunks leave twice, and some after the one behind."""
 
     def __init__(self, inner: Line, seed: str) -> None:

@@ -168,8 +168,10 @@ def _connected(
     stop: threading.Event,
 ) -> dict[str, FeatureFeeder]:
     """A feeder for each stream that the engine has let in; none when stopped before."""
-    from hrpro.clients.cameras.camera import connected
+    from hrpro.clients.cameras.camera import FILES_OF_A_CAMERA, connected
+    from hrpro.clients.connection import make_room
 
+    make_room(len(makers), FILES_OF_A_CAMERA)
     has_said = threading.Event()
 
     def say_waiting() -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import asyncio
 
 Context = zmq.Context[zmq.Socket[bytes]]
-Key = Path | ClientKey | None
+Key = str | Path | ClientKey | None
+"""A key or its file."""
 
 KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5
@@ -33,6 +34,10 @@ UNCONFIRMED_MS = 10_000
 RECONNECT_FIRST_MS = 50
 RECONNECT_LONGEST_MS = 2_000
 LINGER_MS = 1_000
+# Of a connection with a shared context: the socket, and what tells of its messages.
+FILES_OF_A_CLIENT = 2
+# For what else a process opens meanwhile: the context, libraries, a second line for a silent one.
+_FILES_TO_SPARE = 48
 CLOSED = "expected a client that is open, came one that was closed"
 
 
@@ -95,8 +100,8 @@ class Connection:
     or with one that is shared with others, and closed by who made it.
 
     With a key it talks to the engine of that key alone, encrypted. Raises KeyFileError for a file
-    that is none. It reconnects by itself for as long as it is open, unless the engine refuses its
-    key. Not for use from several threads.
+    that is none, and HrproError for an address that is none. It reconnects by itself for as long as
+    it is open, unless the engine refuses its key. Not for use from several threads.
     """
 
     def __init__(
@@ -107,15 +112,18 @@ class Connection:
         key: Key = None,
         shared: Context | None = None,
     ) -> None:
-        if isinstance(key, Path):
-            key = read_client_key(key)
+        key = read_key(key)
         self.address = address
         self.doubt = "" if key is None else "; does it know this key?"
         """What to add where the engine is silent: it does not answer who has no key of its."""
         context = shared or zmq.Context()
         self._own_context = None if shared else context
         self._watch: _Watch | None = None  # of the task that waits
-        self.socket = context.socket(kind)
+        try:
+            self.socket = context.socket(kind)
+        except zmq.ZMQError as error:
+            self._end_context()
+            raise _unusable(address, error) from None
         common: dict[int, int | bytes] = {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
@@ -136,17 +144,16 @@ class Connection:
             for option, value in {**common, **options}.items():
                 self.socket.set(option, value)
             self.socket.connect(address)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self.close()
-            raise
+            raise _unusable(address, error) from None
 
     def close(self, linger_ms: int | None = None) -> None:
-        """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most."""
+        """Closes the socket; waits for what was sent to leave, `linger_ms` or LINGER_MS at most.
+        Where others share the context, the last of them waits for all."""
         self.wake()
         self.socket.close(linger_ms)
-        context = self._leave_context()
-        if context is not None:
-            context.term()
+        self._end_context()
 
     async def close_async(self) -> None:
         """As `close`; the loop goes on."""
@@ -157,6 +164,11 @@ class Connection:
         context = self._leave_context()
         if context is not None:
             await asyncio.to_thread(context.term)
+
+    def _end_context(self) -> None:
+        context = self._leave_context()
+        if context is not None:
+            context.term()
 
     def _leave_context(self) -> Context | None:
         """The context, if it is for this connection to end it."""
@@ -255,16 +267,20 @@ class _SharedContext:
     """One ZeroMQ context for many connections, which goes with the last of them."""
 
     def __init__(self) -> None:
+        self._begin()
+        if hasattr(os, "register_at_fork"):  # not on every platform
+            os.register_at_fork(after_in_child=self._begin)  # a context is of no use to a fork
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._context: Context | None = None
-        self._process = os.getpid()
         self._users = 0
 
     def enter(self) -> Context:
         """The context, for one more connection."""
         with self._lock:
-            if self._context is None or self._process != os.getpid():  # it is of no use to a fork
-                self._context, self._users, self._process = zmq.Context(), 0, os.getpid()
+            if self._context is None:
+                self._context = zmq.Context()
                 self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
             self._users += 1
             return self._context
@@ -272,7 +288,7 @@ class _SharedContext:
     def leave(self, context: Context) -> Context | None:
         """One connection less; the context, if that was the last one and it is to be ended."""
         with self._lock:
-            if context is not self._context:
+            if context is not self._context:  # it is of the process that has forked
                 return None
             self._users -= 1
             if self._users:
@@ -281,23 +297,57 @@ class _SharedContext:
             return context
 
 
-_of_loops = _SharedContext()
+_shared_context = _SharedContext()
 
 
-class LoopConnection(Connection):
-    """A connection of an event loop. A loop may have many: they share a context and with it one I/O
+class SharedConnection(Connection):
+    """A connection of which a process may have many: they share a context and with it one I/O
     thread, where each context would take two threads and six files."""
 
     def __init__(
         self, kind: int, address: str, options: Mapping[int, int | bytes], key: Key = None
     ) -> None:
-        key = read_client_key(key) if isinstance(key, Path) else key  # or it raises
-        self._shared: Context | None = _of_loops.enter()
+        key = read_key(key)  # or it raises
+        self._shared: Context | None = _shared_context.enter()
         super().__init__(kind, address, options, key, self._shared)
 
     def _leave_context(self) -> Context | None:
         shared, self._shared = self._shared, None  # once, however often it is closed
-        return None if shared is None else _of_loops.leave(shared)
+        return None if shared is None else _shared_context.leave(shared)
+
+
+def read_key(key: Key) -> ClientKey | None:
+    """The key, which may be in a file. Raises KeyFileError."""
+    return read_client_key(Path(key)) if isinstance(key, str | Path) else key
+
+
+def _unusable(address: str, error: zmq.ZMQError) -> HrproError:
+    """ZeroMQ says little of an address that it cannot use."""
+    reason = error if error.errno is None else zmq.strerror(error.errno)
+    return HrproError(f"cannot use {address}: {reason}")
+
+
+def make_room(clients: int, files_each: int = FILES_OF_A_CLIENT) -> None:
+    """Lets the process have so many clients more, with so many open files each: raises its soft
+    limit of open files where that is needed, as far as the hard one allows.
+
+    Raises HrproError where that is not far enough: without files, a client would be silent, and
+    ZeroMQ may end the process.
+    """
+    try:
+        import resource  # not on every platform
+    except ImportError:
+        return
+    needed = len([*Path("/dev/fd").iterdir()]) + _FILES_TO_SPARE + clients * files_each
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise HrproError(
+            f"{clients} streams: expected room for {needed} open files, this process may have"
+            f" {hard}; raise the limit (ulimit -Hn), or feed fewer streams in one process"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_line(
@@ -309,7 +359,7 @@ def open_line(
 ) -> Line:
     """A line to an address: a connection, or one to an engine in memory (testing.py).
 
-    Raises KeyFileError and ZMQError.
+    Raises KeyFileError, and HrproError for an address that is none.
     """
     if address.startswith("memory:"):
         from hrpro.clients import testing

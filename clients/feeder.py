@@ -12,20 +12,13 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import (
-    Connection,
-    Deadline,
-    Key,
-    Line,
-    LoopConnection,
-    open_line,
-)
+from hrpro.clients.connection import Deadline, Key, Line, SharedConnection, open_line
 from hrpro.clients.feed_talk import FeedTalk
 from hrpro.clients.kept_snippets import KeptSnippets
 from hrpro.clients.waiting import BlockingClient, Client, LoopClient, Pause, Waiting
@@ -45,8 +38,6 @@ _SILENCES_OF_A_LINE = 3
 
 class _Feeder(Client):
     """What the two kinds of feeder share: all but how they wait."""
-
-    _connection: ClassVar[type[Connection]] = Connection
 
     def __init__(
         self,
@@ -88,7 +79,7 @@ class _Feeder(Client):
             zmq.SNDHWM: _OWN_HIGH_WATER_MESSAGES,
             zmq.MAXMSGSIZE: protocol.MAX_REPLY_HEADER_BYTES,
         }
-        return open_line(self._connection, zmq.DEALER, self._address, options, self._key)
+        return open_line(SharedConnection, zmq.DEALER, self._address, options, self._key)
 
     # ---- how far it is ---------------------------------------------------------------------------
 
@@ -264,7 +255,10 @@ class FeatureFeeder(_Feeder, BlockingClient):
     oldest are dropped, counted in `dropped`, and the engine is told. Such a feeder reads and sends
     while one of its methods runs, so call `send` as snippets come.
 
-    `key` is the key of a producer, or its file, for an engine that has keys.
+    `key` is the key of a producer, or its file, for an engine that has keys. Raises HrproError for
+    an address that is none.
+
+    All feeders of a process share one I/O thread, and each costs two open files.
 
     An Error of the engine is raised as StreamError; after that the feeder can only be closed.
     Leaving without `end` leaves the stream open in the engine.
@@ -279,7 +273,11 @@ class FeatureFeeder(_Feeder, BlockingClient):
         return self
 
     def close(self) -> None:
-        """Closes the connection. The stream stays open in the engine unless it was ended."""
+        """Closes the connection. The stream stays open in the engine unless it was ended.
+
+        What was sent and has not left yet has a second for that; the last feeder of a process that
+        is closed waits for all of them.
+        """
         self._line.close()
 
     def connect(self, timeout_s: float | None = None) -> Welcome:
@@ -329,17 +327,14 @@ class AsyncFeatureFeeder(_Feeder, LoopClient):
                 await feeder.send(features)
             await feeder.end()
 
-    Many feeders may live in one loop; they share one I/O thread. There is no task in the
-    background: a feeder reads and sends while one of its methods is awaited. Several tasks may use
-    one feeder: the methods take turns, in the order of the calls, and what one `send` gives stays
-    together.
+    Many feeders may live in one loop. There is no task in the background: a feeder reads and sends
+    while one of its methods is awaited. Several tasks may use one feeder: the methods take turns,
+    in the order of the calls, and what one `send` gives stays together.
 
     Whatever is cancelled, by `asyncio.timeout` or otherwise, loses nothing: as after a
     NoReplyError, snippets below `next_index` are kept and will be sent, and those from there on
     were not taken. After a cancelled `flush` or `end`, call it again.
     """
-
-    _connection = LoopConnection
 
     @functools.cached_property
     def _turn(self) -> asyncio.Lock:

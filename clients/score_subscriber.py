@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import zmq
 
-from hrpro.clients.connection import Connection, Deadline, Key, Line, LoopConnection, open_line
+from hrpro.clients.connection import Connection, Deadline, Key, Line, SharedConnection, open_line
 from hrpro.clients.subscriber import LOOK_S
 from hrpro.clients.subscription import SILENT_S
 from hrpro.clients.waiting import BlockingClient, Client, LoopClient, Pause, Waiting
@@ -34,8 +34,9 @@ class _ScoreSubscriber(Client):
     _connection: ClassVar[type[Connection]] = Connection
 
     def __init__(
-        self, address: str, streams: Collection[str] | None = None, key: Key = None
+        self, address: str, streams: str | Collection[str] | None = None, key: Key = None
     ) -> None:
+        streams = (streams,) if isinstance(streams, str) else streams
         names = [wire.checked("stream", wire.stream_id, each) for each in streams or ()]
         self._topics = [topic_prefix(SnippetScores.TYPE, each) for each in names]
         if streams is None:
@@ -96,7 +97,7 @@ class _ScoreSubscriber(Client):
 
 
 class ScoreSubscriber(_ScoreSubscriber, BlockingClient):
-    """Receives the scores of snippets, of the streams that are named or of all.
+    """Receives the scores of snippets, of the streams that are named (or one) or of all.
 
         with ScoreSubscriber("tcp://127.0.0.1:5556", streams=["cam1"]) as subscriber:
             while True:
@@ -133,7 +134,7 @@ class AsyncScoreSubscriber(_ScoreSubscriber, LoopClient):
     A receive that is cancelled loses nothing.
     """
 
-    _connection = LoopConnection
+    _connection = SharedConnection
 
     async def wait_connected(self, timeout_s: float | None = 5.0) -> None:
         """Returns once the engine has confirmed the subscription; see

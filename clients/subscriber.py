@@ -20,7 +20,7 @@ from hrpro.clients.connection import (
     Deadline,
     Key,
     Line,
-    LoopConnection,
+    SharedConnection,
     open_line,
 )
 from hrpro.clients.subscription import KINDS, SILENT_S, ReplayError, Subscription
@@ -281,7 +281,7 @@ class AsyncEventSubscriber(_Subscriber, LoopClient):
     to one of them.
     """
 
-    _connection = LoopConnection
+    _connection = SharedConnection
 
     @functools.cached_property
     def _turn(self) -> asyncio.Lock:

@@ -65,6 +65,8 @@ class Subscription:
         self._stream = wire.checked("stream", wire.optional(wire.stream_id), stream)
         self._label = wire.checked("label", wire.optional(wire.label), label)
         lowest = wire.checked("min_score", wire.optional(wire.number), min_score)
+        if lowest is not None and not 0 <= lowest <= 1:
+            raise ValueError(f"min_score: expected a score in [0, 1], came {lowest:g}")
         self._since = wire.checked("since", wire.optional(wire.count), since)
         self._scores = None if lowest is None else ScoreFilter(lowest, bool(since))
         self._address = address

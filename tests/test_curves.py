@@ -98,12 +98,16 @@ def test_streams_are_chosen() -> None:
     with (
         serving(TinyPipeline()) as server,
         ScoreSubscriber(server.events_address, ["cam1", "cam3"]) as subscriber,
+        ScoreSubscriber(server.events_address, "cam2") as of_one,
     ):
         subscriber.wait_connected(PATIENCE_S)
+        of_one.wait_connected(PATIENCE_S)
         for name in ("cam1", "cam10", "cam2", "cam3"):
             feed(server, name, [0.5])
         assert [each.stream for each in receive(subscriber, 2)] == ["cam1", "cam3"]
         assert subscriber.receive(0) is None
+        assert [each.stream for each in receive(of_one, 1)] == ["cam2"]
+        assert of_one.receive(0) is None
 
 
 def test_nothing_is_made_once_the_last_subscriber_has_gone() -> None:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from serving import (
+    DIM,
     PATIENCE_S,
     RawPeer,
     TinyPipeline,
     hello,
+    open_files,
     rows,
     serving,
 )
 
-from hrpro.clients import FeatureFeeder, NoReplyError, SnippetClock, StreamError, request_status
+from hrpro.clients import (
+    AsyncFeatureFeeder,
+    FeatureFeeder,
+    NoReplyError,
+    SnippetClock,
+    StreamError,
+    request_status,
+)
 from hrpro.clients.chaos_link import Link
-from hrpro.engine.protocol import Ended, Error, Publication
+from hrpro.engine.client_key import KeyFileError
+from hrpro.engine.protocol import Ended, Error, HrproError, Publication
 
 RETRY_S = 0.1
+_THREADS = Path("/proc/self/task")
 
 
 pytestmark = pytest.mark.usefixtures("nothing_left_open")
@@ -97,6 +111,68 @@ def test_many_feeders_at_once() -> None:
             assert feeder.end() == Ended(feeder.stream, 24, 24, 24)
             feeder.close()
     assert pipeline.received == {name: expected(0, 24) for name in names}
+
+
+def test_feeders_share_a_context_and_close_apart() -> None:
+    """Two files and no thread for each; closing one cuts off nothing of itself or another."""
+    pipeline = TinyPipeline()
+    with serving(pipeline) as server:
+        threads, before = len(list(_THREADS.iterdir())), open_files()
+        feeders = [feeder_to(server.feed_address, stream=f"cam{number}") for number in range(20)]
+        for feeder in feeders:
+            feeder.connect()
+        own = [name for name in (open_files() - before).elements() if "socket" in name]
+        assert len(own) == 2 * 20  # this process has the engine's end, too
+        assert (open_files() - before).total() < 3 * 20 + 10
+        assert len(list(_THREADS.iterdir())) - threads == 2  # of the one context
+        for feeder in feeders:
+            feeder.send(rows(0, 8))
+            feeder.close()
+            feeder.close()
+        with feeder_to(server.feed_address, stream="last", first_index=8) as last:
+            assert last.end().next_index == 8
+        while sum(map(len, pipeline.received.values())) < 20 * 8:
+            time.sleep(0.01)
+    assert pipeline.received == {f"cam{number}": expected(0, 8) for number in range(20)}
+
+
+_FORKING = """
+import os, sys
+import numpy as np
+from hrpro.clients import FeatureFeeder
+
+rows = np.ones((4, 2), np.float32)
+with FeatureFeeder(sys.argv[1], "parent", 2) as feeder:
+    feeder.send(rows)
+    child = os.fork()
+    if child == 0:
+        feeder.close()
+        with FeatureFeeder(sys.argv[1], "child", 2) as own:
+            own.send(rows)
+            os._exit(own.end().next_index)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    feeder.send(rows)
+    assert feeder.end().next_index == 8
+"""
+
+
+def test_a_fork_has_feeders_of_its_own() -> None:
+    """Also where it closes what it has of its parent."""
+    with serving() as server:
+        command = [sys.executable, "-W", "ignore", "-c", _FORKING, server.feed_address]
+        subprocess.run(command, check=True, timeout=6 * PATIENCE_S)
+        streams = request_status(server.control_address)["streams"]
+    assert streams == ()
+
+
+@pytest.mark.parametrize("client", [FeatureFeeder, AsyncFeatureFeeder])
+def test_what_is_no_address_or_no_key(
+    client: type[FeatureFeeder | AsyncFeatureFeeder], tmp_path: Path
+) -> None:
+    with pytest.raises(HrproError, match=r"^cannot use nonsense: Invalid argument$"):
+        client("nonsense", "cam", DIM)
+    with pytest.raises(KeyFileError, match=r"a\.key: cannot be read: No such file"):
+        client("tcp://127.0.0.1:1", "cam", DIM, key=str(tmp_path / "a.key"))
 
 
 # ---- what no engine would take -----------------------------------------------------------------

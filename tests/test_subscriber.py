@@ -133,6 +133,8 @@ def test_filters(options: dict[str, Any], places: list[int]) -> None:
         ({"kinds": ["finals"]}, "kinds: expected some of"),
         ({"stream": "a/b"}, "stream: expected a text that matches"),
         ({"label": "a/b"}, "label: expected a label"),
+        ({"min_score": 7}, r"min_score: expected a score in \[0, 1\], came 7"),
+        ({"min_score": -0.5}, r"min_score: expected a score in \[0, 1\], came -0.5"),
     ],
 )
 def test_filters_that_nothing_can_pass_are_refused(options: dict[str, Any], message: str) -> None:

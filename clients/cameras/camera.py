@@ -28,13 +28,15 @@ from hrpro.clients.cameras.reader import Outlet, SourceReader
 from hrpro.clients.cameras.sender import StreamSender
 from hrpro.clients.cameras.sources import RtspTransport, Source
 from hrpro.clients.cameras.thumbnails import ThumbnailRing
-from hrpro.clients.connection import Key
+from hrpro.clients.connection import FILES_OF_A_CLIENT, Key
 from hrpro.clients.feeder import FeatureFeeder
 from hrpro.engine.protocol import HrproError, NoReplyError, Policy, StreamError
 
 # Of each source, waiting for the extractor; of a recording as many as make a batch.
 ROOM_SNIPPETS = 2
 _RECORDING_ROOM_SNIPPETS = 8
+# Of its feeder, and of its source: RTSP may have two for each of video and sound, and one more.
+FILES_OF_A_CAMERA = FILES_OF_A_CLIENT + 6
 # In one call of the extractor, of all cameras together; fewer where it would take longer than a
 # second, in which what waits becomes old.
 _BATCH_SNIPPETS = 16

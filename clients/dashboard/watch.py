@@ -6,16 +6,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import zmq
 
-from hrpro.clients.connection import Connection, Key
+from hrpro.clients.connection import Connection, Key, read_key
 from hrpro.clients.control import request_status
 from hrpro.clients.dashboard.board import Board
 from hrpro.clients.score_subscriber import ScoreSubscriber
 from hrpro.clients.subscriber import EventSubscriber
-from hrpro.engine.client_key import read_client_key
 from hrpro.engine.protocol import HrproError, NoReplyError
 
 # Of what was published before, so many are asked of the log.
@@ -33,14 +31,14 @@ _RETRY_S = 2.0
 class EngineWatch:
     """Keeps a board up to date for as long as the block lasts, whatever becomes of the engine.
 
-    Raises KeyFileError for a file that is no key, and ZMQError for an address that is none.
+    Raises KeyFileError for a file that is no key, and HrproError for an address that is none.
     """
 
     def __init__(self, board: Board, events: str, control: str, key: Key = None) -> None:
         self._board = board
         self._events = events
         self._control = control
-        self._key = read_client_key(key) if isinstance(key, Path) else key
+        self._key = read_key(key)
         self._no_answer = f"no answer from {events}"
         self._stopped = threading.Event()
         for kind, address in ((zmq.SUB, events), (zmq.DEALER, control)):
