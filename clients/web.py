@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -55,7 +56,9 @@ def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
             (host, port), family=socket.AF_INET6 if is_v6 else socket.AF_INET, backlog=128
         )
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        # What a look-up of names says has numbers of its own.
+        has_own = isinstance(error, socket.gaierror) or error.errno is None
+        reason = (error.strerror or error) if has_own else os.strerror(error.errno or 0)
         raise HrproError(f"{option} {host}:{port}: cannot listen there: {reason}") from None
     name = f"[{host}]" if is_v6 else host
     return listener, f"http://{name}:{listener.getsockname()[1]}"
@@ -67,10 +70,18 @@ def read_token(file: Path | None, option: str, variable: str | None = None) -> s
     Raises HrproError for what is easily guessed.
     """
     if file is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return checked_token(lines[0].strip() if lines else "", f"{option} {file}")
+        return checked_token(first_line(file), f"{option} {file}")
     told = None if variable is None else os.environ.get(variable)
     return None if told is None else checked_token(told, str(variable))
+
+
+def first_line(file: Path) -> str:
+    """The first line of a file in UTF-8, empty where there is none. Raises HrproError."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise HrproError(f"{file}: expected text in UTF-8, came other bytes") from None
+    return lines[0].strip() if lines else ""
 
 
 def checked_token(token: str, where: str) -> str:
@@ -92,6 +103,11 @@ def bearer(authorization: str) -> str:
     """The token of a header Authorization; empty where it has none."""
     scheme, _, token = authorization.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def snippet_index(text: str) -> int | None:
+    """The index in a path, as the protocol has it; None where it is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def hostname(host: str) -> str | None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-from commands import TRAINING, assignments, hrpro, hrpro_json, refusal
+from commands import (
+    HRPRO,
+    TRAINING,
+    assignments,
+    environment,
+    hrpro,
+    hrpro_json,
+    one_line,
+    refusal,
+)
 from numpy.typing import NDArray
 from tiny_extractor import network, write_extractor
 
@@ -210,6 +221,73 @@ def test_a_folder_is_written_by_one_process(tmp_path: Path, tiny: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         said = refusal("features", "extract", video, "--extractor", tiny, "--out", data)
     assert said == f"{data}: another process writes features there"
+
+
+def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, tiny: Path) -> None:
+    """As on a disk that is full, which a limit of the size of files is like."""
+    video = write_video(tmp_path / "a.mkv", [1] * 400)  # 100 snippets: 1328 bytes
+    data = tmp_path / "data"
+    command = shlex.join(
+        [*HRPRO, *map(str, ("features", "extract", video, "--extractor", tiny, "--out", data))]
+    )
+    said = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1; exec {command}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "File too large" in one_line(said.stderr)
+    assert not (data / "features" / "train" / "a.npy").exists()
+    assert extract(video, "--extractor", tiny, "--out", data)["made"] == {"a": 100}
+
+
+def test_features_that_are_damaged_are_named_and_the_others_go_on(
+    tmp_path: Path, tiny: Path
+) -> None:
+    names = ("a", "b", "c", "d")
+    videos = [write_video(tmp_path / f"{name}.mkv", [1] * 8) for name in names]
+    data = tmp_path / "data"
+    extract(*videos[:3], "--extractor", tiny, "--out", data)
+    empty, short, flat = (data / "features" / "train" / f"{name}.npy" for name in names[:3])
+    empty.write_bytes(b"")
+    short.write_bytes(short.read_bytes()[:-4])
+    np.save(flat, np.zeros(3, np.float32))
+    said = hrpro("features", "extract", *videos, "--extractor", tiny, "--out", data, status=1)
+    reasons = said.stderr.splitlines()
+    assert len(reasons) == 3
+    for path, reason in zip((empty, short), reasons, strict=False):
+        assert reason.startswith(f"hrpro: {path}: expected features, could not read them: ")
+        assert reason.endswith("; remove the file, and they are made anew")
+    assert reasons[2] == f"hrpro: {flat}: expected features of shape (T, D), came something else"
+    assert said.stdout.splitlines()[0] == "d: 2 snippets"
+    empty.unlink()
+    assert extract(videos[0], "--extractor", tiny, "--out", data)["made"] == {"a": 2}
+
+
+def test_a_list_of_recordings_is_text_one_a_line(tmp_path: Path, tiny: Path) -> None:
+    video = write_video(tmp_path / "a.mkv", [1] * 4)
+    data = tmp_path / "data"
+    data.mkdir()
+    listed = data / "split_train.txt"
+    listed.write_bytes("zwölf\n".encode("latin-1"))
+    run = ("features", "extract", video, "--extractor", tiny, "--out", data)
+    said = refusal(*run)
+    assert said == f"{listed}: expected text in UTF-8, came other bytes"
+    listed.write_text("\ufeffday one\n\nzwölf\n", encoding="utf-8")
+    assert extract(*run[2:])["made"] == {"a": 1}
+    assert listed.read_text(encoding="utf-8") == "day one\nzwölf\na\n"
+
+
+def test_a_video_may_have_a_name_that_means_something_else(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "@at.mkv", [1] * 4)
+    write_video(tmp_path / "plain.mkv", [1] * 8).rename(tmp_path / "-")
+    made = extract("./@at.mkv", "./-", "--extractor", tiny, "--out", "data")["made"]
+    assert made == {"@at": 1, "-": 2}
 
 
 # ---- on to training ----------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrpro.engine.timebase import SnippetClock
+from hrpro.training.files import write_array
 
 CLOCK = SnippetClock(frames_per_s=25.0, snippet_frames=16)
 TRAIN_NAMES = ("seq1", "seq2", "seq3", "seq4")
@@ -88,7 +89,7 @@ def write_example_dataset(folder: Path) -> None:
         (folder / "features" / subset).mkdir(parents=True, exist_ok=True)
         _write_lines(folder / f"split_{subset}.txt", names)
         for name in names:
-            np.save(folder / "features" / subset / f"{name}.npy", features[name])
+            write_array(folder / "features" / subset / f"{name}.npy", features[name])
     _write_lines(folder / "classes.txt", classes)
     _write_points(folder / "point_labels" / "point_gaussian.csv", recordings, classes)
     truth = json.dumps(_ground_truth(recordings, classes), indent=1)

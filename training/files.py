@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @contextmanager
@@ -31,6 +35,14 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_array(path: Path, array: NDArray[np.generic]) -> None:
+    """A ``.npy`` file. Raises OSError where not all of it could be written: what numpy writes to a
+    file itself goes through a buffer whose last write may fail without a word."""
+    data = io.BytesIO()
+    np.save(data, array)
+    path.write_bytes(data.getbuffer())
 
 
 def json_rows(path: Path) -> list[dict[str, Any]]:

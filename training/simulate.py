@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hrpro.training.annotations import read_database, read_truth
 from hrpro.training.data import feature_path, read_classes, read_names
 from hrpro.training.data_config import SPLITS, DataConfig, DataError, Split
+from hrpro.training.files import write_array
 from hrpro.training.metrics import Segments
 from hrpro.training.points import read_points
 
@@ -88,7 +89,7 @@ def simulate_data(
             length = _length(annotations, name, database[name], config)
             random = np.random.default_rng([seed, split == "test", number])
             features = simulated_features(world, truth[name], length, config, random)
-            np.save(feature_path(out, split, name), features)
+            write_array(feature_path(out, split, name), features)
             progress(1)
     _copy_labels(annotations, out, config)
     return sum(len(members) for members in names.values())

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from hrpro.clients.cameras.extractor import Extractor
 from hrpro.clients.cameras.frames import Snippet, SnippetAssembler
-from hrpro.clients.cameras.sources import SourceError, parse_source, read_frames
+from hrpro.clients.cameras.sources import SourceError, file_source, read_frames
 from hrpro.engine.wire import HrproError
 from hrpro.training.data import feature_path
-from hrpro.training.data_config import SPLITS, DataError, Split
+from hrpro.training.data_config import SPLITS, DataError, Split, read_text
 from hrpro.training.feature_source import (
     FILE,
     FeatureSource,
     read_feature_source,
     write_feature_source,
 )
-from hrpro.training.files import replaced_file
+from hrpro.training.files import replaced_file, write_array
 
 _BATCH_SNIPPETS = 8
 _ANNOTATIONS = "gt_full.json"
@@ -82,7 +82,7 @@ def extract_videos(
             try:
                 _check_split(out, split, name)
                 if path.exists():
-                    report.there[name] = len(np.load(path, mmap_mode="r", allow_pickle=False))
+                    report.there[name] = _snippets_in(path)
                     advance(report.there[name])
                     continue
                 made = video_features(video, extractor, advance)
@@ -108,7 +108,7 @@ def video_features(
         waiting.clear()
 
     frames, first_s, last_s = 0, None, None
-    for frame, time_s in read_frames(parse_source(str(video))):
+    for frame, time_s in read_frames(file_source(video)):
         frames += 1
         first_s, last_s = time_s if first_s is None else first_s, time_s
         waiting += assembler.push(frame, time_s)
@@ -141,6 +141,20 @@ def snippets_in(videos: Sequence[Path], extractor: Extractor) -> int | None:
             return None
         total += extractor.clock.position(duration / av.time_base)
     return int(total)
+
+
+def _snippets_in(path: Path) -> int:
+    """T of features that are there. Raises DataError where they are none."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path}: expected features, could not read them: {error}; remove the file, and they "
+            "are made anew"
+        ) from None
+    if getattr(features, "ndim", None) != 2:
+        raise DataError(f"{path}: expected features of shape (T, D), came something else")
+    return len(features)
 
 
 def _filled(rows: dict[int, NDArray[np.float32]], length: int) -> NDArray[np.float32]:
@@ -219,7 +233,9 @@ def _check_split(folder: Path, split: Split, name: str) -> None:
 
 def _listed(folder: Path, split: Split) -> list[str]:
     path = folder / f"split_{split}.txt"
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    lines = read_text(path, "one recording name a line").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -238,8 +254,8 @@ def _write(folder: Path, split: Split, name: str, made: VideoFeatures) -> None:
             temporary.write_text("".join(f"{each}\n" for each in [*listed, name]), encoding="utf-8")
     path = feature_path(folder, split, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, made.features)
+    with replaced_file(path) as temporary:
+        write_array(temporary, made.features)
 
 
 def _note_duration(folder: Path, split: Split, name: str, made: VideoFeatures) -> None:

@@ -28,6 +28,7 @@ import av.error
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from hrpro.clients.web import first_line
 from hrpro.engine.wire import HrproError
 
 RtspTransport = Literal["tcp", "udp"]
@@ -64,10 +65,9 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """The source that is meant. Raises SourceError for one that cannot be any."""
+    """The source that is meant. Raises HrproError for one that cannot be any."""
     if text.startswith("@"):
-        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-        return parse_source(lines[0].strip().lstrip("@") if lines else "")
+        return parse_source(first_line(Path(text[1:])).lstrip("@"))
     if text == "-":
         return Source("stdin", "pipe:0", "standard input", "stdin")
     scheme, separator, _ = text.partition("://")
@@ -75,13 +75,19 @@ def parse_source(text: str) -> Source:
         return _remote(text, scheme.lower())
     if _DEVICE.fullmatch(text):
         return Source("device", text, text, _name(text.rpartition("/")[2]))
-    path = Path(text)
-    if not path.exists():
+    if not Path(text).exists():
         raise SourceError(f"{text}: expected a video file, a device or an address; it is not there")
+    return file_source(Path(text))
+
+
+def file_source(path: Path) -> Source:
+    """A video file, whatever its name looks like. Raises SourceError."""
+    if not path.exists():
+        raise SourceError(f"{path}: expected a video file, it is not there")
     if path.is_dir():
-        raise SourceError(f"{text}: expected a video file, came a folder")
+        raise SourceError(f"{path}: expected a video file, came a folder")
     # With the protocol, else a colon in the name would end one.
-    return Source("file", f"file:{text}", text, _name(path.stem))
+    return Source("file", f"file:{path}", str(path), _name(path.stem))
 
 
 def _remote(text: str, scheme: str) -> Source:
