@@ -104,7 +104,8 @@ def test_what_is_answered(url: str) -> None:
     assert (headers["X-Snippet-Index"], headers["Cache-Control"]) == ("7", "no-store")
     assert abs(level_of(body)[0] - 200) < 4
     for path in ("/thumbnail/cam%3A1/6.jpg", "/thumbnail/b/9.jpg", "/thumbnail/c/9.jpg", "/",
-                 "/thumbnail/cam%3A1/-1.jpg", "/thumbnail/cam%3A1/x.jpg"):  # fmt: skip
+                 "/thumbnail/cam%3A1/-1.jpg", "/thumbnail/cam%3A1/x.jpg",
+                 f"/thumbnail/cam%3A1/{'9' * 5000}.jpg"):  # fmt: skip
         assert get(url, path)[0] == 404, path
 
 
@@ -114,6 +115,13 @@ def test_without_a_token_only_names_of_this_machine_are_served(url: str) -> None
         assert get(url, "/streams", Host=f"{name}:{port}")[0] == 200
     for name in ("evil.example", "evil.example:80", "localhost.evil.example", "["):
         assert get(url, "/streams", Host=name)[0] == 421
+
+
+def test_the_address_that_it_listens_at_is_a_name_of_this_machine(ring: ThumbnailRing) -> None:
+    with thumbnail_server("127.0.0.2:0", {"cam": ring}, None) as url:
+        assert url.startswith("http://127.0.0.2:")
+        assert get(url, "/streams")[0] == 200
+        assert get(url, "/streams", Host="127.0.0.3")[0] == 421
 
 
 def test_who_has_the_token_is_let_in(ring: ThumbnailRing) -> None:

@@ -47,7 +47,7 @@ from hrpro.clients.dashboard.thumbnails import (
     Thumbnails,
 )
 from hrpro.clients.dashboard.watch import EngineWatch
-from hrpro.clients.web import checked_token, parse_http_address
+from hrpro.clients.web import checked_token, parse_http_address, read_token
 from hrpro.engine.event_log import EventLog
 from hrpro.engine.protocol import HrproError
 from hrpro.engine.serve import Addresses
@@ -114,6 +114,21 @@ def test_an_address_is_host_and_port() -> None:
 def test_a_port_that_is_taken(open_address: str) -> None:
     said = refusal("dashboard", *SIDES, "--http", open_address)
     assert said == f"--http {open_address}: cannot listen there: Address already in use"
+
+
+def test_a_host_that_is_nowhere() -> None:
+    said = refusal("dashboard", *SIDES, "--http", "nosuchhost.invalid:0", "--token-file", __file__)
+    assert said.startswith("--http nosuchhost.invalid:0: cannot listen there: ")
+    assert "Unknown error" not in said
+
+
+def test_a_token_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\xff\xfe" + TOKEN.encode("utf-16-le"))
+    said = refusal("dashboard", *SIDES, "--token-file", file)
+    assert said == f"{file}: expected text in UTF-8, came other bytes"
+    file.write_text(f"\ufeff{TOKEN}\n", encoding="utf-8")
+    assert read_token(file, "--token-file") == TOKEN
 
 
 def test_a_token_is_long(tmp_path: Path) -> None:
@@ -200,6 +215,17 @@ def test_without_a_token_only_names_of_this_machine_are_served(
 def test_names_of_this_machine(open_address: str, name: str) -> None:
     host = f"{name}:{open_address.rpartition(':')[2]}"
     assert ask(open_address, "/", host=host).status == 200
+
+
+def test_an_index_that_is_none_is_no_picture(open_address: str, guarded_address: str) -> None:
+    for index in ("9" * 5000, "9" * 19, "-1", "x"):
+        assert ask(open_address, f"/thumbnail/x/{index}.jpg")[0] == 404
+        assert ask(guarded_address, f"/thumbnail/x/{index}.jpg")[0] == 401
+
+
+def test_an_origin_that_is_none_is_another_page(open_address: str, guarded_address: str) -> None:
+    for address in (open_address, guarded_address):
+        assert ask(address, "/login", method="POST", origin="http://[")[0] == 403
 
 
 def test_pages_of_others_get_no_websocket(open_address: str, guarded_address: str) -> None:

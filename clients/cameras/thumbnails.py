@@ -13,7 +13,7 @@ import bisect
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from fractions import Fraction
 
 import av
@@ -89,17 +89,21 @@ def _new_context(height: int) -> av.VideoCodecContext:
 # ---- served --------------------------------------------------------------------------------------
 
 
-def thumbnail_app(rings: Mapping[str, ThumbnailRing], token: str | None) -> Starlette:
-    """What answers; see the module."""
+def thumbnail_app(
+    rings: Mapping[str, ThumbnailRing], token: str | None, host: str = "127.0.0.1"
+) -> Starlette:
+    """What answers on a host; see the module."""
+    names = web.LOCAL_NAMES | {host}
 
     async def streams(request: Request) -> Response:
-        return _refused(request.headers, token) or JSONResponse(list(rings))
+        return _refused(request.headers, token, names) or JSONResponse(list(rings))
 
     async def thumbnail(request: Request) -> Response:
-        if answer := _refused(request.headers, token):
+        if answer := _refused(request.headers, token, names):
             return answer
         ring = rings.get(request.path_params["stream"])
-        found = ring.at(request.path_params["index"]) if ring is not None else None
+        index = web.snippet_index(request.path_params["index"])
+        found = ring.at(index) if ring is not None and index is not None else None
         if found is None:
             return PlainTextResponse("no picture of that\n", 404)
         index, jpeg = found
@@ -109,15 +113,15 @@ def thumbnail_app(rings: Mapping[str, ThumbnailRing], token: str | None) -> Star
     return Starlette(
         routes=[
             Route("/streams", streams),
-            Route("/thumbnail/{stream}/{index:int}.jpg", thumbnail),
+            Route("/thumbnail/{stream}/{index}.jpg", thumbnail),
         ]
     )
 
 
-def _refused(headers: Headers, token: str | None) -> Response | None:
+def _refused(headers: Headers, token: str | None, names: Set[str]) -> Response | None:
     """The answer to a request that is not let in."""
     if token is None:
-        if web.hostname(headers.get("host", "")) in web.LOCAL_NAMES:
+        if web.hostname(headers.get("host", "")) in names:
             return None
         return PlainTextResponse("expected a name of this machine\n", 421)
     if web.is_same(web.bearer(headers.get("authorization", "")), token):
@@ -137,7 +141,7 @@ def thumbnail_server(
     host, port = web.parse_http_address(address, OPTION)
     web.check_reach(host, token, OPTION, f"--thumbnails-token-file or {TOKEN_VARIABLE}")
     bound, url = web.listening(host, port, OPTION)
-    config = uvicorn.Config(thumbnail_app(rings, token), log_config=None, lifespan="off")
+    config = uvicorn.Config(thumbnail_app(rings, token, host), log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name="thumbnails")
     with bound:

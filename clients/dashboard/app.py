@@ -33,7 +33,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from hrpro.clients.dashboard.board import Board
 from hrpro.clients.dashboard.door import COOKIE, Door
 from hrpro.clients.dashboard.thumbnails import ThumbnailError, Thumbnails
-from hrpro.clients.web import COMMON_FILES
+from hrpro.clients.web import COMMON_FILES, snippet_index
 
 # From one message to a page to the next; what came meanwhile is in one.
 UPDATE_EVERY_S = 0.25
@@ -66,7 +66,7 @@ def create_app(board: Board, door: Door, thumbnails: Thumbnails) -> ASGIApp:
                 Route("/login", pages.login_form, methods=["GET"]),
                 Route("/login", pages.login, methods=["POST"]),
                 Route("/logout", pages.logout, methods=["POST"]),
-                Route("/thumbnail/{stream}/{index:int}.jpg", pages.thumbnail),
+                Route("/thumbnail/{stream}/{index}.jpg", pages.thumbnail),
                 WebSocketRoute("/live", pages.live),
                 Mount("/static", static),
             ],
@@ -154,7 +154,9 @@ class _Pages:
         return answer
 
     async def thumbnail(self, request: Request) -> Response:
-        stream, index = request.path_params["stream"], request.path_params["index"]
+        stream, index = request.path_params["stream"], snippet_index(request.path_params["index"])
+        if index is None:
+            return PlainTextResponse("expected the index of a snippet\n", 404)
         try:
             async with self._pictures:
                 picture = await asyncio.to_thread(self._thumbnails.picture, stream, index)

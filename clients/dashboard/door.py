@@ -39,7 +39,12 @@ class Door:
     def is_same_origin(self, headers: Headers) -> bool:
         """Whether it comes from the dashboard's own page, or from no page."""
         origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == headers.get("host")
+        if origin is None:
+            return True
+        try:
+            return urlsplit(origin).netloc == headers.get("host")
+        except ValueError:
+            return False
 
     def admits(self, headers: Headers) -> bool:
         """Whether the request has the token's cookie, or the token."""
