@@ -133,6 +133,23 @@ def test_points_that_cannot_be_are_refused(served: Served) -> None:
     assert served.lines == before
 
 
+def test_a_time_that_no_video_has_is_refused(served: Served) -> None:
+    before = served.lines
+    for seconds in (1e308, 1.1e7):
+        assert served.put_points(("wave", seconds)) == 422
+    assert served.lines == before
+
+
+def test_a_video_that_is_gone(served: Served, tmp_path: Path) -> None:
+    served.video.rename(tmp_path / "away")
+    try:
+        status, content, _ = served.ask("api/videos/0/media")
+        assert (status, content.decode()) == (404, f"{served.video}: it is not there any more")
+    finally:
+        (tmp_path / "away").rename(served.video)
+    assert served.ask("api/videos/0/media")[0] == 200
+
+
 def test_frames_are_counted_at_the_rate_that_training_is_told(tmp_path: Path) -> None:
     from hrpro.clients.label.point_file import Mark, PointFile
 

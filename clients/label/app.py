@@ -47,7 +47,9 @@ _HEADERS: Mapping[str, str] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Longer than any video, and what it makes at any frame rate is a number.
+_LONGEST_S = 1e7
+_Seconds = Annotated[float, Field(ge=0, le=_LONGEST_S, allow_inf_nan=False)]
 _POINTS = TypeAdapter(list[tuple[str, _Seconds]])
 _LABELS = TypeAdapter(list[str])
 
@@ -153,6 +155,8 @@ class _Pages:
 
     def media(self, request: Request) -> Response:
         playable = self._playable(request)
+        if not playable.file.is_file():
+            raise HTTPException(404, f"{playable.file}: it is not there any more")
         return FileResponse(playable.file, media_type=playable.media_type)
 
     def times(self, request: Request) -> Response:
