@@ -274,6 +274,55 @@ def test_its_own_hellos_of_a_line_before_do_not_shut_it_out(tmp_path: Path) -> N
             assert process.wait(PATIENCE_S) == 1
 
 
+def said_by(*arguments: object, given: bytes = b"", status: int = 1) -> str:
+    """The one line on stderr of a client that gives up."""
+    with client(*arguments) as process:
+        stdout, stderr = process.communicate(given, PATIENCE_S)
+    assert (process.returncode, stdout) == (status, b""), stderr
+    assert stderr.count(b"\n") == 1, stderr
+    return stderr.decode().rstrip()
+
+
+def test_what_it_cannot_ask_for_is_refused() -> None:
+    nowhere = "tcp://127.0.0.1:9"
+    for number in ("abc", "-1", "1.5"):
+        said = said_by("subscribe", nowhere, f"--since={number}")
+        expected = {"abc": "NaN"}.get(number, number)
+        assert said == f"expected since to be an integer of at least 0, got {expected}"
+    refused = "expected a stream of 1 to 64 of A-Z a-z 0-9 . _ : -, got 'a b'"
+    assert said_by("subscribe", nowhere, "--stream", "a b") == refused
+    assert said_by("feed", nowhere, "a b", "-", DIM) == refused
+
+
+def test_what_is_left_of_a_snippet_ends_the_stream_before_it(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    expected = published_in_process(bundle.folder, {"cut": RECORDING[:20]})["cut"]
+    given = RECORDING[:20].tobytes() + b"123"
+    with engine(bundle.folder, state=tmp_path / "state") as served:
+        said = said_by("feed", served.feed, "cut", "-", DIM, given=given)
+        assert said == "-: 3 bytes are left of a snippet"
+        with subscribed(served.events, "--since", 0) as live:
+            assert_same(unnumbered(live.until_ended("cut")), expected)
+
+
+def test_without_a_log_it_says_that_nothing_can_be_sent_again(bundle: Bundle) -> None:
+    with engine(bundle.folder) as served, client("subscribe", served.events, "--since", 10) as own:
+        assert own.stderr is not None
+        assert own.stderr.readline() == b"there is no log: what followed number 10 is gone\n"
+
+
+def test_who_reads_may_leave(bundle: Bundle, tmp_path: Path) -> None:
+    with engine(bundle.folder, state=tmp_path / "state") as served:
+        feed(served.feed, "cam")
+        with client("subscribe", served.events, "--since", 0) as own:
+            assert own.stdout is not None and own.stderr is not None
+            assert own.stdout.readline().startswith(b"{")
+            own.stdout.close()
+            feed(served.feed, "more")
+            assert (own.wait(PATIENCE_S), own.stderr.read()) == (0, b"")
+
+
 def test_a_refusal_is_one_line(bundle: Bundle) -> None:
     with engine(bundle.folder, quiet=False) as served:
         said = feed(served.feed, "cam", "--snippet-frames", 8, status=1)

@@ -23,6 +23,9 @@ async function* snippets(file, featureDim) {
   if (rest.length) throw new Error(`${file}: ${rest.length} bytes are left of a snippet`);
 }
 
+// Who reads may have enough of it.
+process.stdout.on('error', (error) => process.exit(error.code === 'EPIPE' ? 0 : 1));
+
 const print = ({ v, ...message }) => process.stdout.write(`${JSON.stringify(message)}\n`);
 
 async function main() {

@@ -31,6 +31,12 @@ function socketOptions(keys) {
   return { linger: 0, receiveTimeout: TICK_MS, maxMessageSize: 4 << 20, ...curve };
 }
 
+function checkStream(stream) {
+  if (!/^[A-Za-z0-9._:-]{1,64}$/.test(stream)) {
+    throw new Error(`expected a stream of 1 to 64 of A-Z a-z 0-9 . _ : -, got '${stream}'`);
+  }
+}
+
 const newToken = () => randomBytes(8).toString('hex');
 
 // Of each type the integers that must be there, and of all those that may be nil or left out.
@@ -79,9 +85,11 @@ async function receive(socket) {
  * @returns {Promise<object>} the Ended; its `next_index` is smaller than what was sent if the
  *     engine has ended the stream by itself
  * @throws {EngineError} if the engine refuses for good
+ * @throws what the source throws, when the stream is ended with what came before
  */
 export async function feed(address, stream, featureDim, source, options = {}) {
   const { framesPerS = 25, snippetFrames = 16, firstIndex = 0, keys } = options;
+  checkStream(stream);
   const routingId = newToken();
   const kept = []; // one Buffer for each snippet, from keptFrom on
   let keptFrom = firstIndex;
@@ -175,11 +183,17 @@ export async function feed(address, stream, featureDim, source, options = {}) {
   try {
     await connect();
     let [message, chunk] = [null, null]; // what is on its way, from the engine and the source
+    let failure = null; // of the source
     for (;;) {
       if (isWelcome) await sendWhatMay();
       const isHungry = isWelcome && !isSourceOver && sent >= top();
       message ??= receive(socket).then((frames) => ({ frames }));
-      if (isHungry) chunk ??= source.next().then((result) => ({ result }));
+      if (isHungry) {
+        chunk ??= source.next().then((result) => ({ result }), (thrown) => {
+          failure = { thrown };
+          return { result: { done: true } };
+        });
+      }
       const { frames, result } = await Promise.race(isHungry ? [message, chunk] : [message]);
       if (frames || !isWaiting()) heardMs = Date.now();
       if (result) {
@@ -190,9 +204,15 @@ export async function feed(address, stream, featureDim, source, options = {}) {
       }
       message = null;
       const header = frames && readHeader(frames[0]);
-      if (header?.type === 'ended') return header;
+      if (header?.type === 'ended') {
+        if (failure) throw failure.thrown;
+        return header;
+      }
       if (header) await hear(header);
-      else if (Date.now() - heardMs > REPEAT_MS) await connect();
+      else if (Date.now() - heardMs > REPEAT_MS) {
+        if (failure) throw failure.thrown; // there is no engine to end the stream
+        await connect();
+      }
     }
   } finally {
     socket?.close();
@@ -209,10 +229,15 @@ export async function feed(address, stream, featureDim, source, options = {}) {
  * @param {number} [options.since] first what the log has behind this number; else what is live
  * @param {(message: string) => void} [options.onLost] told what cannot be had any more
  * @param {Keys} [options.keys]
+ * @throws {Error} for a stream or a number that is none, or a number of another log
  * @yields {object} an `event`, `final` or `stream`
  */
 export async function* subscribe(address, options = {}) {
   const { stream = null, since = null, onLost = console.warn, keys } = options;
+  if (stream !== null) checkStream(stream);
+  if (since !== null && !(Number.isSafeInteger(since) && since >= 0)) {
+    throw new Error(`expected since to be an integer of at least 0, got ${since}`);
+  }
   const part = stream ? `${stream}/` : '';
   let [socket, instance, last] = [null, null, since]; // last: the number up to which all is given
   let [welcome, replay] = [null, null]; // the topics of the questions that are not answered yet
@@ -244,8 +269,10 @@ export async function* subscribe(address, options = {}) {
   function hearEcho(header) {
     checkInstance(header);
     welcome = null;
-    if (header.number == null) last = null; // there is no log to ask
-    else if (last === null) last = header.number;
+    if (header.number == null) {
+      if (last !== null) onLost(`there is no log: what followed number ${last} is gone`);
+      last = null;
+    } else if (last === null) last = header.number;
     else ask();
   }
 
