@@ -36,8 +36,8 @@ RECONNECT_LONGEST_MS = 2_000
 LINGER_MS = 1_000
 # Of a connection with a shared context: the socket, and what tells of its messages.
 FILES_OF_A_CLIENT = 2
-# For what else a process opens meanwhile: the context, libraries, a second line for a silent one.
-_FILES_TO_SPARE = 48
+# Of the rest of a process: its context, libraries, a second line where one is silent.
+_OTHER_FILES = 64
 CLOSED = "expected a client that is open, came one that was closed"
 
 
@@ -328,8 +328,8 @@ def _unusable(address: str, error: zmq.ZMQError) -> HrproError:
 
 
 def make_room(clients: int, files_each: int = FILES_OF_A_CLIENT) -> None:
-    """Lets the process have so many clients more, with so many open files each: raises its soft
-    limit of open files where that is needed, as far as the hard one allows.
+    """Lets the process have so many clients, with so many open files each: raises its soft limit of
+    open files where that is needed, as far as the hard one allows.
 
     Raises HrproError where that is not far enough: without files, a client would be silent, and
     ZeroMQ may end the process.
@@ -338,7 +338,7 @@ def make_room(clients: int, files_each: int = FILES_OF_A_CLIENT) -> None:
         import resource  # not on every platform
     except ImportError:
         return
-    needed = len([*Path("/dev/fd").iterdir()]) + _FILES_TO_SPARE + clients * files_each
+    needed = _OTHER_FILES + clients * files_each
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import Key
+from hrpro.clients.connection import Key, make_room
 from hrpro.clients.feeder import AsyncFeatureFeeder, FeatureFeeder
 from hrpro.engine.protocol import Ended, HrproError, NoReplyError, Policy
 from hrpro.engine.timebase import SnippetClock
@@ -38,7 +38,7 @@ class Source:
 def read_sources(paths: Sequence[Path]) -> list[Source]:
     """``.npy`` files, or the test recordings of data folders; streams are named after the files.
 
-    Raises FeatureFileError.
+    Raises FeatureFileError, and DataError for a list of recordings that is none.
     """
     files = [file for path in paths for file in _files_of(path)]
     sources = [Source(file.stem, _read(file)) for file in files]
@@ -52,12 +52,13 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
 def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    split = path / "split_test.txt"
-    if not split.is_file():
+    if not (path / "split_test.txt").is_file():
         raise FeatureFileError(f"{path}: expected a data folder with split_test.txt, or .npy files")
-    lines = split.read_text(encoding="utf-8-sig").splitlines()  # names may have blanks
-    names = [line.strip() for line in lines if line.strip()]
-    return [path / "features" / "test" / f"{name}.npy" for name in names]
+    from hrpro.training.data import feature_path, read_names
+    from hrpro.training.data_config import DataConfig
+
+    names = read_names(path, "test", DataConfig())
+    return [feature_path(path, "test", name) for name in names]
 
 
 def _read(file: Path) -> NDArray[np.float32]:
@@ -107,8 +108,10 @@ def feed_sources(
     Returns what the engine said of each stream at its end.
 
     When something goes wrong, the streams are ended where they are. A stream that the engine has
-    already, from a feeder that was killed, is continued behind what the engine has of it.
+    already, from a feeder that was killed, is continued behind what the engine has of it. Raises
+    HrproError where the process may not open so many files, and as a feeder does.
     """
+    make_room(len(sources))
     ended: dict[str, Ended] = {}
     with contextlib.ExitStack() as stack:
         feeders: dict[str, FeatureFeeder] = {}

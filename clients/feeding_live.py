@@ -15,6 +15,7 @@ import math
 import os
 import select
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hrpro.clients.connection import Key
+from hrpro.clients.connection import FILES_OF_A_CLIENT, Key, make_room
 from hrpro.clients.feeder import AsyncFeatureFeeder
 from hrpro.clients.feeding import (
     LEAVE_TIMEOUT_S,
@@ -148,6 +149,8 @@ class _Pipe:
     """Stdin: a pipe, or a file, until its end."""
 
     def __init__(self) -> None:
+        if sys.stdin is None:  # its number may be that of another file
+            raise FeatureFileError("stdin: expected a pipe or a file, it is closed")
         self._file = 0
 
     def read(self) -> bytes | None:
@@ -174,6 +177,11 @@ class _GrowingFile:
         self._path = path
         if path.is_dir():
             raise FeatureFileError(f"{path}: expected a file that grows, came a folder")
+        if path.exists() and not path.is_file():
+            raise FeatureFileError(
+                f"{path}: expected a regular file that grows; a pipe is read from stdin, as in"
+                f" hrpro feed features - --stream NAME < {path}"
+            )
         self._file = os.open(path, os.O_RDONLY)
         self._position = 0
 
@@ -235,6 +243,7 @@ def feed_live(
     for name in names:
         if names.count(name) > 1:
             raise FeatureFileError(f"two files would be the stream {name!r}; feed one at a time")
+    make_room(len(paths), FILES_OF_A_CLIENT + 1)
     try:
         return asyncio.run(live.feed(dict(zip(names, paths, strict=True))))
     except BaseExceptionGroup as errors:  # what has gone wrong first has ended the others

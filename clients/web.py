@@ -56,9 +56,8 @@ def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
             (host, port), family=socket.AF_INET6 if is_v6 else socket.AF_INET, backlog=128
         )
     except OSError as error:
-        # What a look-up of names says has numbers of its own.
-        has_own = isinstance(error, socket.gaierror) or error.errno is None
-        reason = (error.strerror or error) if has_own else os.strerror(error.errno or 0)
+        # Not by its number: what a look-up of names says has numbers of its own.
+        reason = (error.strerror or str(error)).partition(" (while ")[0]
         raise HrproError(f"{option} {host}:{port}: cannot listen there: {reason}") from None
     name = f"[{host}]" if is_v6 else host
     return listener, f"http://{name}:{listener.getsockname()[1]}"

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ANY_PORT, Engine, Trained, engine, hrpro, one_line, refusal
+from commands import (
+    ANY_PORT,
+    HRPRO,
+    Engine,
+    Trained,
+    engine,
+    environment,
+    hrpro,
+    one_line,
+    refusal,
+)
 
 from hrpro.clients import cli
+from hrpro.export.bundle import Bundle
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -237,6 +250,20 @@ def test_a_file_that_is_no_array(refused: Refused, tmp_path: Path) -> None:
         assert said.startswith(f"{tmp_path / 'cam.npy'}: expected a .npy array")
 
 
+def test_a_list_of_recordings_that_is_none(refused: Refused, data: Path) -> None:
+    split, feeding = (
+        data / "split_test.txt",
+        ("feed", "features", data, "--to", "tcp://127.0.0.1:1"),
+    )
+    split.write_bytes(b"\xff\n")
+    assert refused(*feeding) == f"{split}: expected text in UTF-8, came other bytes"
+    split.write_text("\n")
+    said = refused(*feeding)
+    assert said == f"{split}: expected at least one recording name, the file is empty"
+    split.write_text("\ufeffday one\n", encoding="utf-8")
+    assert f"{data / 'features' / 'test' / 'day one.npy'}: expected a .npy" in refused(*feeding)
+
+
 def test_two_files_of_one_name(refused: Refused, trained: Trained) -> None:
     file = trained.data / "features" / "test" / "seq5.npy"
     said = refused("feed", "features", trained.data, file, "--to", ANY_PORT)
@@ -289,6 +316,36 @@ def test_an_address_in_use(trained: Trained, served: Engine, side: str) -> None:
     said = refusal("serve", trained.bundle, *options, "--state", "none")
     assert taken in said
     assert "in use" in said
+
+
+def test_more_streams_than_a_process_may_have_files_for(bundle: Bundle, tmp_path: Path) -> None:
+    files = [tmp_path / f"r{number}.npy" for number in range(70)]
+    for file in files:
+        np.save(file, np.ones((2, 8), np.float32))
+    command = shlex.join([*HRPRO, "feed", "features", *map(str, files), "--speed", "max", "--json"])
+    with engine(bundle.folder, "--set", "max_streams=70") as served:
+
+        def fed(limit: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["sh", "-c", f"{limit}; exec {command} --to {served.feed}"],
+                check=False,
+                capture_output=True,
+                text=True,
+                env=environment(),
+            )
+
+        refused = fed("ulimit -n 128")
+        assert refused.returncode == 1
+        assert refused.stdout == ""
+        assert one_line(refused.stderr) == (
+            "70 streams: expected room for 204 open files, this process may have 128; raise the "
+            "limit (ulimit -Hn), or feed fewer streams in one process"
+        )
+        raised = fed("ulimit -S -n 128")
+        assert raised.returncode == 0, raised.stderr
+        assert json.loads(raised.stdout)["snippets"] == 140
+        # More than ever fitted while each feeder had a context: seven files and two threads.
+        assert json.loads(fed("ulimit -n 256").stdout)["streams"]["r69"] == 2
 
 
 def test_something_that_is_no_address(refused: Refused, trained: Trained) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_a_port_that_is_taken(open_address: str) -> None:
 def test_a_host_that_is_nowhere() -> None:
     said = refusal("dashboard", *SIDES, "--http", "nosuchhost.invalid:0", "--token-file", __file__)
     assert said.startswith("--http nosuchhost.invalid:0: cannot listen there: ")
-    assert "Unknown error" not in said
+    assert not re.search(r"Unknown error|\(", said)
 
 
 def test_a_token_is_text(tmp_path: Path) -> None:
@@ -219,13 +220,13 @@ def test_names_of_this_machine(open_address: str, name: str) -> None:
 
 def test_an_index_that_is_none_is_no_picture(open_address: str, guarded_address: str) -> None:
     for index in ("9" * 5000, "9" * 19, "-1", "x"):
-        assert ask(open_address, f"/thumbnail/x/{index}.jpg")[0] == 404
-        assert ask(guarded_address, f"/thumbnail/x/{index}.jpg")[0] == 401
+        assert ask(open_address, f"/thumbnail/x/{index}.jpg").status == 404
+        assert ask(guarded_address, f"/thumbnail/x/{index}.jpg").status == 401
 
 
 def test_an_origin_that_is_none_is_another_page(open_address: str, guarded_address: str) -> None:
     for address in (open_address, guarded_address):
-        assert ask(address, "/login", method="POST", origin="http://[")[0] == 403
+        assert ask(address, "/login", method="POST", origin="http://[").status == 403
 
 
 def test_pages_of_others_get_no_websocket(open_address: str, guarded_address: str) -> None:

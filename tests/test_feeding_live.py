@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -19,8 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from commands import (
+    HRPRO,
     Floats,
     engine,
+    environment,
     one_line,
     published_in_process,
     running,
@@ -429,6 +432,28 @@ def test_files_that_are_not_there_or_would_be_one_stream(tmp_path: Path) -> None
     with feeding("tcp://127.0.0.1:1", tmp_path, "--follow") as fed:
         said = one_line(fed.over(status=1)[1])
         assert said == f"{tmp_path}: expected a file that grows, came a folder"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with feeding("tcp://127.0.0.1:1", pipe, "--follow") as fed:
+        said = one_line(fed.over(status=1)[1])
+        assert said == (
+            f"{pipe}: expected a regular file that grows; a pipe is read from stdin, as in hrpro"
+            f" feed features - --stream NAME < {pipe}"
+        )
     files = (tmp_path / "a" / "x.npy", tmp_path / "b" / "x.npy")
     with feeding("tcp://127.0.0.1:1", *files, "--follow") as fed:
         assert one_line(fed.over(status=1)[1]).startswith("two files would be the stream 'x'")
+
+
+def test_a_stdin_that_is_closed() -> None:
+    options = ("-", "--stream", "a", "--dim", "2", "--to", "tcp://127.0.0.1:1")
+    command = shlex.join([*HRPRO, "feed", "features", *options])
+    said = subprocess.run(
+        ["sh", "-c", f"exec {command} <&-"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (said.returncode, said.stdout) == (1, "")
+    assert one_line(said.stderr) == "stdin: expected a pipe or a file, it is closed"
