@@ -246,22 +246,24 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, tiny: Path) -
 def test_features_that_are_damaged_are_named_and_the_others_go_on(
     tmp_path: Path, tiny: Path
 ) -> None:
-    names = ("a", "b", "c", "d")
+    names = ("a", "b", "c", "d", "e")
     videos = [write_video(tmp_path / f"{name}.mkv", [1] * 8) for name in names]
     data = tmp_path / "data"
-    extract(*videos[:3], "--extractor", tiny, "--out", data)
-    empty, short, flat = (data / "features" / "train" / f"{name}.npy" for name in names[:3])
+    extract(*videos[:4], "--extractor", tiny, "--out", data)
+    files = [data / "features" / "train" / f"{name}.npy" for name in names[:4]]
+    empty, short, archive, flat = files
     empty.write_bytes(b"")
+    archive.write_bytes(b"PK\x03\x04" + bytes(60))
     short.write_bytes(short.read_bytes()[:-4])
     np.save(flat, np.zeros(3, np.float32))
     said = hrpro("features", "extract", *videos, "--extractor", tiny, "--out", data, status=1)
     reasons = said.stderr.splitlines()
-    assert len(reasons) == 3
-    for path, reason in zip((empty, short), reasons, strict=False):
+    assert len(reasons) == 4
+    for path, reason in zip(files[:3], reasons, strict=False):
         assert reason.startswith(f"hrpro: {path}: expected features, could not read them: ")
         assert reason.endswith("; remove the file, and they are made anew")
-    assert reasons[2] == f"hrpro: {flat}: expected features of shape (T, D), came something else"
-    assert said.stdout.splitlines()[0] == "d: 2 snippets"
+    assert reasons[3] == f"hrpro: {flat}: expected features (T, D), came an array (3,)"
+    assert said.stdout.splitlines()[0] == "e: 2 snippets"
     empty.unlink()
     assert extract(videos[0], "--extractor", tiny, "--out", data)["made"] == {"a": 2}
 

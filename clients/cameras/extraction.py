@@ -146,14 +146,14 @@ def snippets_in(videos: Sequence[Path], extractor: Extractor) -> int | None:
 def _snippets_in(path: Path) -> int:
     """T of features that are there. Raises DataError where they are none."""
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path}: expected features, could not read them: {error}; remove the file, and they "
             "are made anew"
         ) from None
-    if getattr(features, "ndim", None) != 2:
-        raise DataError(f"{path}: expected features of shape (T, D), came something else")
+    if features.ndim != 2:
+        raise DataError(f"{path}: expected features (T, D), came an array {features.shape}")
     return len(features)
 
 
