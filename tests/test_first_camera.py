@@ -68,7 +68,9 @@ def test_from_nothing_to_events(tmp_path: Path) -> None:
         place.shell(line)
     (page, check) = command_lines(PAGE, "3. Points")
     label(place, page)
-    assert "0 errors, 0 warnings" in place.shell(check)
+    checked = place.shell(check)
+    assert "0 errors, 1 warnings" in checked
+    assert "no annotated action in the test split: nothing can be measured" in checked
     (train,) = command_lines(PAGE, "4. Training")
     place.shell(train)
     (export,) = command_lines(PAGE, "5. A bundle")
