@@ -42,6 +42,10 @@ NEW_LOG = """
 class LogError(HrproError):
     """The event log cannot be opened, read or written; the message says why."""
 
+    def __init__(self, message: str) -> None:
+        # The name of a folder need not be text; what is said of it has to be.
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
 
 class Logged(NamedTuple):
     """A publication in the log: ``logged_s`` is the wall clock's, ``header`` as it was sent."""

@@ -98,8 +98,7 @@ class Outbox:
             yield publication
 
     def _hold(self, error: LogError) -> None:
-        # The name of a folder need not be text, as a status is.
-        self.waits_for = str(error).encode(errors="backslashreplace").decode()
+        self.waits_for = str(error)
         self._retry_at_s = self._now_s() + self._retry_s
         self._retry_s = min(2 * self._retry_s, _RETRY_LONGEST_S)
 
