@@ -220,7 +220,7 @@ class ActionTracker:
         # As for proposals, the border lies where the score crosses the threshold; it does not where
         # the stream begins, or where the threshold of another bundle is lower.
         if t > self._first_index and before <= threshold:
-            start += float((threshold - before) / (now - before)) - 0.5
+            start = t - 0.5 + float((threshold - before) / (now - before))
         action = Action(self.next_id, label_index, start, first_index=t)
         self.next_id += 1
         self._open[label_index] = action
