@@ -28,7 +28,7 @@ from hrpro.engine.timebase import SnippetClock
 from hrpro.engine.wire import ProtocolError, checked
 from hrpro.engine.wire import label as wire_label
 from hrpro.training.annotations import point_rates
-from hrpro.training.data_config import DataConfig, DataError, Split, read_text
+from hrpro.training.data_config import DataConfig, DataError, Split, read_lines
 from hrpro.training.feature_source import check_clock
 from hrpro.training.points import Point, point_arrays, read_points
 
@@ -160,8 +160,7 @@ def _split_file(folder: Path, split: Split) -> Path:
 
 def _names_in(path: Path) -> list[str]:
     """Names may have blanks."""
-    lines = read_text(path, "one recording name a line").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return read_lines(path, "one recording name a line")
 
 
 def _check_splits_are_apart(folder: Path, names: Sequence[str]) -> None:
@@ -246,8 +245,7 @@ def known_classes(folder: Path, config: DataConfig) -> tuple[str, ...] | None:
     preset = config.published.classes if config.published else None
     if not path.exists():
         return preset
-    lines = read_text(path, "one class a line").splitlines()
-    classes = tuple(line.strip() for line in lines if line.strip())
+    classes = tuple(read_lines(path, "one class a line"))
     if len(set(classes)) != len(classes) or not classes:
         raise DataError(f"{path}: expected distinct class names, one a line")
     if preset is not None and set(classes) != set(preset):

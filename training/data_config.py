@@ -81,3 +81,8 @@ def read_text(path: Path, what: str) -> str:
         raise DataError(f"{path}: expected text in UTF-8, came other bytes") from None
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing; it lists {what}") from None
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of such a file, without blanks around them; empty ones are left out."""
+    return [line.strip() for line in read_text(path, what).splitlines() if line.strip()]

@@ -25,7 +25,7 @@ from hrpro.clients.cameras.frames import Snippet, SnippetAssembler
 from hrpro.clients.cameras.sources import SourceError, file_source, read_frames
 from hrpro.engine.wire import HrproError
 from hrpro.training.data import feature_path
-from hrpro.training.data_config import SPLITS, DataError, Split, read_text
+from hrpro.training.data_config import SPLITS, DataError, Split, read_lines
 from hrpro.training.feature_source import (
     FILE,
     FeatureSource,
@@ -233,10 +233,7 @@ def _check_split(folder: Path, split: Split, name: str) -> None:
 
 def _listed(folder: Path, split: Split) -> list[str]:
     path = folder / f"split_{split}.txt"
-    if not path.exists():
-        return []
-    lines = read_text(path, "one recording name a line").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return read_lines(path, "one recording name a line") if path.exists() else []
 
 
 def _write(folder: Path, split: Split, name: str, made: VideoFeatures) -> None:
